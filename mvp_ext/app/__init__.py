@@ -1,0 +1,1 @@
+"""What a person sees: measurements, reports, the command line."""

@@ -1,0 +1,1 @@
+"""Arithmetic on tensors that knows no model: the native kernels, their public functions and their references."""

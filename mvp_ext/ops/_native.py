@@ -1,0 +1,30 @@
+"""Loads the native module ``_C``. Importing never fails: the first use of a kernel says what is missing and why."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch  # noqa: F401  (first: then the kernels share torch's OpenMP runtime and its number of threads)
+
+_C: ModuleType | None
+try:
+    from mvp_ext import _C  # type: ignore[attr-defined, no-redef]
+
+    _error: ImportError | None = None
+except ImportError as error:
+    _C, _error = None, error
+
+
+def native() -> ModuleType:
+    """The native module; RuntimeError with cause and remedy if it is not there."""
+    if _C is None:
+        raise RuntimeError(
+            f"mvp_ext: the native module could not be loaded ({_error}). "
+            "Build it with `pip install .` (or `pip install -e .`) in the source tree."
+        )
+    return _C
+
+
+def build_info() -> dict[str, object]:
+    """How ``_C`` was built and what it runs with: compiler, OpenMP, instruction set, CUDA architectures."""
+    return dict(native().build_info())

@@ -1,0 +1,48 @@
+"""The checks of the public ops. Each error says op, argument, what was expected and what came.
+
+TypeError for a wrong kind or dtype, ValueError for a wrong shape, range or device, NotImplementedError for a layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    value: object,
+    *,
+    ndim: int | tuple[int, ...] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """``value`` as a dense tensor of one of the given ranks, dtypes, and on the given device."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise NotImplementedError(f"{op}: {name}: expected a strided tensor, got layout {value.layout}")
+    if dtypes is not None and value.dtype not in dtypes:
+        expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{op}: {name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if ndim is not None:
+        ranks = (ndim,) if isinstance(ndim, int) else ndim
+        if value.ndim not in ranks:
+            expected = " or ".join(map(str, ranks))
+            raise ValueError(f"{op}: {name}: expected {expected} dimensions, got shape {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{op}: {name}: expected device {device}, got {value.device}")
+    return value
+
+
+def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], letters: str) -> None:
+    """``value.shape`` equals ``expected`` (None: any size); ``letters`` names the dimensions, like "[N, U]"."""
+    shape = tuple(value.shape)
+    if len(shape) != len(expected) or any(e is not None and e != s for e, s in zip(expected, shape, strict=True)):
+        wanted = tuple("any" if e is None else e for e in expected)
+        raise ValueError(f"{op}: {name}: expected shape {letters} = {wanted}, got {shape}".replace("'", ""))

@@ -1,0 +1,37 @@
+"""Schemas, fakes and device implementations of every op, in one place.
+
+``torch.library.Library`` is used directly (``custom_op`` costs about three times as much a call). An op here trusts its
+arguments: checks are in ``checks.py``, made by the public functions of ``functional.py``. Outputs are allocated here,
+kernels only fill them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mvp_ext.ops._native import native
+
+_library = torch.library.Library("mvp_ext", "DEF")
+
+
+def _define(schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any] | None = None) -> Any:
+    """Register one op; returns its callable overload. Without ``cuda`` a CUDA tensor gets an error, never a fallback."""
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, cuda or _without_cuda(name), "CUDA")
+    torch.library.register_fake(f"mvp_ext::{name}", fake, lib=_library)
+    return getattr(torch.ops.mvp_ext, name).default
+
+
+def _without_cuda(name: str) -> Callable[..., Any]:
+    def raise_(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"{name}: expected CPU tensors, got CUDA tensors, and this build of mvp_ext has no CUDA kernel for it. "
+            "Move the tensors with .cpu(), or use mvp_ext.ops.reference on the GPU."
+        )
+
+    return raise_

@@ -1,0 +1,1 @@
+"""The method: tasks, training, scores, iterative pruning, similarity, the vote, the zoo."""
