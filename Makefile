@@ -1,0 +1,78 @@
+# Everything from a fresh clone: `make demo`, `make test`. Needs python3 (3.10 or newer, with venv) and a C++17 compiler
+# with OpenMP; the rest is installed into .venv. Variables you may want to set:
+#   PYTHON=python3.12        which Python makes the environment
+#   TORCH=torch==2.13.0      which torch; installed first and alone, from whichever index serves your machine
+#   PYTEST_ARGS="-k vote"    passed to pytest
+#   DEMO_ARGS="--help"       passed to `mvp-ext demo`
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PACKAGE := pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(shell find mvp_ext csrc -type f \
+	\( -name '*.py' -o -name '*.typed' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null)
+CPP := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null)
+
+.PHONY: help install develop demo test lint format wheel info clean
+help:
+	@echo "make demo     install, then the main job on real images; leaves runs/demo/report.html"
+	@echo "make test     install, then the test suite against the installed package"
+	@echo "make lint     ruff, clang-format, mypy"
+	@echo "make develop  an editable install in $(VENV) (rebuild the kernels by running it again)"
+	@echo "make info     versions, build flags, devices;   make wheel, make format, make clean"
+
+# torch first and alone: nothing that comes later may replace a CPU build by the registry's CUDA build.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+# The libraries, once; then the package itself, again whenever a source changed (CMake rebuilds only what did).
+$(VENV)/.dependencies: $(VENV)/.torch pyproject.toml
+	$(BIN)/python scripts/requirements.py dev bench > $(VENV)/requirements.txt
+	$(PIP) -r $(VENV)/requirements.txt
+	@touch $@
+
+# build/lib is setuptools' copy of the modules: left alone, a module that was deleted here would still be installed.
+$(VENV)/.installed: $(VENV)/.dependencies $(PACKAGE)
+	rm -rf build/lib* *.egg-info
+	$(PIP) --no-deps --force-reinstall .
+	@touch $@
+
+install: $(VENV)/.installed
+
+develop: $(VENV)/.dependencies
+	$(PIP) --no-deps --no-build-isolation -e .
+	@rm -f $(VENV)/.installed
+
+demo: install
+	$(BIN)/mvp-ext demo $(DEMO_ARGS)
+
+# From inside $(VENV), so that `import mvp_ext` finds what was installed and not the source tree, also in the
+# processes that tests start.
+test: install
+	cd $(VENV) && bin/pytest -c ../pyproject.toml --rootdir=.. ../tests $(PYTEST_ARGS)
+
+lint: $(VENV)/.dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(VENV)/.dependencies
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+wheel: $(VENV)/.dependencies
+	rm -rf build/lib* *.egg-info
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+
+info: install
+	cd $(VENV) && bin/python -m mvp_ext
+
+clean:
+	rm -rf build dist *.egg-info mvp_ext/_C.*.so

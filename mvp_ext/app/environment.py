@@ -1,0 +1,86 @@
+"""What this machine and this build are: printed by ``python -m mvp_ext`` and stored beside every measurement."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import mvp_ext
+from mvp_ext.ops import _native
+
+LIBRARIES = ("torchvision", "timm", "numpy", "safetensors", "scikit-learn", "matplotlib", "torch-pruning")
+
+
+def environment() -> dict[str, str]:
+    """Versions, build flags, CPU and GPU as text, in the order to print. Never raises for a part that is missing."""
+    return {
+        "mvp_ext": f"{mvp_ext.__version__} ({Path(mvp_ext.__file__).parent})",
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "cpu cores": f"{_usable_cores()} usable of {os.cpu_count()}, torch uses {torch.get_num_threads()}",
+        "torch": f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"),
+        **{name: _version_of(name) for name in LIBRARIES},
+        **_native_module(),
+        "gpu": "; ".join(gpu_names()) or "none that torch can use",
+        "gpu driver": _driver_version() or "none",
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model name, or the architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def gpu_names() -> list[str]:
+    """Name, compute capability and memory of each GPU that torch can use."""
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB)" for p in found]
+
+
+def _native_module() -> dict[str, str]:
+    try:
+        info = _native.build_info()
+    except RuntimeError as error:
+        return {"native module": f"missing: {error}"}
+    isa, detected = info["cpu_isa"], info["cpu_isa_detected"]
+    return {
+        "native module": f"{info['compiler']}, {info['build_type']}, OpenMP {info['openmp']}",
+        "cpu instruction set": f"{isa}" if isa == detected else f"{isa} (MVP_CPU_ISA; the CPU has {detected})",
+        "cuda kernels": f"built for {info['cuda_archs']}" if info["cuda"] else "not built (no CUDA compiler, or switched off)",
+    }
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _version_of(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _driver_version() -> str | None:
+    """The NVIDIA driver's version, whether or not this torch can use it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None
