@@ -1,8 +1,9 @@
 """What every benchmark here shares: fair timing, the machine's limits, one JSON file and one table an op.
 
     bench = Bench("pack")
-    bench.case("resnet18, keep 0.5", ours, {"index_select per tensor": peer}, floors={"index_select per tensor": 1.5},
-               check=lambda: torch.testing.assert_close(ours(), peer()), moved=bytes_read_and_written, limit="copy")
+    bench.case("resnet18, keep 0.5", ours, {"index_select per tensor": peer},
+               floors={"index_select per tensor": 1.5}, moved=bytes_read_and_written, limit="copy",
+               check=lambda: torch.testing.assert_close(ours(), peer()))
     bench.finish()
 
 How it measures:
@@ -10,10 +11,10 @@ How it measures:
 - All contenders run in turn, round after round, in one process; a ratio is the median over the rounds of
   peer time / our time, so that a slow phase of the machine hits both sides of it.
 - A sample is long enough for the clock (``SAMPLE_SECONDS``): short functions are repeated within it.
-- The physical limit is a contender too: ``limit="read"`` is ``torch.dot``, ``limit="copy"`` is ``Tensor.copy_``, over as many
+- The physical limit is a contender too: "read" is ``torch.dot``, "copy" is ``Tensor.copy_``, over as many
   bytes as the op moves, so its working set sits in the same cache level as the op's.
-- Before timing, each contender is warmed until two samples in a row agree. ``cold=True`` evicts the last-level cache
-  before every sample instead: what a caller sees who has done something else in between.
+- Before timing, each contender is warmed until two samples in a row agree. ``cold=True`` evicts the
+  last-level cache before every sample instead: what a caller sees who has done something else in between.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ class Bench:
         Args:
             floors: for some peers, the least ratio (peer time / our time) that is promised.
             check: raises if ``ours`` is wrong; not timed.
-            moved: bytes that the op must read and write; with ``limit``, "read" or "copy", the share of that limit is shown.
+            moved: bytes that the op must read and write.
+            limit: "read" or "copy": show the share of that bandwidth.
             limit_floor: the least share of the limit that is promised.
             cold: evict the last-level cache before every sample.
         """
@@ -236,35 +238,27 @@ def _commit() -> str:
 
 
 def _table(op: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"{op}: median µs [p10 – p90]; × = peer time / our time")
+    table = Table(title=f"{op}: median µs (p10 – p90); × = peer time / our time")
     table.add_column("case")
-    table.add_column("ours", justify="right")
-    table.add_column("GB/s", justify="right")
-    table.add_column("against")
-    table.add_column("time", justify="right")
-    table.add_column("×", justify="right")
-    table.add_column("floor", justify="right")
+    for column in ("ours", "GB/s", "against", "time", "×", "floor"):
+        table.add_column(column, justify="left" if column == "against" else "right")
     for row in rows:
+        times = row["times_us"]
         lines = [
             (peer, ratio, row["floors"].get(peer), f"{ratio:.2f}×") for peer, ratio in row["ratios"].items()
         ]
         if "limit" in row:
-            share = row["limit"]["share"]
-            lines.append((row["limit"]["name"], share, row["limit"]["floor"], f"{share:.0%}"))
-        for i, (peer, ratio, floor, text) in enumerate(lines):
-            name, mine, speed = (
-                (row["case"], _span(row["times_us"]["ours"]), str(row.get("gb_per_s", "")))
-                if i == 0
-                else ("",) * 3
-            )
-            colour = "" if floor is None else "green" if ratio >= floor else "red"
-            table.add_row(
-                name, mine, speed, peer, _span(row["times_us"][peer]),
-                f"[{colour}]{text}[/{colour}]" if colour else text, "" if floor is None else f"{floor:g}",
-                end_section=i == len(lines) - 1,
-            )  # fmt: skip
+            name, share, floor = (row["limit"][key] for key in ("name", "share", "floor"))
+            lines.append((name, share, floor, f"{share:.0%}"))
+        first = (row["case"], _span(times["ours"]), str(row.get("gb_per_s", "")))
+        for against, value, floor, text in lines:
+            if floor is not None:
+                text = f"[{'green' if value >= floor else 'red'}]{text}[/]"
+            table.add_row(*first, against, _span(times[against]), text, "" if floor is None else f"{floor:g}")
+            first = ("", "", "")
+        table.add_section()
     return table
 
 
 def _span(times: Mapping[str, float]) -> str:
-    return f"{times['median']:.1f} [{times['p10']:.1f} – {times['p90']:.1f}]"
+    return f"{times['median']:.1f} ({times['p10']:.1f} – {times['p90']:.1f})"
