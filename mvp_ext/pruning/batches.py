@@ -1,0 +1,150 @@
+"""From uint8 images to what a model takes: augmentation, resizing, normalisation, seeded batches.
+
+Images stay uint8 and at their stored size until a batch is made: cropping and flipping bytes is cheap, and
+the float copy of one batch is all the float memory there is. Random numbers are always drawn on the CPU, so a
+seed means the same batches whichever device holds the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def augment(
+    images: Tensor, generator: torch.Generator, *, pad: int | None = None, flip: bool = True
+) -> Tensor:
+    """Shift each image at random (a random crop after reflection padding) and mirror about half of them.
+
+    Args:
+        images: uint8 (any dtype works) [B, H, W, C].
+        generator: a CPU generator; it is advanced by the same amount whatever ``pad`` and ``flip`` are.
+        pad: largest shift in pixels, 0 ≤ pad < min(H, W). Default: an eighth of the height (4 of 32).
+        flip: whether to mirror left and right with probability ½.
+
+    Returns:
+        [B, H, W, C], same dtype and device, a new tensor.
+    """
+    count, height, width, channels = images.shape
+    pad = height // 8 if pad is None else pad
+    if not 0 <= pad < min(height, width):
+        raise ValueError(f"augment: pad must be in [0, {min(height, width)}) for {height}×{width}, got {pad}")
+    draws = torch.rand(3, count, generator=generator)
+    shift = (draws[:2] * (2 * pad + 1)).long() - pad
+    rows = _reflect(torch.arange(height) + shift[0, :, None], height)  # [B, H]
+    columns = torch.arange(width).expand(count, width)
+    if flip:
+        columns = torch.where(draws[2, :, None] < 0.5, columns.flip(1), columns)
+    columns = _reflect(columns + shift[1, :, None], width)  # [B, W]
+    # One gather by flat pixel number: several times faster on the CPU than three broadcast index tensors.
+    pixels = (torch.arange(count)[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
+    flat = images.reshape(count * height * width, channels)
+    return flat.index_select(0, pixels.flatten().to(images.device)).view(images.shape)
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Fold indices of [-size + 1, 2·size − 2] into [0, size), the edge pixel not repeated."""
+    last = size - 1
+    return last - (last - index.abs()).abs()
+
+
+def to_batch(
+    images: Tensor,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    channels_last: bool = True,
+) -> Tensor:
+    """uint8 images → normalised float batch: (resize(images) / 255 − mean) / std.
+
+    Args:
+        images: uint8 [B, H, W, 3], on any device.
+        size: side of the square the model takes; bilinear (with antialiasing where it shrinks).
+        mean, std: per channel, of images in 0..1.
+        channels_last: memory format of the result (the layout that CPU and GPU convolutions are fastest in).
+
+    Returns:
+        float32 [B, 3, size, size] on the images' device.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(
+            f"to_batch: images must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}"
+        )
+    if size < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"to_batch: expected size ≥ 1, 3 means, 3 std > 0, got {size}, {mean}, {std}")
+    scale, shift = (
+        torch.tensor([factor(m, s) for m, s in zip(mean, std, strict=True)], device=images.device).view(
+            1, 3, 1, 1
+        )
+        for factor in (lambda _, s: 1 / (255 * s), lambda m, s: -m / s)
+    )
+    batch = images.permute(0, 3, 1, 2).float()  # a view of NHWC memory: this already is channels_last
+    height, width = images.shape[1:3]
+    shrinks = size < min(height, width)
+    # Interpolation weights sum to one, so normalising commutes with resizing: do it on the smaller side.
+    if not shrinks:
+        batch = batch.mul_(scale).add_(shift)
+    if (height, width) != (size, size):
+        batch = functional.interpolate(batch, (size, size), mode="bilinear", antialias=shrinks)
+    if shrinks:
+        batch = batch.mul_(scale).add_(shift)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return batch.contiguous(memory_format=layout)
+
+
+def shuffled_indices(count: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """``steps`` tensors of int64 [batch_size] indices: shuffled epochs end to end, every batch full."""
+    if count < 1 or batch_size < 1:
+        raise ValueError(
+            f"shuffled_indices: count and batch_size must be at least 1, got {count}, {batch_size}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    queue = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(queue) < batch_size:
+            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
+        yield queue[:batch_size]
+        queue = queue[batch_size:]
+
+
+def train_batches(
+    images: Tensor,
+    labels: Tensor,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    flip: bool,
+    pad: int | None = None,
+    channels_last: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented training batches: ``steps`` pairs of float32 [batch_size, 3, size, size], int64 [batch_size].
+
+    The same arguments give the same batches. ``pad=0, flip=False`` turns augmentation off.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for index in shuffled_indices(len(images), batch_size, steps, seed):
+        index = index.to(images.device)
+        chosen = augment(images.index_select(0, index), generator, pad=pad, flip=flip)
+        yield to_batch(chosen, size, mean, std, channels_last=channels_last), labels.index_select(0, index)
+
+
+def eval_batches(
+    images: Tensor,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    batch_size: int = 256,
+    channels_last: bool = True,
+) -> Iterator[Tensor]:
+    """All images once, in order and without augmentation: float32 [≤ batch_size, 3, size, size]."""
+    for start in range(0, len(images), batch_size):
+        yield to_batch(images[start : start + batch_size], size, mean, std, channels_last=channels_last)
