@@ -25,7 +25,8 @@ def environment() -> dict[str, str]:
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cpu cores": f"{_usable_cores()} usable of {os.cpu_count()}, torch uses {torch.get_num_threads()}",
-        "torch": f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"),
+        "torch": f"{torch.__version__}, "
+        + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"),
         **{name: _version_of(name) for name in LIBRARIES},
         **_native_module(),
         "gpu": "; ".join(gpu_names()) or "none that torch can use",
@@ -60,8 +61,12 @@ def _native_module() -> dict[str, str]:
     isa, detected = info["cpu_isa"], info["cpu_isa_detected"]
     return {
         "native module": f"{info['compiler']}, {info['build_type']}, OpenMP {info['openmp']}",
-        "cpu instruction set": f"{isa}" if isa == detected else f"{isa} (MVP_CPU_ISA; the CPU has {detected})",
-        "cuda kernels": f"built for {info['cuda_archs']}" if info["cuda"] else "not built (no CUDA compiler, or switched off)",
+        "cpu instruction set": f"{isa}"
+        if isa == detected
+        else f"{isa} (MVP_CPU_ISA; the CPU has {detected})",
+        "cuda kernels": f"built for {info['cuda_archs']}"
+        if info["cuda"]
+        else "not built (no CUDA compiler, or switched off)",
     }
 
 
