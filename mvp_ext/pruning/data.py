@@ -130,8 +130,8 @@ def load_data(
         flip: whether mirroring keeps the class. Default: False for digits, otherwise True.
 
     Raises:
-        DataError: unknown source, files that do not decode (each is named; nothing is half-loaded), parts that
-            do not fit together, a class with too few images to split.
+        DataError: unknown source, files that do not decode (each is named; nothing is half-loaded),
+            parts that do not fit together, a class with too few images to split.
     """
     if image_size is not None and image_size < 1:
         raise DataError(f"load_data: image_size must be at least 1, got {image_size}")

@@ -177,8 +177,8 @@ class Task:
         if task.fingerprint != expected:
             raise ValueError(
                 f"{what}: task {task.name!r} was saved with other images of {record.get('data')!r} than "
-                f"{data.name!r} has (fingerprint: expected {str(expected)[:12]}…, got {task.fingerprint[:12]}…);"
-                f" load the data with the same source, image_size, test_share and seed"
+                f"{data.name!r} has (fingerprint: expected {str(expected)[:12]}, got {task.fingerprint[:12]}); "
+                f"load the data with the same source, image_size, test_share and seed"
             )
         return task
 
