@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mvp_ext.app import measure
-from mvp_ext.app.measure import Latency, Measurement
+from mvp_ext.model import measure
+from mvp_ext.model.measure import Latency, Measurement
 
 
 class Attention(nn.Module):
