@@ -1,0 +1,281 @@
+"""Surgery: from a mask to real, smaller tensors, in the model and in whatever trains it, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvp_ext.model.mask import Mask
+from mvp_ext.model.nn import ScatterBlock
+from mvp_ext.model.structure import SCOPES, Structure, UnsupportedModelError, find_structure
+
+Cut = tuple[Tensor | None, Tensor | None]  # kept rows, kept columns; None keeps all
+
+
+def prune_model(
+    model: nn.Module,
+    mask: Mask,
+    *,
+    structure: Structure | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    ema: nn.Module | None = None,
+) -> nn.Module:
+    """Remove, in place, every unit that ``mask`` does not keep: the tensors really become smaller.
+
+    The result is a plain timm module (scope `all`: with :class:`~mvp_ext.model.nn.ScatterBlock` for the blocks whose
+    last convolution was cut). It can be pruned again, with the structure found anew and :meth:`Mask.compose` to say
+    what is left of the first model.
+
+    Parameters that shrink are NEW ``nn.Parameter`` objects. They take the old ones' place in the optimizer's groups, with
+    their gradient and every state tensor of the parameter's shape (momentum, exp_avg, …) cut alike; step counts and learning
+    rates stay, so training goes on as if the removed units had been masked, and a scheduler needs nothing. Hooks on
+    the parameters themselves are lost. Either everything is cut or, on an error, nothing.
+
+    Args:
+        model: dense or already pruned.
+        mask: of exactly the layers that ``find_structure`` finds in the model.
+        structure: of the model as it is now; None finds it.
+        optimizer: whatever trains the model; None if nothing does.
+        ema: a model average to cut alike: the model itself, or a wrapper with it in ``.module`` (timm's ModelEmaV3,
+            torch's AveragedModel).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the mask does not fit the model.
+        UnsupportedModelError: the optimizer keeps a state that cannot be cut.
+    """
+    structure = structure or structure_for(model, mask)
+    plans = [_Plan(model, structure, mask, optimizer)]
+    if ema is not None:
+        averaged = ema.module if isinstance(getattr(ema, "module", None), nn.Module) else ema
+        plans.append(_Plan(averaged, structure, mask, None))
+    for plan in plans:
+        plan.apply()
+    return model
+
+
+def structure_for(model: nn.Module, mask: Mask) -> Structure:
+    """The structure of ``model`` whose layers are the mask's; ValueError if no scope has them."""
+    error: ValueError | None = None
+    for scope in (None, *SCOPES):
+        try:
+            structure = find_structure(model, scope)
+        except ValueError as other:
+            error = error or other
+            continue
+        if set(structure.names) == set(mask.layers):
+            return structure
+    raise error or ValueError(f"mask: no scope of this model has exactly the layers {', '.join(mask.layers)}")
+
+
+class _Plan:
+    """Everything that one model's surgery replaces, gathered and checked before the first change."""
+
+    def __init__(
+        self, model: nn.Module, structure: Structure, mask: Mask, optimizer: torch.optim.Optimizer | None
+    ) -> None:
+        self.model, self.structure, self.mask, self.optimizer = model, structure, mask, optimizer
+        self.index = structure.index_of(mask)
+        self.tensors: list[Tensor] = []
+        self.cuts: list[Cut] = []
+        state = model.state_dict(keep_vars=True)
+        for name, cut in self.index.items():
+            tensor = state[name]
+            self._add(tensor.detach(), cut)
+            if tensor.grad is not None:
+                self._add(tensor.grad, cut)
+            for _, value in self._state_tensors(name, tensor):
+                self._add(value, cut)
+        self.old = {name: state[name] for name in self.index}
+
+    def _add(self, tensor: Tensor, cut: Cut) -> None:
+        self.tensors.append(tensor)
+        self.cuts.append(cut)
+
+    def _state_tensors(self, name: str, parameter: Tensor) -> list[tuple[str, Tensor]]:
+        """The optimizer's state tensors of a parameter that have its shape."""
+        if self.optimizer is None:
+            return []
+        found = []
+        for key, value in self.optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                continue
+            if value.shape != parameter.shape:
+                raise UnsupportedModelError(
+                    f"optimizer {type(self.optimizer).__name__}: state {key!r} of {name}: expected a number or shape "
+                    f"{tuple(parameter.shape)}, got {tuple(value.shape)}, which cannot be cut"
+                )
+            found.append((key, value))
+        return found
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        cut = iter(_pack(self.tensors, self.cuts))
+        replaced: dict[Tensor, nn.Parameter] = {}
+        for name, old in self.old.items():
+            states = self._state_tensors(name, old)
+            tensor = next(cut)
+            owner, leaf = _owner(self.model, name)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(tensor, requires_grad=old.requires_grad)
+                new.__dict__.update(old.__dict__)  # marks that others left on it, like "no weight decay"
+                new.grad = next(cut) if old.grad is not None else None
+                if self.optimizer is not None and old in self.optimizer.state:
+                    state = self.optimizer.state.pop(old)
+                    state.update({key: next(cut) for key, _ in states})
+                    self.optimizer.state[new] = state
+                replaced[old] = new
+                owner._parameters[leaf] = new
+            else:
+                owner._buffers[leaf] = tensor
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+        for path in {name.rpartition(".")[0] for name in self.index}:
+            _set_sizes(self.model.get_submodule(path))
+        for layer in self.structure:
+            kept = self.mask.layers[layer.name]
+            if layer.kind == "head":
+                attention: Any = self.model.get_submodule(layer.name)
+                attention.num_heads = int(kept.sum())
+                attention.attn_dim = (
+                    attention.num_heads * attention.head_dim
+                )  # scale depends on head_dim only
+            elif layer.scatter is not None and not bool(kept.all()):
+                _scatter(self.model, layer.scatter, kept)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _set_sizes(module: Any) -> None:
+    """Make a module's own numbers say what its tensors are."""
+    if isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = module.weight.shape[:2]
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        sized = module.weight if module.weight is not None else module.running_mean
+        if sized is not None:
+            module.num_features = sized.shape[0]
+
+
+def _scatter(model: nn.Module, path: str, kept: Tensor) -> None:
+    """Put a ScatterBlock in the place of a block whose last convolution has just been cut for the first time."""
+    block = model.get_submodule(path)
+    if isinstance(block, ScatterBlock):
+        return  # its index was cut with its tensors
+    owner, leaf = _owner(model, path)
+    device = next(block.parameters()).device
+    owner._modules[leaf] = ScatterBlock(block, kept.nonzero().flatten().to(device))
+
+
+def _pack(tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
+    """The kept rows and columns of each tensor, in the tensor's own memory format."""
+    packed = []
+    for tensor, (rows, cols) in zip(tensors, cuts, strict=True):
+        small = tensor
+        if rows is not None:
+            small = small.index_select(0, rows.to(tensor.device))
+        if cols is not None:
+            small = small.index_select(1, cols.to(tensor.device))
+        if (
+            tensor.ndim == 4
+            and not tensor.is_contiguous()
+            and tensor.is_contiguous(memory_format=torch.channels_last)
+        ):
+            small = small.contiguous(memory_format=torch.channels_last)
+        packed.append(small)
+    return packed
+
+
+def masked_model(model: nn.Module, mask: Mask, *, structure: Structure | None = None) -> nn.Module:
+    """A copy of ``model`` at full shapes that computes what the pruned model computes, in eval and train mode.
+
+    Everything that a removed unit owns is zeroed: its weights, its bias, its normalisation's scale and shift AND its column in
+    whatever reads it, so that it adds nothing anywhere. For comparing and teaching; it saves no time.
+    """
+    structure = structure or structure_for(model, mask)
+    structure.check(mask)
+    masked = copy.deepcopy(model)
+    state = masked.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for layer in structure:
+            removed = (~mask.layers[layer.name]).nonzero().flatten()
+            for cut in layer.slices:
+                tensor = state[cut.tensor]
+                if (
+                    tensor.is_floating_point()
+                ):  # an index buffer of scope `all` stays: zeroed filters add zeros there
+                    value = 1.0 if cut.tensor.endswith("running_var") else 0.0
+                    tensor.index_fill_(cut.dim, cut.places(removed, layer.units).to(tensor.device), value)
+    return masked
+
+
+def expand_state(
+    state: Mapping[str, Tensor],
+    structure: Structure,
+    mask: Mask,
+    base: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """A pruned model's state dict at the dense model's shapes.
+
+    Args:
+        state: of the pruned model.
+        structure: of the dense model.
+        mask: of the dense model (composed, if it was pruned more than once).
+        base: a dense state dict whose values stand at the removed places; None puts zeros there (ones for running
+            variances), as in :func:`masked_model`.
+
+    Returns:
+        New tensors on ``state``'s devices; names as in the dense model.
+
+    Raises:
+        ValueError: a tensor is missing or does not have the shape that the mask says.
+    """
+    index = structure.index_of(mask)
+    scattered = {f"{layer.scatter}.kept" for layer in structure if layer.scatter is not None}
+    full = {name: t.clone() for name, t in state.items() if name not in index and name not in scattered}
+    sizes = {cut.tensor: {} for layer in structure for cut in layer.slices}  # type: dict[str, dict[int, int]]
+    for layer in structure:
+        for cut in layer.slices:
+            sizes[cut.tensor][cut.dim] = layer.units * cut.block * cut.repeat
+    for name, (rows, cols) in index.items():
+        if name not in state:
+            raise ValueError(f"expand_state: expected a tensor {name!r}, got none")
+        small = state[name]
+        wanted = [
+            small.shape[d] if i is None else i.numel() for d, i in enumerate((rows, cols)[: small.ndim])
+        ]
+        if list(small.shape[:2]) != wanted:
+            raise ValueError(
+                f"expand_state: {name}: expected {wanted} kept rows and columns, got shape {tuple(small.shape)}"
+            )
+        shape = list(small.shape)
+        for dim, size in sizes[name].items():
+            shape[dim] = size
+        if base is not None:
+            out = base[name].detach().to(small.device, small.dtype, copy=True)
+        else:
+            out = small.new_full(shape, 1.0 if name.endswith("running_var") else 0.0)
+        _unpack(small, out, rows, cols)
+        full[name] = out
+    return full
+
+
+def _unpack(small: Tensor, out: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
+    """Write ``small`` to the kept places of ``out``."""
+    rows = torch.arange(out.shape[0]) if rows is None else rows
+    if out.ndim == 1:
+        out[rows.to(out.device)] = small
+    else:
+        cols = torch.arange(out.shape[1]) if cols is None else cols
+        out[rows.to(out.device)[:, None], cols.to(out.device)] = small

@@ -1,0 +1,107 @@
+"""The one place that imports timm, and that turns a model's name into a model. ``import mvp_ext`` imports neither."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+# timm reaches torchvision only for image transforms and feature extraction, never for these two operators. A
+# torchvision built for CUDA cannot load its operators beside a CPU build of torch, and then fails to import because
+# it describes operators that do not exist. Declaring their schemas is enough for its Python part to import.
+_TORCHVISION_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_declared: list[torch.library.Library] = []  # a Library that is collected takes its schemas with it
+
+
+@functools.lru_cache(maxsize=1)
+def import_timm() -> ModuleType:
+    """``timm``, also where torchvision's operators do not fit this build of torch.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    _import_torchvision()
+    return importlib.import_module("timm")
+
+
+def _import_torchvision() -> None:
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return  # not installed: let timm say what it needs
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for name in [n for n in sys.modules if n == "torchvision" or n.startswith("torchvision.")]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in _TORCHVISION_SCHEMAS:
+            library.define(schema)
+        _declared.append(library)
+        importlib.import_module("torchvision")
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm model of a supported family (ResNet, ViT, DeiT), by its timm name.
+
+    Args:
+        name: timm's model name, like ``resnet18`` or ``vit_tiny_patch16_224``; a tag after a dot picks the weights.
+        num_classes: outputs of the head; None keeps the model's own.
+        img_size: side of the square images in pixels. Convolutional models take any size and ignore it.
+        in_chans: channels of an image.
+        pretrained: download timm's weights (needs the network, or timm's cache).
+        kwargs: further arguments of ``timm.create_model``.
+
+    Raises:
+        ValueError: timm has no model of that name (the message lists close names).
+        UnsupportedModelError: the model is built of parts that cannot be cut here (the message names one).
+        RuntimeError: the pretrained weights cannot be had.
+    """
+    from mvp_ext.model.structure import find_structure  # it needs import_timm from here
+
+    timm = import_timm()
+    base = name.split(".", 1)[0]
+    if not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), n=5, cutoff=0.5)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise ValueError(f"create_model: timm {timm.__version__} has no model named {name!r}{hint}")
+    kwargs = {
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "img_size": img_size,
+        "pretrained": pretrained,
+    } | kwargs
+    try:
+        try:
+            model = timm.create_model(name, **kwargs)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            kwargs.pop("img_size")
+            model = timm.create_model(name, **kwargs)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise RuntimeError(
+            f"create_model: the pretrained weights of {name!r} could not be had ({type(error).__name__}: {error}). "
+            "They come from the network: give weights in a local file instead, or pretrained=False."
+        ) from error
+    find_structure(model)
+    return model
