@@ -4,3 +4,64 @@ Same names and signatures as in ``functional.py``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mvp_ext.ops.philox import gumbel_noise
+from mvp_ext.ops.vote import Vote, kept_units
+
+
+def meta_vote(
+    masks: Tensor,
+    weights: Tensor | None = None,
+    *,
+    layers: Sequence[int],
+    keep: float | Sequence[float] | Sequence[int],
+    prior: Tensor | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    align: int = 1,
+) -> Vote:
+    kept = kept_units(layers, keep, align)
+    votes = _votes(masks, weights)
+    if temperature is None:
+        keys = votes
+    else:
+        assert seed is not None
+        targets = votes.shape[0] if votes.ndim == 2 else None
+        noise = gumbel_noise(votes.shape[-1], seed=seed, targets=targets, device=votes.device)
+        keys = votes / torch.tensor(temperature, dtype=torch.float32, device=votes.device) + noise
+    order = torch.zeros_like(keys) if prior is None else prior.float().expand_as(keys)
+    index = torch.cat(
+        [
+            _largest(k, p, count)
+            for k, p, count in zip(
+                keys.split(list(layers), -1), order.split(list(layers), -1), kept, strict=True
+            )
+        ]
+        or [keys.new_zeros(keys.shape, dtype=torch.int64)],
+        dim=-1,
+    )
+    first = torch.tensor([0, *layers[:-1]]).cumsum(0).repeat_interleave(torch.tensor(kept, dtype=torch.int64))
+    mask = torch.zeros_like(keys, dtype=torch.bool).scatter_(-1, index + first.to(index.device), True)
+    return Vote(mask, index.to(torch.int32), votes, kept)
+
+
+def _votes(masks: Tensor, weights: Tensor | None) -> Tensor:
+    """Voter by voter, in float32: the order of the additions is part of the definition. [U] or [T, U]"""
+    if weights is None:
+        weights = torch.ones(masks.shape[0], device=masks.device)
+    votes = torch.zeros(*weights.shape[:-1], masks.shape[1], device=masks.device)
+    for voter, mask in enumerate(masks):
+        votes = votes + torch.where(mask, weights[..., voter, None].float(), 0.0)
+    return votes
+
+
+def _largest(keys: Tensor, prior: Tensor, count: int) -> Tensor:
+    """Ascending positions of the ``count`` largest (key, prior, -position); NaN is below every number. [..., count]"""
+    order = (-prior).sort(dim=-1, stable=True).indices  # ascending and of the negative: NaN comes last
+    order = order.gather(-1, (-keys).gather(-1, order).sort(dim=-1, stable=True).indices)
+    return order[..., :count].sort(dim=-1).values

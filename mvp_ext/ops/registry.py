@@ -11,13 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mvp_ext.ops._native import native
 
 _library = torch.library.Library("mvp_ext", "DEF")
 
 
-def _define(schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any] | None = None) -> Any:
+def _define(
+    schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any] | None = None
+) -> Any:
     """Register one op; returns its callable overload. Without ``cuda`` a CUDA tensor gets an error, never a fallback."""
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -35,3 +38,50 @@ def _without_cuda(name: str) -> Callable[..., Any]:
         )
 
     return raise_
+
+
+def _meta_vote_outputs(
+    masks: Tensor, weights: Tensor | None, kept: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead = () if weights is None or weights.ndim == 1 else (weights.shape[0],)
+    return (
+        masks.new_empty((*lead, masks.shape[1])),
+        masks.new_empty((*lead, sum(kept)), dtype=torch.int32),
+        masks.new_empty((*lead, masks.shape[1]), dtype=torch.float32),
+    )
+
+
+def _meta_vote_fake(
+    masks: Tensor,
+    weights: Tensor | None,
+    prior: Tensor | None,
+    layers: list[int],
+    kept: list[int],
+    temperature: float | None,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _meta_vote_outputs(masks, weights, kept)
+
+
+def _meta_vote_cpu(
+    masks: Tensor,
+    weights: Tensor | None,
+    prior: Tensor | None,
+    layers: list[int],
+    kept: list[int],
+    temperature: float | None,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _meta_vote_outputs(masks, weights, kept)
+    native().meta_vote_cpu(
+        masks, weights, prior, layers, kept, temperature, seed, *outputs, torch.get_num_threads()
+    )
+    return outputs
+
+
+meta_vote = _define(
+    "meta_vote(Tensor masks, Tensor? weights, Tensor? prior, int[] layers, int[] kept, float? temperature, int seed)"
+    " -> (Tensor mask, Tensor index, Tensor votes)",
+    fake=_meta_vote_fake,
+    cpu=_meta_vote_cpu,
+)

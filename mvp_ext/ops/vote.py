@@ -1,0 +1,79 @@
+"""What ``meta_vote`` takes and returns besides tensors: the number of units each layer keeps, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Vote(NamedTuple):
+    """The outcome of a vote on the U units of all layers, for one target or for T targets."""
+
+    mask: Tensor
+    """bool [U] or [T, U]: the kept units."""
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody misses here
+    """int32 [K] or [T, K], K = sum(kept): the kept units layer by layer, counted within the layer, ascending."""
+    votes: Tensor
+    """float32 [U] or [T, U]: the weight of the voters that kept each unit."""
+    kept: tuple[int, ...]
+    """How many units each layer keeps."""
+
+
+def kept_units(
+    layers: Sequence[int], keep: float | Sequence[float] | Sequence[int], align: int = 1
+) -> tuple[int, ...]:
+    """How many units each layer keeps: round(ratio · units), halves up, then the nearest multiple of ``align``.
+
+    Always at least 1, or ``min(align, units)`` where ``align`` is given, and at most all units of the layer.
+
+    Args:
+        layers: units of each layer, >= 1.
+        keep: one ratio in (0, 1] for all layers, or for each layer a ratio (float) or an exact count (int); exact
+            counts are not aligned.
+        align: round to multiples of this (8 or 16 are often faster than a smaller, odd shape), >= 1.
+
+    Raises:
+        TypeError, ValueError: wrong kinds, ratios outside (0, 1], counts outside [1, units], lengths that differ.
+    """
+    if layers and min(layers) < 1:
+        raise ValueError(f"kept_units: layers: expected at least 1 unit in each layer, got {list(layers)}")
+    if isinstance(align, bool) or not isinstance(align, int):
+        raise TypeError(f"kept_units: align: expected an int, got {align!r}")
+    if align < 1:
+        raise ValueError(f"kept_units: align: expected at least 1, got {align}")
+    if isinstance(keep, float):
+        _check_ratio(keep)
+        if align == 1:  # the usual case, quick: it is part of every vote
+            return tuple([int(keep * n + 0.5) or 1 for n in layers])
+        return tuple(_from_ratio(n, keep, align) for n in layers)
+    if isinstance(keep, (str, bytes)) or not isinstance(keep, Sequence):
+        raise TypeError(f"kept_units: keep: expected a float or a sequence of floats or ints, got {keep!r}")
+    if len(keep) != len(layers):
+        raise ValueError(
+            f"kept_units: keep: expected one entry for each of {len(layers)} layers, got {len(keep)}"
+        )
+    return tuple(_one(n, k, align) for n, k in zip(layers, keep, strict=True))
+
+
+def _one(units: int, keep: float | int, align: int) -> int:
+    if isinstance(keep, float):
+        _check_ratio(keep)
+        return _from_ratio(units, keep, align)
+    if isinstance(keep, bool) or not isinstance(keep, int):
+        raise TypeError(f"kept_units: keep: expected floats (ratios) or ints (counts), got {keep!r}")
+    if not 1 <= keep <= units:
+        raise ValueError(f"kept_units: keep: expected a count in [1, {units}], got {keep}")
+    return keep
+
+
+def _check_ratio(keep: float) -> None:
+    if not 0.0 < keep <= 1.0:  # false for NaN, too
+        raise ValueError(f"kept_units: keep: expected a ratio in (0, 1], got {keep}")
+
+
+def _from_ratio(units: int, ratio: float, align: int) -> int:
+    kept = max(1, int(ratio * units + 0.5))
+    aligned = (2 * kept + align) // (2 * align) * align
+    return min(units, max(aligned, align))
