@@ -18,7 +18,6 @@ LAYERS = {
     "around a vector": [31, 32, 33, 63, 64, 65],
     "resnet18": [64, 64, 128, 128, 256, 256, 512, 512],
     "heads": [6] * 12,
-    "wide": [70_001, 3],
 }
 
 
@@ -52,6 +51,14 @@ def test_equals_reference(layers, voters, targets, temperature):
         for options in ({"weights": weights, "prior": prior}, {"weights": weights}, {"prior": prior}, {}):
             arguments = {"layers": layers, "keep": 0.3, "temperature": temperature, "seed": 7, **options}
             assert_same(meta_vote(masks, **arguments), reference.meta_vote(masks, **arguments))
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+def test_wide_layer(temperature):
+    layers = [70_001, 3]
+    masks, weights, prior = draw(layers, 5, 2, kind="ties")
+    arguments = {"layers": layers, "keep": 0.3, "prior": prior, "temperature": temperature, "seed": 7}
+    assert_same(meta_vote(masks, weights, **arguments), reference.meta_vote(masks, weights, **arguments))
 
 
 def test_by_hand():
