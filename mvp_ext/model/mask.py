@@ -27,8 +27,8 @@ Keep = float | Sequence[float] | Sequence[int]
 class Mask:
     """Per layer, which units stay: an immutable value that can be compared, hashed, combined and stored.
 
-    Its vector form is the layers' bits one after the other, in the structure's order (bool [U], as ``meta_vote``
-    takes them).
+    Its vector form is the layers' bits one after the other, in the structure's order (bool [U], as
+    ``meta_vote`` takes them).
 
     Args:
         layers: name → bool [units], at least one unit each, at least one of them True. Copied to the CPU.
@@ -87,13 +87,14 @@ class Mask:
             structure: gives the layers and their order.
             scores: layer name → [units], any real dtype, any device.
             keep: share of units that stays, in (0, 1]; or one share, or one exact count, per layer.
-            align: kept counts of filters and neurons are rounded to a multiple of this. Heads are not: each is
-                already a whole number of aligned blocks, and there are few of them.
-            global_: rank the units of all layers together, each layer's scores divided by their L2 norm. ``keep`` is
-                then one share, of all units; rounding to ``align`` comes after.
+            align: kept counts of filters and neurons are rounded to a multiple of this. Heads are not: each
+                is already a whole number of aligned blocks, and there are few of them.
+            global_: rank the units of all layers together, each layer's scores divided by their L2 norm.
+                ``keep`` is then one share, of all units; rounding to ``align`` comes after.
 
         Raises:
-            ValueError: a layer has no scores, another number of them, NaN, or (with ``global_``) an infinite one.
+            ValueError: a layer has no scores, another number of them, NaN, or (with ``global_``) an infinite
+                one.
         """
         checked = [_scores_of(layer.name, layer.units, scores, finite=global_) for layer in structure]
         aligns = [1 if layer.kind == "head" else align for layer in structure]
@@ -126,7 +127,10 @@ class Mask:
 
     @classmethod
     def compose(cls, outer: Mask, inner: Mask) -> Mask:
-        """``inner`` is a mask of the model that ``outer`` left; the result is the same choice as a mask of the first model."""
+        """The choice of two prunings after each other, as a mask of the first model.
+
+        ``outer`` is a mask of the first model, ``inner`` one of the smaller model that it left.
+        """
         if set(outer._layers) != set(inner._layers):
             raise ValueError(
                 f"Mask.compose: the two masks have different layers ({_difference(outer, inner)})"
@@ -136,7 +140,8 @@ class Mask:
             units, chosen = bits.nonzero().flatten(), inner._layers[name]
             if units.numel() != chosen.numel():
                 raise ValueError(
-                    f"Mask.compose: layer {name!r}: outer keeps {units.numel()} units, inner is a mask of {chosen.numel()}"
+                    f"Mask.compose: layer {name!r}: outer keeps {units.numel()} units, "
+                    f"inner is a mask of {chosen.numel()}"
                 )
             layers[name] = torch.zeros_like(bits)
             layers[name][units[chosen]] = True

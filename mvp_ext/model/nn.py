@@ -1,5 +1,5 @@
-"""The one module that a pruned model may hold beside timm's own: a residual block whose last convolution is narrower
-than the stream it adds to (scope `all`)."""
+"""The one module that a pruned model may hold beside timm's own: a residual block whose last convolution is
+narrower than the stream it adds to (scope `all`)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ class ScatterBlock(nn.Module):
 
         act(shortcut + scatter(bn(conv(…)), kept))
 
-    It takes over the block's modules under their own names, so the names in the state dict stay as they are; added is
-    the buffer ``kept``, int64 [K]: the channels of the stream that the last convolution's K filters are added to.
+    It takes over the block's modules under their own names, so the names in the state dict stay as they are;
+    added is the buffer ``kept``, int64 [K]: the channels of the stream that the last convolution's K filters
+    are added to.
 
     Args:
-        block: the block to take over; its last convolution and norm have K channels already, or get them after.
+        block: the block to take over; its last convolution and norm have K channels already, or get them
+            after.
         kept: int64 [K], ascending channels of the residual stream.
     """
 
@@ -44,12 +46,13 @@ class ScatterBlock(nn.Module):
         y = x
         for name in self._branch:
             y = self._modules[name](y)  # type: ignore[misc]
-        shortcut = x if self.downsample is None else self.downsample(x)
+        downsample, drop_path = self._modules["downsample"], self._modules["drop_path"]
         norm: Any = self._modules[self._norm]
         act: Any = self._modules[self._act]
+        shortcut = x if downsample is None else downsample(x)
         y = norm(y)
-        if self.drop_path is not None:
-            y = self.drop_path(y)
+        if drop_path is not None:
+            y = drop_path(y)
         return act(shortcut.index_add(1, self.kept, y.to(shortcut.dtype)))
 
     def extra_repr(self) -> str:

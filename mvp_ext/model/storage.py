@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,35 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+_ENTRY = "mvp_ext"
+_NO_CHECKSUM = "crc32:--------"  # holds the place of one
+
 
 class FileFormatError(ValueError):
     """A file is damaged, of another kind, or from a newer version; the message names the file and says which."""
 
 
 def to_bytes(tensors: Mapping[str, Tensor], spec: Mapping[str, Any], *, kind: str, version: int) -> bytes:
-    """One safetensors file as bytes. ``spec`` is JSON; it lies in the header, readable without the tensors."""
-    metadata = {"format": kind, "version": str(version), "spec": json.dumps(spec, allow_nan=False)}
-    return safetensors.torch.save(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata
-    )
+    """One safetensors file as bytes. ``spec`` is JSON; it lies in the header, readable without the tensors.
+
+    safetensors knows a file that is too short, but not one with a changed byte: a checksum of description and tensors
+    is put into the header's place for it, which has a fixed width, after the tensors are laid out.
+    """
+    text = json.dumps(spec, allow_nan=False)
+    # One entry of our own making: safetensors does not promise an order of several, and equal content shall be equal
+    # bytes. The checksum comes first in it, so that nothing in the description can be taken for its place.
+    entry = json.dumps({"crc32": _NO_CHECKSUM, "format": kind, "version": version, "spec": text})
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = bytearray(safetensors.torch.save(whole, {_ENTRY: entry}))
+    start = 8 + int.from_bytes(data[:8], "little")
+    place = data.index(_NO_CHECKSUM.encode(), 0, start)
+    data[place : place + len(_NO_CHECKSUM)] = _checksum(text, data, start).encode()
+    return bytes(data)
+
+
+def _checksum(text: str, data: bytes | bytearray, start: int) -> str:
+    """crc32 of the description and of the tensors, which begin at ``start``; as wide as _NO_CHECKSUM."""
+    return f"crc32:{zlib.crc32(memoryview(data)[start:], zlib.crc32(text.encode())):08x}"
 
 
 def from_bytes(
@@ -37,21 +56,30 @@ def from_bytes(
         tensors = safetensors.torch.load(data)  # also checks that nothing is missing
     except (SafetensorError, ValueError, AttributeError, MemoryError) as error:
         raise FileFormatError(f"{source}: damaged, truncated or not a safetensors file ({error})") from error
-    if metadata.get("format") != kind:
-        raise FileFormatError(f"{source}: expected a file of format {kind!r}, got {metadata.get('format')!r}")
+    if _ENTRY not in metadata:
+        raise FileFormatError(f"{source}: not a file of mvp_ext (its header has no entry {_ENTRY!r})")
     try:
-        found, spec = int(metadata["version"]), json.loads(metadata["spec"])
-    except (KeyError, ValueError) as error:
+        entry = json.loads(metadata[_ENTRY])
+        found_kind, found, text, checksum = (entry[key] for key in ("format", "version", "spec", "crc32"))
+        spec = json.loads(text)
+    except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{source}: its description is damaged ({error!r})") from error
+    if found_kind != kind:
+        raise FileFormatError(f"{source}: expected a file of format {kind!r}, got {found_kind!r}")
     if found > version:
         raise FileFormatError(
             f"{source}: format version {found} is newer than this mvp_ext reads ({version}); update it"
+        )
+    if checksum != _checksum(text, data, 8 + length):
+        raise FileFormatError(
+            f"{source}: damaged (its content does not have the checksum that was written with it)"
         )
     return tensors, spec
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` so that a kill, a full disk or a power cut leaves the old file, or the new one, never a part.
+    """Write ``data`` so that a kill, a full disk or a power cut leaves the old file, or the new one, never a
+    part.
 
     Raises:
         OSError: it could not be written; what was at ``path`` is untouched.

@@ -1,12 +1,13 @@
 """What can be cut in a model: its layers of units, found by looking at its parts, never by its name.
 
-A unit is a convolution filter, an attention head or an MLP hidden neuron. A layer of units lists every tensor that
-shrinks when one of them goes: the unit's own weights, its normalisation, and the weights of whatever reads it.
+A unit is a convolution filter, an attention head or an MLP hidden neuron. A layer of units lists every tensor
+that shrinks when one of them goes: the unit's own weights, its normalisation, and the weights of whatever
+reads it.
 
 | scope       | units                                                                                  |
 |-------------|----------------------------------------------------------------------------------------|
 | `inner`     | ResNet: conv1 of a BasicBlock, conv1 and conv2 of a Bottleneck. Nothing is coupled.    |
-| `all`       | ResNet: each block's last convolution too; its kept channels are added into the full residual stream (nn.py). |
+| `all`       | ResNet: each block's last convolution too; see nn.py. Still nothing is coupled.  |
 | `heads`     | ViT: attention heads.                                                                  |
 | `mlp`       | ViT: hidden neurons of the MLPs.                                                       |
 | `heads+mlp` | both.                                                                                  |
@@ -62,9 +63,9 @@ class Slice:
 class Probe:
     """Where the activation of a layer's units can be read: the first input, or the output, of a module.
 
-    ``dim`` is the dimension that holds the units (in ``heads`` equal blocks if that is set), as in ``ops.importance``.
-    A block adds its shortcut IN PLACE to its last norm's output, so a hook on side "output" must keep a clone, and
-    return that clone if it also wants its gradient.
+    ``dim`` is the dimension that holds the units (in ``heads`` equal blocks if that is set), as in
+    ``ops.importance``. A block adds its shortcut IN PLACE to its last norm's output, so a hook on side
+    "output" must keep a clone, and return that clone if it also wants its gradient.
     """
 
     module: str
@@ -77,8 +78,8 @@ class Probe:
 class UnitLayer:
     """Units that are voted on and budgeted together.
 
-    ``name`` is the module that makes the units. ``scatter`` is set for a block's last convolution (scope `all`): the
-    block into whose residual stream the kept channels are added.
+    ``name`` is the module that makes the units. ``scatter`` is set for a block's last convolution (scope
+    `all`): the block into whose residual stream the kept channels are added.
     """
 
     name: str
@@ -148,7 +149,8 @@ class Structure:
             )
 
     def index_of(self, mask: Mask) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """For every tensor that changes shape: (rows, cols), int64 indices kept of dim 0 and dim 1; None keeps all.
+        """For every tensor that changes shape: (rows, cols), int64 indices kept of dim 0 and dim 1; None
+        keeps all.
 
         Layers that keep all their units change nothing and are left out.
         """
@@ -205,7 +207,8 @@ def find_structure(model: nn.Module, scope: str | None = None) -> Structure:
     if not found:
         children = ", ".join(f"{n} ({type(m).__name__})" for n, m in model.named_children()) or "no parts"
         raise UnsupportedModelError(
-            f"{type(model).__name__}: expected residual blocks (conv1, conv2) or transformer blocks (attn, mlp), got {children}"
+            f"{type(model).__name__}: expected residual blocks (conv1, conv2) or transformer blocks (attn, mlp), "
+            f"got {children}"
         )
     family = SCOPES[scope] if scope else found[0]
     if family not in found:
@@ -252,9 +255,9 @@ def _architecture(model: nn.Module) -> str | None:
 def _check_tensors(model: nn.Module, structure: Structure) -> None:
     """Every slice names a plain tensor of the size that it says, held by one module only."""
     state = model.state_dict(keep_vars=True)
-    owners: dict[int, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(tensor), []).append(name)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     for layer in structure:
         for cut in layer.slices:
             tensor = state.get(cut.tensor)
@@ -268,10 +271,16 @@ def _check_tensors(model: nn.Module, structure: Structure) -> None:
                     f"{cut.tensor}: expected {expected} places in dimension {cut.dim} for {layer.units} units, "
                     f"got shape {tuple(tensor.shape)}"
                 )
-            if len(shared := owners.get(id(tensor), [])) > 1:
+            shared = names.get(id(tensor), [])
+            if len(shared) > 1:
                 raise UnsupportedModelError(
                     f"{cut.tensor}: the same tensor is also {shared[-1]}; shared weights cannot be cut"
                 )
+
+
+def _computes_as(module: nn.Module, *known: type[nn.Module]) -> bool:
+    """Whether ``module`` runs the very forward of one of these classes: its parts do not say how they are used."""
+    return "forward" not in vars(module) and any(type(module).forward is cls.forward for cls in known)
 
 
 # ---- ResNet
@@ -280,10 +289,7 @@ def _check_tensors(model: nn.Module, structure: Structure) -> None:
 def _filter_layers(path: str, block: Any, last: bool) -> list[UnitLayer]:
     """The convolutions of one residual block: all but its last, and with ``last`` that too."""
     resnet = import_timm().models.resnet
-    if not isinstance(block, ScatterBlock) and type(block).forward not in (
-        resnet.BasicBlock.forward,
-        resnet.Bottleneck.forward,
-    ):
+    if not _computes_as(block, ScatterBlock, resnet.BasicBlock, resnet.Bottleneck):
         raise UnsupportedModelError(
             f"{path} ({type(block).__name__}): expected a block that computes as timm's BasicBlock or Bottleneck does"
         )
@@ -302,6 +308,11 @@ def _filter_layers(path: str, block: Any, last: bool) -> list[UnitLayer]:
     aa = getattr(block, "aa", None)
     if aa is not None and not isinstance(aa, (nn.Identity, nn.AvgPool2d)):
         raise UnsupportedModelError(f"{path}.aa: expected none or an average pool, got {type(aa).__name__}")
+    drop = getattr(block, "drop_block", None)
+    if drop is not None and not isinstance(drop, (nn.Identity, import_timm().layers.DropBlock2d)):
+        raise UnsupportedModelError(
+            f"{path}.drop_block: expected none or a DropBlock2d, got {type(drop).__name__}"
+        )
     layers = []
     for i in range(1, depth):
         conv, reader = f"{path}.conv{i}", f"{path}.conv{i + 1}"
@@ -364,7 +375,7 @@ def _is_elementwise(act: nn.Module) -> bool:
 def _head_layer(path: str, attn: Any) -> UnitLayer:
     """The heads of one attention module."""
     attention = import_timm().layers.Attention
-    if type(attn).forward is not attention.forward:
+    if not _computes_as(attn, attention):
         raise UnsupportedModelError(
             f"{path} ({type(attn).__name__}): expected an attention that computes as timm's Attention does"
         )
@@ -394,7 +405,7 @@ def _head_layer(path: str, attn: Any) -> UnitLayer:
 
 def _neuron_layer(path: str, mlp: Any) -> UnitLayer:
     """The hidden neurons of one MLP."""
-    if type(mlp).forward is not import_timm().layers.Mlp.forward:
+    if not _computes_as(mlp, import_timm().layers.Mlp):
         raise UnsupportedModelError(
             f"{path} ({type(mlp).__name__}): expected an MLP that computes as timm's Mlp does"
         )

@@ -26,22 +26,23 @@ def prune_model(
 ) -> nn.Module:
     """Remove, in place, every unit that ``mask`` does not keep: the tensors really become smaller.
 
-    The result is a plain timm module (scope `all`: with :class:`~mvp_ext.model.nn.ScatterBlock` for the blocks whose
-    last convolution was cut). It can be pruned again, with the structure found anew and :meth:`Mask.compose` to say
-    what is left of the first model.
+    The result is a plain timm module (scope `all`: with :class:`~mvp_ext.model.nn.ScatterBlock` for the
+    blocks whose last convolution was cut). It can be pruned again, with the structure found anew and
+    :meth:`Mask.compose` to say what is left of the first model.
 
-    Parameters that shrink are NEW ``nn.Parameter`` objects. They take the old ones' place in the optimizer's groups, with
-    their gradient and every state tensor of the parameter's shape (momentum, exp_avg, …) cut alike; step counts and learning
-    rates stay, so training goes on as if the removed units had been masked, and a scheduler needs nothing. Hooks on
-    the parameters themselves are lost. Either everything is cut or, on an error, nothing.
+    Parameters that shrink are NEW ``nn.Parameter`` objects. They take the old ones' place in the optimizer's
+    groups, with their gradient and every state tensor of the parameter's shape (momentum, exp_avg, …) cut
+    alike; step counts and learning rates stay, so training goes on as if the removed units had been masked,
+    and a scheduler needs nothing. Hooks on the parameters themselves are lost. Either everything is cut or,
+    on an error, nothing.
 
     Args:
         model: dense or already pruned.
         mask: of exactly the layers that ``find_structure`` finds in the model.
         structure: of the model as it is now; None finds it.
         optimizer: whatever trains the model; None if nothing does.
-        ema: a model average to cut alike: the model itself, or a wrapper with it in ``.module`` (timm's ModelEmaV3,
-            torch's AveragedModel).
+        ema: a model average to cut alike: the model itself, or a wrapper with it in ``.module`` (timm's
+            ModelEmaV3, torch's AveragedModel).
 
     Returns:
         ``model``.
@@ -53,8 +54,8 @@ def prune_model(
     structure = structure or structure_for(model, mask)
     plans = [_Plan(model, structure, mask, optimizer)]
     if ema is not None:
-        averaged = ema.module if isinstance(getattr(ema, "module", None), nn.Module) else ema
-        plans.append(_Plan(averaged, structure, mask, None))
+        inside = getattr(ema, "module", None)
+        plans.append(_Plan(inside if isinstance(inside, nn.Module) else ema, structure, mask, None))
     for plan in plans:
         plan.apply()
     return model
@@ -198,10 +199,12 @@ def _pack(tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
 
 
 def masked_model(model: nn.Module, mask: Mask, *, structure: Structure | None = None) -> nn.Module:
-    """A copy of ``model`` at full shapes that computes what the pruned model computes, in eval and train mode.
+    """A copy of ``model`` at full shapes that computes what the pruned model computes, in eval and train
+    mode.
 
-    Everything that a removed unit owns is zeroed: its weights, its bias, its normalisation's scale and shift AND its column in
-    whatever reads it, so that it adds nothing anywhere. For comparing and teaching; it saves no time.
+    Everything that a removed unit owns is zeroed: its weights, its bias, its normalisation's scale and shift
+    AND its column in whatever reads it, so that it adds nothing anywhere. For comparing and teaching; it
+    saves no time.
     """
     structure = structure or structure_for(model, mask)
     structure.check(mask)
@@ -232,8 +235,8 @@ def expand_state(
         state: of the pruned model.
         structure: of the dense model.
         mask: of the dense model (composed, if it was pruned more than once).
-        base: a dense state dict whose values stand at the removed places; None puts zeros there (ones for running
-            variances), as in :func:`masked_model`.
+        base: a dense state dict whose values stand at the removed places; None puts zeros there (ones for
+            running variances), as in :func:`masked_model`.
 
     Returns:
         New tensors on ``state``'s devices; names as in the dense model.

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 # timm reaches torchvision only for image transforms and feature extraction, never for these two operators. A
-# torchvision built for CUDA cannot load its operators beside a CPU build of torch, and then fails to import because
-# it describes operators that do not exist. Declaring their schemas is enough for its Python part to import.
+# torchvision built for CUDA cannot load its operators beside a CPU build of torch, and then fails to import
+# because it describes operators that do not exist. Declaring their schemas is enough for its Python part to
+# import.
 _TORCHVISION_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -62,7 +63,8 @@ def create_model(
     """A timm model of a supported family (ResNet, ViT, DeiT), by its timm name.
 
     Args:
-        name: timm's model name, like ``resnet18`` or ``vit_tiny_patch16_224``; a tag after a dot picks the weights.
+        name: timm's model name, like ``resnet18`` or ``vit_tiny_patch16_224``; a tag after a dot picks the
+            weights.
         num_classes: outputs of the head; None keeps the model's own.
         img_size: side of the square images in pixels. Convolutional models take any size and ignore it.
         in_chans: channels of an image.
@@ -104,4 +106,8 @@ def create_model(
             "They come from the network: give weights in a local file instead, or pretrained=False."
         ) from error
     find_structure(model)
+    if not hasattr(model, "_model_args"):  # a newer timm notes its arguments itself; a checkpoint needs them
+        model._model_args = {
+            key: value for key, value in kwargs.items() if key != "pretrained" and value is not None
+        }
     return model
