@@ -108,7 +108,9 @@ def accuracy_against_steps(results: Results, theme: Theme) -> Figure:
         )
         last = max(last, *steps)
     _dense_line(axes, results.get("dense_accuracy"), theme)
-    if last > 200:  # a from-scratch arm takes many times the steps: a linear axis would squeeze the others to a line
+    if (
+        last > 200
+    ):  # a from-scratch arm takes many times the steps: a linear axis would squeeze the others to a line
         axes.set_xscale("symlog", linthresh=20)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("fine-tuning steps of the target task")
@@ -151,10 +153,13 @@ def overlap_against_similarity(results: Results, theme: Theme) -> Figure:
     figure, axes = _figure(theme, 7.2, 3.6)
     groups: dict[str, list[tuple[float, float]]] = {}
     for point in results["overlap"]:
-        groups.setdefault(point.get("group", "pairs of tasks"), []).append((point["similarity"], point["iou"]))
+        groups.setdefault(point.get("group", "pairs of tasks"), []).append(
+            (point["similarity"], point["iou"])
+        )
     for position, (name, points) in enumerate(groups.items()):
         axes.scatter(
-            *zip(*points, strict=True),
+            [similarity for similarity, _ in points],
+            [iou for _, iou in points],
             s=18,
             alpha=0.7,
             lw=0,
@@ -205,7 +210,11 @@ def latency(results: Results, theme: Theme) -> Figure:
     models = {name: model for name, model in results["models"].items() if model["latency"]}
     batches = sorted({timed["batch"] for model in models.values() for timed in model["latency"]})
     figure, panels = _panels(theme, 7.2, 0.9 + 0.42 * len(models) * len(batches), len(batches))
-    dense = {timed["batch"]: timed["median_ms"] for timed in models["dense"]["latency"]} if "dense" in models else {}
+    dense = (
+        {timed["batch"]: timed["median_ms"] for timed in models["dense"]["latency"]}
+        if "dense" in models
+        else {}
+    )
     for axes, batch in zip(panels, batches, strict=True):
         for position, (name, model) in enumerate(models.items()):
             timed = next((t for t in model["latency"] if t["batch"] == batch), None)
@@ -219,7 +228,13 @@ def latency(results: Results, theme: Theme) -> Figure:
                 text += f" ({dense[batch] / median:.2f}× as fast)"
             at = (max(median, timed["p90_ms"]), position)
             axes.annotate(
-                text, at, xytext=(5, 0), textcoords="offset points", va="center", color=theme.ink, fontsize=8.5
+                text,
+                at,
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                color=theme.ink,
+                fontsize=8.5,
             )
         axes.set_yticks(range(len(models)), list(models))
         axes.invert_yaxis()
@@ -262,7 +277,12 @@ def _dense_line(axes: Axes, accuracy: float | None, theme: Theme) -> None:
 
 def _legend(axes: Axes, theme: Theme) -> None:
     axes.legend(
-        loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=8.5, labelcolor=theme.ink, borderaxespad=0
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=theme.ink,
+        borderaxespad=0,
     )
 
 

@@ -36,17 +36,6 @@ DIGITS_NOTE = (
     "scikit-learn's digits are a demonstration: ten classes in all, so five-class tasks overlap heavily, and the zoo's "
     "tasks share classes with the held-out ones. That flatters voting."
 )
-COLUMNS = (
-    ("arm", "left"),
-    ("accuracy (%)", "right"),
-    ("first arm minus this", "right"),
-    ("steps", "right"),
-    ("cost a task", "right"),
-    ("time a task", "right"),
-    ("parameters", "right"),
-    ("forward FLOPs", "right"),
-    ("latency against dense", "right"),
-)
 
 
 def save_report(
@@ -102,9 +91,9 @@ def render_report(results: Results) -> str:
 <h1>{escape(results["title"])}</h1>
 <p class="lead">{_lead(results, arms)}</p>
 {_list("Findings", findings(results, arms))}
-<div class="wide">{_table(COLUMNS, table_rows(results, arms))}</div>
-<p class="note">Accuracy: mean ± standard error over {max(arm.tasks for arm in arms)} tasks. Second column: the accuracy
-of the first arm minus that of the row's, task by task. A multiply-add counts as two FLOPs.{_dense_note(results)}</p>
+<div class="wide">{_table(table_columns(arms), table_rows(results, arms))}</div>
+<p class="note">Accuracy: mean ± standard error over {max(arm.tasks for arm in arms)} tasks. Differences are
+paired, task by task. A multiply-add counts as two FLOPs.{_dense_note(results)}</p>
 {"".join(sections)}
 {_list("Read this before quoting it", limits(results))}
 {_facts("Setting", results["setting"])}
@@ -118,16 +107,32 @@ of the first arm minus that of the row's, task by task. A multiply-add counts as
 def summary_table(results: Results) -> Table:
     """The page's table for a terminal."""
     table = Table(title=results["title"], title_justify="left")
-    for name, justify in COLUMNS:
-        table.add_column(name, justify="right" if justify == "right" else "left")
-    for row in table_rows(results, summarise(results)):
+    arms = summarise(results)
+    for name, side in table_columns(arms):
+        table.add_column(name, justify="right" if side == "right" else "left")
+    for row in table_rows(results, arms):
         table.add_row(*row)
     return table
 
 
+def table_columns(arms: Sequence[Arm]) -> tuple[tuple[str, str], ...]:
+    """(title, side) of each column."""
+    return (
+        ("arm", "left"),
+        ("accuracy (%)", "right"),
+        (f"{arms[0].name} minus this", "right"),
+        ("steps", "right"),
+        ("cost a task", "right"),
+        ("time a task", "right"),
+        ("parameters", "right"),
+        ("FLOPs an image", "right"),
+        ("times as fast as dense", "right"),
+    )
+
+
 def table_rows(results: Results, arms: Sequence[Arm]) -> list[tuple[str, ...]]:
-    """One row an arm, and one for the dense model, in the order of ``COLUMNS``."""
-    rows = []
+    """One row an arm, and one for the dense model, in the order of :func:`table_columns`."""
+    rows: list[tuple[str, ...]] = []
     for arm in arms:
         model = results["models"][arm.model]
         rows.append(
@@ -207,7 +212,11 @@ def _lead(results: Results, arms: Sequence[Arm]) -> str:
 
 def _dense_note(results: Results) -> str:
     batches = [timed["batch"] for timed in results["models"]["dense"]["latency"]]
-    return f" Latency: median at batch {', '.join(map(str, batches))}, times as fast as dense." if batches else ""
+    return (
+        f" Latency: median at batch {', '.join(map(str, batches))}, times as fast as dense."
+        if batches
+        else ""
+    )
 
 
 def _speed_up(results: Results, name: str) -> str:
@@ -224,7 +233,11 @@ def _overlap_caption(results: Results) -> str:
         f"Each point is a pair of tasks: the overlap of their two masks against the tasks' similarity; mean overlap "
         f"{sum(y) / len(y):.2f}, chance {chance_overlap(results['keep']):.2f} (two independent draws of the share r = "
         f"{results['keep']:g} overlap by about r/(2−r))."
-        + ("" if rho is None else f" Rank correlation {rho:+.2f}; pairs share tasks, so they are not independent.")
+        + (
+            ""
+            if rho is None
+            else f" Rank correlation {rho:+.2f}; pairs share tasks, so they are not independent."
+        )
     )
 
 
@@ -245,7 +258,10 @@ def _data_uri(svg: bytes) -> str:
 def _table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th class='{side}'>{escape(name)}</th>" for name, side in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td class='{side}'>{escape(cell)}</td>" for cell, (_, side) in zip(row, columns, strict=True))
+        "<tr>"
+        + "".join(
+            f"<td class='{side}'>{escape(cell)}</td>" for cell, (_, side) in zip(row, columns, strict=True)
+        )
         for row in rows
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -279,7 +295,8 @@ h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 .lead { font-size: 1.1rem; margin: 0 0 1rem; }
 .note, figcaption { color: var(--muted); font-size: .9rem; max-width: 46rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 100%; margin-top: 1.5rem; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 100%;
+  margin-top: 1.5rem; }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); vertical-align: bottom; white-space: nowrap; }
 th { color: var(--muted); font-weight: 500; white-space: normal; }
 .left { text-align: left; } .right { text-align: right; }

@@ -8,7 +8,7 @@ A results file is a dictionary; keys marked ? may be missing::
     keep: share of the units kept, in (0, 1]
     models: {"dense": Measurement.to_dict(), "pruned": …}       sizes and latencies, measured in turn
     arms: [{name, model: key of models, tasks: [{task, accuracy, history: [[step, accuracy], …],
-            cost: {steps, train_flops, score_flops, similarity_flops, seconds}}, …]}, …]   the first arm is the one at issue
+            cost: {steps, train_flops, score_flops, similarity_flops, seconds}}, …]}, …]   the first: the one at issue
     dense_accuracy?: mean accuracy of the dense model on the same tasks
     overlap?: [{similarity, iou, group?}, …]                    one point a pair of tasks
     layers?: [{name, units, kept: {arm: count}}, …]
@@ -128,7 +128,7 @@ def summarise(results: Results) -> list[Arm]:
 
 def learning_curve(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[float, Mean]]:
     """Mean accuracy at each step that every task's history has."""
-    histories = [{step: accuracy for step, accuracy in t.get("history", ())} for t in tasks]
+    histories = [dict(t.get("history", ())) for t in tasks]
     common = set.intersection(*map(set, histories)) if histories else set()
     return [(step, Mean.of([h[step] for h in histories])) for step in sorted(common)]
 
