@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mvp_ext.model.storage import write_atomic
+
 from .data import ImageData, content_hash
 
 TASK_FORMAT = 1
@@ -177,22 +179,15 @@ class Task:
         if task.fingerprint != expected:
             raise ValueError(
                 f"{what}: task {task.name!r} was saved with other images of {record.get('data')!r} than "
-                f"{data.name!r} has (fingerprint: expected {str(expected)[:12]}, got {task.fingerprint[:12]}); "
-                f"load the data with the same source, image_size, test_share and seed"
+                f"{data.name!r} has (fingerprint: expected {str(expected)[:12]}, got {task.fingerprint[:12]}); load"
+                f" the data with the same source, image_size, test_share and seed"
             )
         return task
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the task as JSON; the file is replaced whole or not at all."""
-        target = Path(path)
-        partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
-            partial.write_text(
-                json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        write_atomic(path, f"{text}\n".encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], data: ImageData) -> Task:
