@@ -11,6 +11,9 @@
 // stay in L1/L2 between targets), 5·U + 4·K written per target.
 #include <algorithm>
 #include <limits>
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
 
 #include "mvp/check.h"
 #include "mvp/ops.h"
@@ -50,6 +53,48 @@ void count_votes(const bool* masks, int64_t voters, int64_t stride, int64_t unit
   }
 }
 
+#if defined(__AVX512BW__)
+
+// 64·kRows units: their votes stay in registers while the voters pass; a byte mask becomes a predicate.
+// `valid` predicates the last 64.
+template <int kRows>
+inline void sum_block(const bool* masks, int64_t voters, int64_t stride, const float* weights, uint64_t valid,
+                      float* votes) {
+  __m512 sum[4 * kRows];
+  for (auto& lane : sum) lane = _mm512_setzero_ps();
+  for (int64_t j = 0; j < voters; ++j) {
+    const __m512 weight = _mm512_set1_ps(weights[j]);
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i bytes =
+          _mm512_maskz_loadu_epi8(r == kRows - 1 ? valid : ~uint64_t{0}, masks + j * stride + 64 * r);
+      const uint64_t kept = _mm512_test_epi8_mask(bytes, bytes);
+      for (int q = 0; q < 4; ++q) {
+        auto& lane = sum[4 * r + q];
+        lane = _mm512_mask_add_ps(lane, static_cast<__mmask16>(kept >> (16 * q)), lane, weight);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r)
+    for (int q = 0; q < 4; ++q) {
+      const uint64_t whole = r == kRows - 1 ? valid : ~uint64_t{0};
+      _mm512_mask_storeu_ps(votes + 64 * r + 16 * q, static_cast<__mmask16>(whole >> (16 * q)),
+                            sum[4 * r + q]);
+    }
+}
+
+void sum_votes(const bool* masks, int64_t voters, int64_t stride, int64_t units, const float* weights,
+               float* votes) {
+  int64_t u = 0;
+  for (; u + 256 <= units; u += 256)
+    sum_block<4>(masks + u, voters, stride, weights, ~uint64_t{0}, votes + u);
+  for (; u < units; u += 64) {
+    const uint64_t valid = units - u >= 64 ? ~uint64_t{0} : (uint64_t{1} << (units - u)) - 1;
+    sum_block<1>(masks + u, voters, stride, weights, valid, votes + u);
+  }
+}
+
+#else
+
 void sum_votes(const bool* masks, int64_t voters, int64_t stride, int64_t units, const float* weights,
                float* votes) {
   constexpr int64_t kBlock = 1024;  // of votes: stays in L1 while the voters pass
@@ -64,6 +109,8 @@ void sum_votes(const bool* masks, int64_t voters, int64_t stride, int64_t units,
     }
   }
 }
+
+#endif
 
 void sample_keys(const float* votes, int64_t units, int64_t first_unit, uint32_t target, float temperature,
                  uint64_t seed, int32_t* keys) {
@@ -106,14 +153,12 @@ Border find_border(const int32_t* keys, int64_t n, int64_t k) {
   int64_t from_low = n, above_high = 0;  // how many keys are >= low, > high
   while (low < high) {
     const int32_t middle = static_cast<int32_t>(low + (int64_t{high} - low + 1) / 2);
-    int32_t least_above = kCertain, most_below = kExcluded;
-    int32_t above = 0;
-    for (int64_t u = 0; u < n; ++u) {
-      const int32_t key = keys[u];
-      const bool is_above = key >= middle;
-      above += is_above;
-      least_above = std::min(least_above, is_above ? key : kCertain);
-      most_below = std::max(most_below, is_above ? kExcluded : key);
+    int32_t least_above = kCertain, most_below = kExcluded, above = 0;
+    for (int64_t u = 0; u < n; ++u) {  // with masks, not branches: GCC vectorises it only so
+      const int32_t key = keys[u], is_above = -static_cast<int32_t>(key >= middle);
+      above -= is_above;
+      least_above = std::min(least_above, (key & is_above) | (kCertain & ~is_above));
+      most_below = std::max(most_below, (key & ~is_above) | (kExcluded & is_above));
     }
     if (above >= k) {
       low = least_above;
@@ -128,6 +173,37 @@ Border find_border(const int32_t* keys, int64_t n, int64_t k) {
   return {low, from_low - above_high, k - above_high};
 }
 
+// Every unit above the border and the first `wanted` on it.
+void write(const int32_t* keys, Border border, int64_t n, bool* mask, int32_t* index) {
+  if (border.wanted == border.ties) border.wanted = n;  // all of them (find_border may not have counted them)
+  int64_t u = 0;
+#if defined(__AVX512BW__)
+  const __m512i key_of_border = _mm512_set1_epi32(border.key);
+  __m512i unit = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; u < n; u += 16) {
+    const __mmask16 valid = n - u >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (n - u)) - 1);
+    const __m512i key = _mm512_maskz_loadu_epi32(valid, keys + u);
+    uint32_t ties = _mm512_mask_cmpeq_epi32_mask(valid, key, key_of_border);
+    if (border.wanted < 16) ties = _pdep_u32((1u << border.wanted) - 1, ties);  // its lowest `wanted` bits
+    border.wanted -= _mm_popcnt_u32(ties);
+    const uint32_t kept = ties | _mm512_mask_cmpgt_epi32_mask(valid, key, key_of_border);
+    _mm_mask_storeu_epi8(mask + u, valid, _mm_maskz_set1_epi8(static_cast<__mmask16>(kept), 1));
+    const int count = _mm_popcnt_u32(kept);
+    const __m512i packed = _mm512_maskz_compress_epi32(static_cast<__mmask16>(kept), unit);
+    _mm512_mask_storeu_epi32(index, static_cast<__mmask16>((1u << count) - 1), packed);
+    index += count;
+    unit = _mm512_add_epi32(unit, _mm512_set1_epi32(16));
+  }
+#else
+  for (; u < n; ++u) {
+    const bool tie = keys[u] == border.key && border.wanted > 0, kept = tie || keys[u] > border.key;
+    border.wanted -= tie;
+    mask[u] = kept;
+    if (kept) *index++ = static_cast<int32_t>(u);
+  }
+#endif
+}
+
 // Writes the k winners of one layer, in unit order.
 void choose(int32_t* keys, const float* prior, int64_t n, int64_t k, bool* mask, int32_t* index) {
   Border border = find_border(keys, n, k);
@@ -136,20 +212,7 @@ void choose(int32_t* keys, const float* prior, int64_t n, int64_t k, bool* mask,
       keys[u] = keys[u] > border.key ? kCertain : keys[u] == border.key ? order_key(prior[u]) : kExcluded;
     border = find_border(keys, n, k);
   }
-  if (border.wanted == border.ties) {
-    for (int64_t u = 0; u < n; ++u) mask[u] = keys[u] >= border.key;
-  } else {
-    int64_t wanted = border.wanted;
-    for (int64_t u = 0; u < n; ++u) {
-      const bool tie = keys[u] == border.key && wanted > 0;
-      wanted -= tie;
-      mask[u] = tie || keys[u] > border.key;
-    }
-  }
-  for (int64_t u = 0, kept = 0; kept < k; ++u) {
-    index[kept] = static_cast<int32_t>(u);  // without a branch: overwritten by the next unit if u is not kept
-    kept += mask[u];
-  }
+  write(keys, border, n, mask, index);
 }
 
 }  // namespace

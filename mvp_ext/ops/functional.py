@@ -53,7 +53,7 @@ def meta_vote(
     equal votes are decided by the prior, then by the lower unit; NaN votes or priors rank below every number. A voter
     with weight NaN spoils only the units it kept. Drawn noise depends on (seed, target, unit) alone.
 
-    Source: the vote of Meta-Vote Pruning (Zhao et al., ECML PKDD 2023, arXiv 2301.11560), re-implemented from its abstract.
+    Source: the vote of Meta-Vote Pruning (Zhao et al., ECML PKDD 2023, arXiv 2301.11560), from its abstract.
     """
     check_tensor("meta_vote", "masks", masks, ndim=2, dtypes=(torch.bool,))
     voters, units = masks.shape
