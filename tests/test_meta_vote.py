@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mvp_ext.ops import kept_units, meta_vote, reference, registry
 from mvp_ext.ops.philox import gumbel_noise, philox4x32, portable_log
@@ -119,7 +120,7 @@ def test_views():
 
 def test_many_targets_equal_single_votes():
     layers = LAYERS["resnet18"]
-    masks, weights, prior = draw(layers, 20, 40)  # large enough for several threads
+    masks, weights, prior = draw(layers, 20, 80)  # large enough for several threads
     together = meta_vote(masks, weights, layers=layers, keep=0.5, prior=prior)
     for t, w in enumerate(weights):
         alone = meta_vote(masks, w, layers=layers, keep=0.5, prior=prior)
@@ -129,7 +130,7 @@ def test_many_targets_equal_single_votes():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_repeats_and_threads_agree(threads):
     layers = LAYERS["resnet18"]
-    masks, weights, prior = draw(layers, 50, 20)
+    masks, weights, prior = draw(layers, 50, 40)
     arguments = {"layers": layers, "keep": 0.3, "prior": prior, "temperature": 0.7, "seed": 3}
     wanted = reference.meta_vote(masks, weights, **arguments)
     before = torch.get_num_threads()
@@ -270,8 +271,18 @@ def test_errors(change, error, message):
 def test_opcheck():
     masks, weights, prior = draw([7, 9], 4, 2)
     for temperature in (None, 0.5):
-        torch.library.opcheck(registry.meta_vote, (masks, weights, prior, [7, 9], [3, 4], temperature, 1))
-    torch.library.opcheck(registry.meta_vote, (masks, None, None, [7, 9], [3, 4], None, 0))
+        torch.library.opcheck(registry.meta_vote_op, (masks, weights, prior, [7, 9], [3, 4], temperature, 1))
+    torch.library.opcheck(registry.meta_vote_op, (masks, None, None, [7, 9], [3, 4], None, 0))
+
+
+def test_modes_see_the_op():
+    """The short cut around the dispatcher is not taken where someone watches it."""
+    masks, weights, _ = draw([7, 9], 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        meta_vote(masks, weights, layers=[7, 9], keep=0.5)
+    assert any(event.key == "mvp_ext::meta_vote" for event in profile.key_averages())
+    graph = make_fx(lambda m, w: meta_vote(m, w, layers=[7, 9], keep=0.5)[:3])(masks, weights)
+    assert any("mvp_ext.meta_vote" in str(node.target) for node in graph.graph.nodes)
 
 
 def test_compile():

@@ -63,7 +63,7 @@ def meta_vote(
         if weights.shape[-1] != voters:
             shape = (*weights.shape[:-1], voters)
             check_shape("meta_vote", "weights", weights, shape, "[N] or [T, N]")
-        weights = weights.to(torch.float32).contiguous()
+        weights = _contiguous_f32(weights)
     if prior is not None:
         check_tensor("meta_vote", "prior", prior, ndim=(1, 2), dtypes=FLOATS, device=device)
         if prior.ndim == 1:
@@ -75,7 +75,7 @@ def meta_vote(
                     "meta_vote: prior: expected [U] where weights is not [T, N], got two dimensions"
                 )
             check_shape("meta_vote", "prior", prior, (targets, units), "[T, U]")
-        prior = prior.to(torch.float32).contiguous()
+        prior = _contiguous_f32(prior)
     if sum(layers) != units:
         raise ValueError(f"meta_vote: layers: expected a sum of {units} (masks.shape[1]), got {sum(layers)}")
     kept = kept_units(layers, keep, align)
@@ -92,3 +92,7 @@ def meta_vote(
         masks.contiguous(), weights, prior, layers, kept, temperature, seed
     )
     return Vote(mask, index, votes, kept)
+
+
+def _contiguous_f32(x: Tensor) -> Tensor:
+    return (x if x.dtype is torch.float32 else x.to(torch.float32)).contiguous()
