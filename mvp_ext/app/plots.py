@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mvp_ext.app.results import Arm, Results, chance_overlap, flops_text, learning_curve, summarise
 
@@ -112,6 +112,9 @@ def accuracy_against_steps(results: Results, theme: Theme) -> Figure:
         last > 200
     ):  # a from-scratch arm takes many times the steps: a linear axis would squeeze the others to a line
         axes.set_xscale("symlog", linthresh=20)
+        axes.set_xlim(left=-1)
+        marks = [0, 10, *(m * 10**e for e in range(1, 7) for m in (2, 5, 10))]
+        axes.set_xticks([mark for mark in marks if mark <= last], minor=False)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("fine-tuning steps of the target task")
     axes.set_ylabel("test accuracy (%)")
@@ -140,8 +143,11 @@ def accuracy_against_cost(arms: list[Arm], dense_accuracy: float | None, theme: 
     _dense_line(axes, dense_accuracy, theme)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops_text(value)))
-    axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     axes.margins(x=0.15)
+    low, high = axes.get_xlim()
+    many = high / low > 300  # then whole powers of ten are marks enough
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("training, scoring and similarity FLOPs a task")
     axes.set_ylabel("test accuracy (%)")
     _legend(axes, theme)

@@ -289,7 +289,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--surface); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main { max-width: 66rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
 h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 .lead { font-size: 1.1rem; margin: 0 0 1rem; }
@@ -297,8 +297,8 @@ h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; min-width: 100%;
   margin-top: 1.5rem; }
-th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); vertical-align: bottom; white-space: nowrap; }
-th { color: var(--muted); font-weight: 500; white-space: normal; }
+th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); vertical-align: bottom; white-space: nowrap; }
+th { color: var(--muted); font-weight: 500; white-space: normal; min-width: 4rem; }
 .left { text-align: left; } .right { text-align: right; }
 tbody tr:first-child td { font-weight: 600; } tbody tr:last-child td { color: var(--muted); }
 figure { margin: 0; } figure img { width: 100%; min-width: 34rem; height: auto; display: block; }
