@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -76,10 +77,14 @@ def test_no_requirement_but_torch_brings_cuda() -> None:
     assert not [name for name in seen if CUDA_PACKAGE.match(name)]
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build and brings CUDA's packages")
+@pytest.mark.skipif(
+    torch.version.cuda is not None, reason="this torch is a CUDA build and brings CUDA's packages"
+)
 def test_no_cuda_package_is_installed_beside_a_cpu_torch() -> None:
     # Of this environment alone: a folder that PYTHONPATH adds is none of its business.
-    found = {d.metadata["Name"] for d in metadata.distributions() if CUDA_PACKAGE.match(d.metadata["Name"] or "")}
+    found = {
+        d.metadata["Name"] for d in metadata.distributions() if CUDA_PACKAGE.match(d.metadata["Name"] or "")
+    }
     assert not found
 
 
@@ -88,13 +93,19 @@ def test_building_needs_no_torch() -> None:
     sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
     assert len(sources) > 3
     for source in [*sources, ROOT / "setup.py"]:
-        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/|^import torch|import_module", source.read_text()), source
+        assert not re.search(
+            r"#include\s*[<\"](torch|ATen|c10)/|^import torch|import_module", source.read_text()
+        ), source
     cmake = (ROOT / "CMakeLists.txt").read_text()
-    assert not re.search(r"find_package\(\s*Torch|FetchContent|ExternalProject|file\(DOWNLOAD", cmake, re.IGNORECASE)
+    assert not re.search(
+        r"find_package\(\s*Torch|FetchContent|ExternalProject|file\(DOWNLOAD", cmake, re.IGNORECASE
+    )
 
 
 def test_every_module_is_packaged() -> None:
-    packages = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "mvp_ext").rglob("__init__.py")}
+    packages = {
+        str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "mvp_ext").rglob("__init__.py")
+    }
     assert packages == set(project()["tool"]["setuptools"]["packages"])
 
 
@@ -107,7 +118,7 @@ def test_pins_are_exact_and_cover_the_requirements() -> None:
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     pins = dict(line.split(";")[0].strip().split("==") for line in lines if line)
     declared = project()["project"]
-    wanted = declared["dependencies"] + sum(declared["optional-dependencies"].values(), [])
+    wanted = itertools.chain(declared["dependencies"], *declared["optional-dependencies"].values())
     names = {re.split(r"[<>=~! ]", requirement)[0].lower() for requirement in wanted}
     assert names <= set(pins)
     assert f"TORCH ?= torch=={pins['torch']}\n" in (ROOT / "Makefile").read_text()
@@ -115,10 +126,12 @@ def test_pins_are_exact_and_cover_the_requirements() -> None:
 
 @needs_build_tools
 def test_a_source_distribution_builds_twice_in_one_tree(tmp_path: Path) -> None:
-    """From the source distribution alone; the second time with its build tools somewhere else, as an isolated build has them."""
+    """From the source distribution alone; then with its build tools elsewhere, as every isolated build has them."""
     build = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
     tree = tmp_path / "tree"
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", "runs", ".*_cache")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "build", "*.so", "*.egg-info", "__pycache__", "runs", ".*_cache"
+    )
     shutil.copytree(ROOT, tree, ignore=ignored)
     run(sys.executable, "-c", build, "build_sdist", tmp_path, cwd=tree)
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -154,7 +167,9 @@ def test_a_source_distribution_builds_twice_in_one_tree(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "second.whl") as archive_of_wheel:
         archive_of_wheel.extractall(tmp_path / "installed")
     code = "import mvp_ext, mvp_ext.ops._native as n; print(mvp_ext.__file__, n.build_info()['cpu_isa'])"
-    out = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"), MVP_CPU_ISA="")
+    out = run(
+        sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "installed"), MVP_CPU_ISA=""
+    )
     assert str(tmp_path / "installed") in out
     assert out.split()[-1] == "baseline"
 
@@ -170,13 +185,21 @@ def test_the_native_module_links_no_torch_and_no_cuda_runtime() -> None:
 
 def test_the_environment_report() -> None:
     out = run(sys.executable, "-m", "mvp_ext", cwd=Path(metadata.__file__).parent)
-    for fact in (f"torch {torch.__version__}", "native module", "cpu instruction set", "cuda kernels", "gpu driver"):
+    for fact in (
+        f"torch {torch.__version__}",
+        "native module",
+        "cpu instruction set",
+        "cuda kernels",
+        "gpu driver",
+    ):
         assert fact in re.sub(r" +", " ", out), fact
 
 
 def test_the_environment_report_without_the_native_module(tmp_path: Path) -> None:
     """A source tree that was never built still says what is wrong, and so does the first kernel called."""
-    shutil.copytree(ROOT / "mvp_ext", tmp_path / "mvp_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        ROOT / "mvp_ext", tmp_path / "mvp_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     out = run(sys.executable, "-m", "mvp_ext", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert str(tmp_path) in out
     assert "native module" in out
