@@ -1,6 +1,7 @@
 """Arithmetic on tensors that knows no model: the native kernels, their public functions and their references."""
 
 from mvp_ext.ops.functional import meta_vote
+from mvp_ext.ops.packing import pack, unpack
 from mvp_ext.ops.vote import Vote, kept_units
 
-__all__ = ["Vote", "kept_units", "meta_vote"]
+__all__ = ["Vote", "kept_units", "meta_vote", "pack", "unpack"]

@@ -65,3 +65,29 @@ def _largest(keys: Tensor, prior: Tensor, count: int) -> Tensor:
     order = (-prior).sort(dim=-1, stable=True).indices  # ascending and of the negative: NaN comes last
     order = order.gather(-1, (-keys).gather(-1, order).sort(dim=-1, stable=True).indices)
     return order[..., :count].sort(dim=-1).values
+
+
+def pack(
+    tensors: Sequence[Tensor], rows: Sequence[Tensor | None], cols: Sequence[Tensor | None]
+) -> list[Tensor]:
+    packed = []
+    for tensor, row, col in zip(tensors, rows, cols, strict=True):
+        part = tensor.detach().clone()
+        part = part if row is None else part.index_select(0, row)
+        packed.append(part if col is None else part.index_select(1, col))
+    return packed
+
+
+def unpack(
+    packed: Sequence[Tensor],
+    out: Sequence[Tensor],
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+) -> None:
+    for part, full, row, col in zip(packed, out, rows, cols, strict=True):
+        at = [
+            torch.arange(size, device=full.device) if index is None else index.long()
+            for size, index in zip(full.shape, (row, col), strict=False)
+        ]
+        with torch.no_grad():
+            full[torch.meshgrid(*at, indexing="ij") if len(at) == 2 else at[0]] = part

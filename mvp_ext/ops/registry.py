@@ -111,3 +111,94 @@ def meta_vote(
     if not torch.compiler.is_compiling() and nobody_listens() and type(masks) is Tensor and masks.is_cpu:
         return _meta_vote_cpu(masks, weights, prior, layers, kept, temperature, seed)
     return meta_vote_op(masks, weights, prior, layers, kept, temperature, seed)
+
+
+def packed_shape(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> list[int]:
+    shape = list(tensor.shape)
+    if rows is not None:
+        shape[0] = rows.shape[0]
+    if cols is not None:
+        shape[1] = cols.shape[0]
+    return shape
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return (
+        tensor.ndim == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """In one of the two layouts that the kernels of whole models know: contiguous or channels_last."""
+    return tensor if tensor.is_contiguous() or _is_channels_last(tensor) else tensor.contiguous()
+
+
+def _empty_packed(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    form = torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
+    shape = packed_shape(tensor, rows, cols)
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=form)
+
+
+_MOVED_AS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
+_KERNEL_DTYPES = {
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool,
+}  # fmt: skip
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    """For kernels that only move elements: a dtype that they know, of the same size."""
+    return tensor if tensor.dtype in _KERNEL_DTYPES else tensor.view(_MOVED_AS[tensor.itemsize])
+
+
+def _pack_fake(tensors: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]) -> list[Tensor]:
+    return [_empty_packed(t, r, c) for t, r, c in zip(tensors, rows, cols, strict=True)]
+
+
+def _pack_cpu(tensors: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]) -> list[Tensor]:
+    packed = _pack_fake(tensors, rows, cols)
+    native().pack_cpu(
+        [_as_bits(_dense(t)) for t in tensors],
+        rows,
+        cols,
+        [_as_bits(t) for t in packed],
+        torch.get_num_threads(),
+    )
+    return packed
+
+
+pack = _define(
+    "pack(Tensor[] tensors, Tensor?[] rows, Tensor?[] cols) -> Tensor[]", fake=_pack_fake, cpu=_pack_cpu
+)
+
+
+def _unpack_fake(
+    packed: list[Tensor], out: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]
+) -> None:
+    return None
+
+
+def _unpack_cpu(
+    packed: list[Tensor], out: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]
+) -> None:
+    full = [_dense(t) for t in out]
+    parts = [
+        p.contiguous(memory_format=torch.channels_last if _is_channels_last(f) else torch.contiguous_format)
+        for p, f in zip(packed, full, strict=True)
+    ]
+    native().unpack_cpu(
+        [_as_bits(p) for p in parts], rows, cols, [_as_bits(f) for f in full], torch.get_num_threads()
+    )
+    for target, written in zip(out, full, strict=True):
+        if written is not target:
+            target.copy_(written)
+        else:  # the kernel wrote behind autograd's back: whoever saved this tensor must notice
+            torch.autograd.graph.increment_version(target)
+
+
+unpack = _define(
+    "unpack(Tensor[] packed, Tensor(a!)[] out, Tensor?[] rows, Tensor?[] cols) -> ()",
+    fake=_unpack_fake,
+    cpu=_unpack_cpu,
+)

@@ -1,0 +1,227 @@
+"""pack and unpack: exact against the reference, at every way a kernel can take."""
+
+# ruff: noqa: E501  (the tables of errors read best with a case a line)
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvp_ext.ops import pack, reference, unpack
+
+DTYPES = [
+    torch.float32, torch.float16, torch.bfloat16, torch.float64,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+]  # fmt: skip
+# 1-D; short, element-wide, chunk-wide and long pieces; a linear weight; convolutions; more than 2^16 rows.
+SHAPES = [
+    (0,), (1,), (7,), (33,), (70001,), (0, 5), (5, 0), (1, 1), (31, 2), (32, 33), (70001, 1), (3, 70001), (64, 384),
+    (9, 5, 2), (13, 17, 3, 3), (16, 8, 1, 1), (8, 16, 5, 5), (4, 6, 11, 11), (2, 3, 2, 1, 2, 3),
+]  # fmt: skip
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 100, shape, generator=generator).to(dtype)
+
+
+def kept(size: int, share: float = 0.5, seed: int = 0, dtype: torch.dtype = torch.int64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + size)
+    return torch.randperm(size, generator=generator)[: round(size * share)].sort().values.to(dtype)
+
+
+def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(got) == len(expected)
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype
+        assert g.shape == e.shape
+        assert torch.equal(g, e)
+
+
+def both(tensors: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]) -> None:
+    """pack equals the reference; unpack into other tensors equals it too, and leaves the rest alone."""
+    packed = pack(tensors, rows, cols)
+    assert_equal(packed, reference.pack(tensors, rows, cols))
+    ours, theirs = [torch.full_like(t, 1) for t in tensors], [torch.full_like(t, 1) for t in tensors]
+    unpack(packed, ours, rows, cols)
+    reference.unpack(packed, theirs, rows, cols)
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_shapes_of_one_dtype(dtype: torch.dtype) -> None:
+    tensors = [make(shape, dtype, seed) for seed, shape in enumerate(SHAPES)]
+    for use_rows in (False, True):
+        for use_cols in (False, True):
+            rows = [kept(t.shape[0]) if use_rows else None for t in tensors]
+            cols = [kept(t.shape[1], dtype=torch.int32) if use_cols and t.ndim > 1 else None for t in tensors]
+            both(tensors, rows, cols)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
+def test_shares(share: float) -> None:
+    tensors = [make(s, torch.float32) for s in [(33, 65), (64, 128, 3, 3), (31, 40, 7, 7), (50,)]]
+    both(
+        tensors,
+        [kept(t.shape[0], share) for t in tensors],
+        [kept(t.shape[1], share) if t.ndim > 1 else None for t in tensors],
+    )
+
+
+@pytest.mark.parametrize("shape", [(40, 70), (40, 70, 3, 3), (40, 70, 2, 1, 2), (300, 3)])
+def test_any_order_and_repeats(shape: tuple[int, ...]) -> None:
+    tensor = make(shape, torch.float32)
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(0, shape[0], (55,), generator=generator)
+    cols = torch.randint(0, shape[1], (90,), generator=generator)
+    assert_equal(pack([tensor], [rows], [cols]), reference.pack([tensor], [rows], [cols]))
+    shuffled = (
+        torch.randperm(shape[0], generator=generator)[:20],
+        torch.randperm(shape[1], generator=generator)[: shape[1] // 2],
+    )
+    both([tensor], [shuffled[0]], [shuffled[1]])
+
+
+def test_blocks_of_heads() -> None:
+    heads = torch.tensor([1, 2, 5])
+    index = (heads[:, None] * 64 + torch.arange(64)).reshape(-1)
+    both([make((384, 384), torch.float32)] * 2, [index, None], [None, index])
+
+
+def test_layouts() -> None:
+    weight = make((24, 18, 3, 3), torch.float32)
+    last = weight.to(memory_format=torch.channels_last)
+    tensors = [
+        last, make((18, 24), torch.float32).t(), make((48, 18), torch.float32)[::2, 1:], weight[:, :, 1:, 1:],
+        make((24, 18, 2, 2), torch.bfloat16).to(memory_format=torch.channels_last), make((99,), torch.float32)[3::4],
+    ]  # fmt: skip
+    rows = [kept(t.shape[0]) for t in tensors]
+    cols = [kept(t.shape[1]) if t.ndim > 1 else None for t in tensors]
+    both(tensors, rows, cols)
+    both([last] * 3, [None, kept(24), None], [None, None, kept(18)])
+    assert pack([last], [kept(24)], [kept(18)])[0].is_contiguous(memory_format=torch.channels_last)
+    assert_equal(
+        pack([weight], [kept(48)[::2] // 2], [None]), reference.pack([weight], [kept(48)[::2] // 2], [None])
+    )
+
+
+def test_unpack_takes_any_layout_of_packed() -> None:
+    rows, cols = kept(24), kept(18)
+    for form in (torch.contiguous_format, torch.channels_last):
+        for other in (torch.contiguous_format, torch.channels_last):
+            out = make((24, 18, 3, 3), torch.float32).to(memory_format=form)
+            expected, part = out.clone(), make((12, 9, 3, 3), torch.float32, 5).to(memory_format=other)
+            reference.unpack([part], [expected], [rows], [cols])
+            unpack([part], [out], [rows], [cols])
+            assert torch.equal(out, expected)
+
+
+def test_values_survive_bit_for_bit() -> None:
+    tensor = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-45]] * 3)
+    packed = pack([tensor], [torch.tensor([2])], [torch.tensor([0, 2, 3])])[0]
+    assert torch.equal(packed.view(torch.int32), tensor[:1, [0, 2, 3]].view(torch.int32))
+
+
+def test_no_alias_no_gradient_no_stale_graph() -> None:
+    parameter = torch.nn.Parameter(torch.randn(4, 5))
+    packed = pack([parameter], [None], [None])[0]
+    assert packed.data_ptr() != parameter.data_ptr()
+    assert not packed.requires_grad
+    loss = (parameter * parameter).sum()
+    unpack([torch.zeros(2, 5)], [parameter], [torch.tensor([0, 3])], [None])
+    assert parameter[0].abs().sum() == 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_deterministic_and_empty_list() -> None:
+    tensors = [make((513, 700), torch.float32), make((64, 64, 3, 3), torch.float32)] * 3
+    rows, cols = [kept(t.shape[0]) for t in tensors], [kept(t.shape[1]) for t in tensors]
+    first = pack(tensors, rows, cols)
+    for _ in range(10):
+        assert_equal(pack(tensors, rows, cols), first)
+    assert pack([], [], []) == []
+    unpack([], [], [], [])
+
+
+def test_opcheck() -> None:
+    tensors = [
+        torch.randn(6, 8),
+        torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last),
+        torch.randn(5),
+    ]
+    rows, cols = [kept(6), None, kept(5)], [kept(8), kept(4), None]
+    torch.library.opcheck(torch.ops.mvp_ext.pack.default, (tensors, rows, cols))
+    packed = pack(tensors, rows, cols)
+    torch.library.opcheck(torch.ops.mvp_ext.unpack.default, (packed, tensors, rows, cols))
+
+
+def test_compiles() -> None:
+    def both_ways(a: Tensor, rows: Tensor) -> Tensor:
+        part = pack([a], [rows], [None])[0] * 2
+        out = torch.zeros_like(a)
+        unpack([part], [out], [rows], [None])
+        return out + 1
+
+    a, rows = torch.randn(6, 4), kept(6)
+    compiled = torch.compile(both_ways, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a, rows), both_ways(a, rows))
+
+
+WEIGHT = torch.zeros(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([WEIGHT], [], [None]), ValueError, "pack: rows: expected 1 entries, one for each of tensors, got 0"),
+        (([WEIGHT], [None], []), ValueError, "pack: cols: expected 1 entries"),
+        ((["w"], [None], [None]), TypeError, r"pack: tensors\[0\]: expected a torch.Tensor, got str"),
+        (([torch.tensor(1.0)], [None], [None]), ValueError, "expected at least 1 dimensions"),
+        (([torch.zeros(3)], [None], [kept(3)]), ValueError, "expected at least 2 dimensions, got \\(3,\\)"),
+        (([WEIGHT], [torch.tensor([0.5])], [None]), TypeError, r"rows\[0\]: expected dtype int64 or int32, got float32"),
+        (([WEIGHT], [torch.zeros(1, 1, dtype=torch.int64)], [None]), ValueError, r"rows\[0\]: expected 1 dimensions"),
+        (([WEIGHT], [torch.tensor([4])], [None]), ValueError, r"pack: rows\[0\]: expected indices in \[0, 4\), got 4"),
+        (([WEIGHT], [None], [torch.tensor([0, -1])]), ValueError, r"pack: cols\[0\]: expected indices in \[0, 5\), got -1"),
+        (([WEIGHT.to(torch.complex64)], [None], [None]), TypeError, "expected a real dtype"),
+        (([WEIGHT.to("meta"), WEIGHT], [None] * 2, [None] * 2), ValueError, r"tensors\[1\]: expected device meta, got cpu"),
+        (([WEIGHT.to_sparse()], [None], [None]), NotImplementedError, "expected a strided tensor"),
+    ],
+)  # fmt: skip
+def test_pack_errors(arguments: tuple[list, list, list], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        pack(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("packed", "rows", "error", "message"),
+    [
+        ([torch.ones(3, 5)], torch.tensor([0, 1]), ValueError, r"unpack: packed\[0\]: expected shape \(2, 5\), got \(3, 5\)"),
+        ([], torch.tensor([0, 1]), ValueError, "unpack: packed: expected 1 tensors"),
+        ([torch.ones(2, 5).half()], torch.tensor([0, 1]), TypeError, r"packed\[0\]: expected dtype float32, got float16"),
+        ([torch.ones(2, 5)], torch.tensor([3, 3]), ValueError, r"unpack: rows\[0\]: expected no index twice, got 3 again"),
+        ([torch.ones(2, 5)], torch.tensor([0, 9]), ValueError, r"unpack: rows\[0\]: expected indices in \[0, 4\), got 9"),
+    ],
+)  # fmt: skip
+def test_unpack_errors_write_nothing(
+    packed: list[Tensor], rows: Tensor, error: type[Exception], message: str
+) -> None:
+    out = torch.zeros(4, 5)
+    with pytest.raises(error, match=message):
+        unpack(packed, [out], [rows], [None])
+    assert not out.any()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(isa: str) -> None:
+    tests = (
+        f"{__file__}::test_all_shapes_of_one_dtype[torch.float32]",
+        f"{__file__}::test_any_order_and_repeats",
+    )
+    environment = {**os.environ, "MVP_CPU_ISA": isa}
+    subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], check=True, env=environment, timeout=120)
