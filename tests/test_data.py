@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from mvp_ext.pruning import sources
-from mvp_ext.pruning.batches import augment, eval_batches, shuffled_indices, to_batch, train_batches
+from mvp_ext.pruning.batches import augment, eval_batches, resize, shuffled_indices, to_batch, train_batches
 from mvp_ext.pruning.data import DataError, ImageData, load_data
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -293,6 +295,32 @@ def test_cifar100_without_network_says_what_to_do(tmp_path, monkeypatch):
         load_data(f"cifar100:{tmp_path}")
 
 
+def test_cifar100_from_a_local_copy(tmp_path, monkeypatch):
+    """The files of torchvision's copy, three images large."""
+    from mvp_ext.model.timm_compat import import_timm
+
+    import_timm()
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / CIFAR100.base_folder
+    folder.mkdir()
+    planar = np.arange(3 * 3072, dtype=np.int64).astype(np.uint8).reshape(3, 3072)
+    split = {"data": planar, "fine_labels": [0, 1, 1], "coarse_labels": [1, 0, 0]}
+    names = {"fine_label_names": ["apple", "bee"], "coarse_label_names": ["insects", "fruit"]}
+    for name, value in {"train": split, "test": split, "meta": names}.items():
+        (folder / name).write_bytes(pickle.dumps(value))
+    monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(
+        CIFAR100, "_load_meta", lambda self: setattr(self, "classes", names["fine_label_names"])
+    )
+    data = load_data(f"cifar100:{tmp_path}")
+    assert data.class_names == ("apple", "bee")
+    assert data.train_labels.tolist() == [0, 1, 1]
+    assert torch.equal(data.test_images[2].permute(2, 0, 1).flatten(), torch.from_numpy(planar[2]))
+    assert data.superclass_of_class == (1, 0)
+    assert data.superclass_names == ("insects", "fruit")
+
+
 def test_image_data_checks_itself():
     good = load_data("digits")
     fields = {name: getattr(good, name) for name in ("name", "test_images", "test_labels", "class_names")}
@@ -317,17 +345,33 @@ def test_image_data_checks_itself():
 # ---- batches
 
 
-def test_to_batch_against_plain_torch():
+@pytest.mark.parametrize("size", [1, 4, 9, 20, 31])
+def test_to_batch_against_plain_torch(size):
     x = torch.from_numpy(images(5, size=9))
-    for size in (4, 9, 20):
-        plain = x.permute(0, 3, 1, 2).double() / 255
-        plain = torch.nn.functional.interpolate(plain, (size, size), mode="bilinear", antialias=size < 9)
-        expected = (plain - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        for channels_last in (True, False):
-            got = to_batch(x, size, MEAN, STD, channels_last=channels_last)
-            torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=1e-5)
-            layout = torch.channels_last if channels_last else torch.contiguous_format
-            assert got.is_contiguous(memory_format=layout)
+    exact = torch.nn.functional.interpolate(
+        x.permute(0, 3, 1, 2).double(), (size, size), mode="bilinear", antialias=size < 9
+    )
+    resized = resize(x, size)
+    assert resized.dtype == torch.uint8
+    assert resized.is_contiguous()
+    assert (
+        resized.permute(0, 3, 1, 2) - exact
+    ).abs().max() <= 1  # half a byte of rounding, and fixed-point weights
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (MEAN, STD))
+    expected = (resized.permute(0, 3, 1, 2).double() / 255 - mean) / std
+    for channels_last in (True, False):
+        got = to_batch(x, size, MEAN, STD, channels_last=channels_last)
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        assert got.is_contiguous(memory_format=layout)
+
+
+def test_to_batch_takes_slices_and_nothing():
+    x = torch.from_numpy(images(8, size=9))
+    part = x[1::2, 2:8, 1:7]
+    assert torch.equal(to_batch(part, 6, MEAN, STD), to_batch(part.contiguous(), 6, MEAN, STD))
+    assert torch.equal(to_batch(part, 4, MEAN, STD), to_batch(part.contiguous(), 4, MEAN, STD))
+    assert to_batch(x[:0], 9, MEAN, STD).shape == (0, 3, 9, 9)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,28 @@ def _reflect(index: Tensor, size: int) -> Tensor:
     return last - (last - index.abs()).abs()
 
 
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize to squares: bilinear, with antialiasing where it shrinks, rounded to bytes as image libraries do.
+
+    Args:
+        images: uint8 [B, H, W, C].
+        size: side of the result in pixels.
+
+    Returns:
+        uint8 [B, size, size, C], contiguous; ``images`` itself where the size is right already.
+    """
+    if tuple(images.shape[1:3]) == (size, size):
+        return images.contiguous()
+    pixels = images.permute(0, 3, 1, 2)  # a view of NHWC memory: to torch, this is channels_last
+    shrinks = size < min(pixels.shape[2:])
+    # On the CPU torch interpolates bytes by integer arithmetic, ten times as fast as floats; elsewhere it cannot.
+    source = pixels if images.device.type == "cpu" else pixels.float()
+    resized = functional.interpolate(source, (size, size), mode="bilinear", antialias=shrinks)
+    if resized.is_floating_point():
+        resized = resized.round_().clamp_(0, 255).to(torch.uint8)
+    return resized.permute(0, 2, 3, 1).contiguous()
+
+
 def to_batch(
     images: Tensor,
     size: int,
@@ -63,9 +85,9 @@ def to_batch(
 
     Args:
         images: uint8 [B, H, W, 3], on any device.
-        size: side of the square the model takes; bilinear (with antialiasing where it shrinks).
+        size: side of the square the model takes.
         mean, std: per channel, of images in 0..1.
-        channels_last: memory format of the result (the layout that CPU and GPU convolutions are fastest in).
+        channels_last: memory format of the result (the layout that convolutions are fastest in).
 
     Returns:
         float32 [B, 3, size, size] on the images' device.
@@ -76,24 +98,12 @@ def to_batch(
         )
     if size < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"to_batch: expected size ≥ 1, 3 means, 3 std > 0, got {size}, {mean}, {std}")
-    scale, shift = (
-        torch.tensor([factor(m, s) for m, s in zip(mean, std, strict=True)], device=images.device).view(
-            1, 3, 1, 1
-        )
-        for factor in (lambda _, s: 1 / (255 * s), lambda m, s: -m / s)
-    )
-    batch = images.permute(0, 3, 1, 2).float()  # a view of NHWC memory: this already is channels_last
-    height, width = images.shape[1:3]
-    shrinks = size < min(height, width)
-    # Interpolation weights sum to one, so normalising commutes with resizing: do it on the smaller side.
-    if not shrinks:
-        batch = batch.mul_(scale).add_(shift)
-    if (height, width) != (size, size):
-        batch = functional.interpolate(batch, (size, size), mode="bilinear", antialias=shrinks)
-    if shrinks:
-        batch = batch.mul_(scale).add_(shift)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return batch.contiguous(memory_format=layout)
+    factors = [[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
+    scale, shift = torch.tensor(factors, device=images.device).repeat(1, size)  # for one row of pixels
+    # Rows of pixels, not pixels, are broadcast over: an inner dimension of 3 would be several times slower.
+    rows = resize(images, size).view(-1, size * 3).float().mul_(scale).add_(shift)
+    batch = rows.view(-1, size, size, 3).permute(0, 3, 1, 2)
+    return batch if channels_last else batch.contiguous()
 
 
 def shuffled_indices(count: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:

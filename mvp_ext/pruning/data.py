@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from .batches import resize
 from .sources import DataError, existing_paths, read_cifar100, read_digits, read_paths
 
 __all__ = ["DataError", "ImageData", "content_hash", "load_data"]
@@ -166,14 +166,7 @@ def _to_squares(images: Tensor, size: int | None) -> Tensor:
     if height != width:
         top, left = (height - side) // 2, (width - side) // 2
         images = images[:, top : top + side, left : left + side]
-    if size is None or size == side:
-        return images.contiguous()
-    out = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
-    for start in range(0, len(images), 1024):  # the float copy of a whole data set would not fit
-        chunk = images[start : start + 1024].permute(0, 3, 1, 2).float()
-        resized = functional.interpolate(chunk, (size, size), mode="bilinear", antialias=True)
-        out[start : start + 1024] = resized.round_().clamp_(0, 255).permute(0, 2, 3, 1).to(torch.uint8)
-    return out
+    return images.contiguous() if size is None else resize(images, size)
 
 
 def _stratified(labels: np.ndarray, share: float, seed: int, names: Sequence[str], what: str) -> np.ndarray:

@@ -7,6 +7,7 @@ or raises :class:`DataError`; nothing is left out silently.
 from __future__ import annotations
 
 import os
+import pickle
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -61,7 +62,19 @@ def read_cifar100(folder: str) -> dict[str, Any]:
     for split, dataset in splits.items():
         data[f"{split}_images"] = np.asarray(dataset.data)
         data[f"{split}_labels"] = np.asarray(dataset.targets)
-    return data
+    return data | _cifar100_superclasses(root / CIFAR100.base_folder)
+
+
+def _cifar100_superclasses(folder: Path) -> dict[str, Any]:
+    """torchvision leaves the superclasses out; they lie in the same files, whose checksums it has just compared."""
+    train, meta = (
+        pickle.loads((folder / name).read_bytes(), encoding="latin1") for name in ("train", "meta")
+    )
+    group_of = dict(zip(train["fine_labels"], train["coarse_labels"], strict=True))
+    return {
+        "superclass_of_class": tuple(group_of[label] for label in range(len(meta["fine_label_names"]))),
+        "superclass_names": tuple(meta["coarse_label_names"]),
+    }
 
 
 def existing_paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
