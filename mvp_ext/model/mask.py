@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mvp_ext.model import storage
+from mvp_ext.ops import kept_units
 
 if TYPE_CHECKING:
     from mvp_ext.model.structure import Structure
@@ -93,22 +94,29 @@ class Mask:
                 ``keep`` is then one share, of all units; rounding to ``align`` comes after.
 
         Raises:
-            ValueError: a layer has no scores, another number of them, NaN, or (with ``global_``) an infinite
-                one.
+            ValueError: a layer has no scores, another number of them, NaN, or (with ``global_``) an infinite one;
+                a share is outside (0, 1], a count outside [1, units].
+            TypeError: ``keep`` is of another kind.
         """
         checked = [_scores_of(layer.name, layer.units, scores, finite=global_) for layer in structure]
         aligns = [1 if layer.kind == "head" else align for layer in structure]
+        units = structure.units_per_layer
+        if isinstance(keep, (int, str)):  # not 1 for 1.0: is it all units, or one a layer?
+            raise TypeError(
+                f"Mask.from_scores: keep: expected a float, or a sequence of floats or ints, got {keep!r}"
+            )
+        if global_ and not isinstance(keep, float):
+            raise TypeError(
+                f"Mask.from_scores: keep: expected one share (float) with global_=True, got {keep!r}"
+            )
+        shares: Sequence[float | int] = [keep] * len(units) if isinstance(keep, float) else keep
+        if len(shares) != len(units):
+            raise ValueError(
+                f"Mask.from_scores: keep: expected {len(units)} values (one a layer), got {len(shares)}"
+            )
         if global_:
-            if not isinstance(keep, (int, float)):
-                raise ValueError(
-                    f"Mask.from_scores: keep: expected one share with global_=True, got {keep!r}"
-                )
-            counts = _global_counts(checked, float(keep))
-            kept = [
-                _aligned(k, n, a) for k, n, a in zip(counts, structure.units_per_layer, aligns, strict=True)
-            ]
-        else:
-            kept = list(_kept_units(structure.units_per_layer, keep, aligns))
+            shares = [k / n for k, n in zip(_global_counts(checked, shares[0]), units, strict=True)]
+        kept = [kept_units((n,), (share,), a)[0] for n, share, a in zip(units, shares, aligns, strict=True)]
         layers = {}
         for layer, values, k in zip(structure, checked, kept, strict=True):
             bits = torch.zeros(layer.units, dtype=torch.bool)
@@ -285,42 +293,14 @@ def _global_counts(scores: Sequence[Tensor], keep: float) -> list[int]:
     """How many units each layer keeps if all are ranked together, after each layer kept its best one."""
     if not 0 < keep <= 1:
         raise ValueError(f"Mask.from_scores: keep: expected a share in (0, 1], got {keep}")
-    total = sum(values.numel() for values in scores)
+    sizes = torch.tensor([values.numel() for values in scores])
     ranked = []
     for values in scores:
-        norm = float(values.norm())
-        ranked.append(values / norm if norm > 0 else values)
-        ranked[-1] = ranked[-1].clone()
-        ranked[-1][int(values.argmax())] = math.inf
+        norm = values.norm()
+        values = values / norm if norm > 0 else values.clone()
+        values[values.argmax()] = math.inf
+        ranked.append(values)
     order = torch.cat(ranked).sort(descending=True, stable=True).indices
-    chosen = order[: max(len(scores), math.floor(keep * total + 0.5))]
-    layer_of = torch.repeat_interleave(torch.arange(len(scores)), torch.tensor([v.numel() for v in scores]))
+    chosen = order[: max(len(scores), math.floor(keep * int(sizes.sum()) + 0.5))]
+    layer_of = torch.arange(len(scores)).repeat_interleave(sizes)
     return layer_of[chosen].bincount(minlength=len(scores)).tolist()
-
-
-def _kept_units(layers: Sequence[int], keep: Keep, aligns: Sequence[int]) -> list[int]:
-    """Units kept per layer: shares are rounded half up and to ``aligns``; counts (ints) are taken as they are."""
-    shares = [keep] * len(layers) if isinstance(keep, (int, float)) else list(keep)
-    if len(shares) != len(layers):
-        raise ValueError(f"keep: expected one value or {len(layers)} (one per layer), got {len(shares)}")
-    single = isinstance(keep, (int, float))
-    kept = []
-    for n, share, align in zip(layers, shares, aligns, strict=True):
-        if isinstance(share, int) and not single:
-            if not 1 <= share <= n:
-                raise ValueError(f"keep: expected a count in [1, {n}], got {share}")
-            kept.append(share)
-            continue
-        if not 0 < share <= 1:
-            raise ValueError(f"keep: expected a share in (0, 1], got {share}")
-        kept.append(_aligned(min(n, max(1, math.floor(share * n + 0.5))), n, align))
-    return kept
-
-
-def _aligned(k: int, n: int, align: int) -> int:
-    """``k`` rounded to the nearest multiple of ``align`` in [min(align, n), n]; all n units stay all."""
-    if align < 1:
-        raise ValueError(f"align: expected at least 1, got {align}")
-    if k >= n:
-        return n
-    return min(n, max(min(align, n), math.floor(k / align + 0.5) * align))

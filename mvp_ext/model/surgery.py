@@ -63,16 +63,15 @@ def prune_model(
 
 def structure_for(model: nn.Module, mask: Mask) -> Structure:
     """The structure of ``model`` whose layers are the mask's; ValueError if no scope has them."""
-    error: ValueError | None = None
-    for scope in (None, *SCOPES):
+    for scope in SCOPES:
         try:
             structure = find_structure(model, scope)
-        except ValueError as other:
-            error = error or other
+        except ValueError:
             continue
         if set(structure.names) == set(mask.layers):
             return structure
-    raise error or ValueError(f"mask: no scope of this model has exactly the layers {', '.join(mask.layers)}")
+    find_structure(model)  # a model with a part that is not understood says so
+    raise ValueError(f"no scope of this model has the layers of the mask ({', '.join(mask.layers)})")
 
 
 class _Plan:
@@ -245,32 +244,32 @@ def expand_state(
         ValueError: a tensor is missing or does not have the shape that the mask says.
     """
     index = structure.index_of(mask)
-    scattered = {f"{layer.scatter}.kept" for layer in structure if layer.scatter is not None}
-    full = {name: t.clone() for name, t in state.items() if name not in index and name not in scattered}
-    sizes = {cut.tensor: {} for layer in structure for cut in layer.slices}  # type: dict[str, dict[int, int]]
-    for layer in structure:
-        for cut in layer.slices:
-            sizes[cut.tensor][cut.dim] = layer.units * cut.block * cut.repeat
+    own = {
+        f"{layer.scatter}.kept" for layer in structure if layer.scatter is not None
+    }  # only a pruned model has them
+    full = {name: tensor.clone() for name, tensor in state.items() if name not in index and name not in own}
+    sizes = {
+        (cut.tensor, cut.dim): layer.units * cut.block * cut.repeat
+        for layer in structure
+        for cut in layer.slices
+    }
     for name, (rows, cols) in index.items():
         if name not in state:
             raise ValueError(f"expand_state: expected a tensor {name!r}, got none")
-        small = state[name]
-        wanted = [
-            small.shape[d] if i is None else i.numel() for d, i in enumerate((rows, cols)[: small.ndim])
-        ]
-        if list(small.shape[:2]) != wanted:
+        small = state[name].detach()
+        wanted, shape = list(small.shape), list(small.shape)
+        for dim, kept in enumerate((rows, cols)):
+            if kept is not None:
+                wanted[dim], shape[dim] = kept.numel(), sizes[name, dim]
+        if list(small.shape) != wanted:
             raise ValueError(
-                f"expand_state: {name}: expected {wanted} kept rows and columns, got shape {tuple(small.shape)}"
+                f"expand_state: {name}: expected shape {tuple(wanted)}, got {tuple(small.shape)}"
             )
-        shape = list(small.shape)
-        for dim, size in sizes[name].items():
-            shape[dim] = size
         if base is not None:
-            out = base[name].detach().to(small.device, small.dtype, copy=True)
+            full[name] = base[name].detach().to(small.device, small.dtype, copy=True)
         else:
-            out = small.new_full(shape, 1.0 if name.endswith("running_var") else 0.0)
-        _unpack(small, out, rows, cols)
-        full[name] = out
+            full[name] = small.new_full(shape, 1.0 if name.endswith("running_var") else 0.0)
+        _unpack(small, full[name], rows, cols)
     return full
 
 

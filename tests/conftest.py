@@ -1,0 +1,42 @@
+"""What all tests share: a fixed seed, the tiny models, and what to do with the tests that need a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "cuda: needs a CUDA device; skipped without one, unless MVP_REQUIRE_CUDA=1"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("MVP_REQUIRE_CUDA") == "1":
+        pytest.fail("MVP_REQUIRE_CUDA=1, and torch sees no CUDA device", pytrace=False)
+    pytest.skip("torch sees no CUDA device (MVP_REQUIRE_CUDA=1 makes this a failure)")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same global seed, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_resnet() -> nn.Module:
+    """timm's test_resnet; see tiny.py."""
+    return tiny_model("test_resnet")
+
+
+@pytest.fixture
+def tiny_vit() -> nn.Module:
+    """timm's test_vit with 4 heads; see tiny.py."""
+    return tiny_model("test_vit")
