@@ -16,6 +16,8 @@ from mvp_ext.model.structure import Slice, Structure, UnsupportedModelError, fin
 from mvp_ext.model.surgery import masked_model
 from mvp_ext.model.timm_compat import create_model, import_timm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def on_meta(name: str, **kwargs: Any) -> nn.Module:
     """A timm model without memory or initialisation; unsupported ones too."""

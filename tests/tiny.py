@@ -12,11 +12,12 @@ def tiny_model(name: str, **kwargs: object) -> nn.Module:
     """``test_resnet`` (BasicBlocks and a Bottleneck, pooled shortcuts, deep stem) or ``test_vit``; 5 classes.
 
     Every tensor matters: fresh models hide mistakes, because their batch norms start as the identity with shift 0 (and
-    timm's last ones with scale 0), so that a masked unit looks like a removed one. test_vit gets 4 heads instead of 2.
+    timm's last ones with scale 0), so that a masked unit looks like a removed one. test_vit gets 4 heads, not 2, and
+    images of 64 px.
     """
     torch.manual_seed(1)
     if name == "test_vit":
-        kwargs = {"num_heads": 4, **kwargs}
+        kwargs = {"num_heads": 4, "img_size": 64, **kwargs}
     model = create_model(name, **{"num_classes": 5, **kwargs})  # type: ignore[arg-type]
     with torch.no_grad():
         for module in model.modules():

@@ -161,8 +161,13 @@ class Structure:
             if bool(kept.all()):
                 continue
             units = kept.nonzero().flatten()
+            places: dict[
+                tuple[int, int], Tensor
+            ] = {}  # a layer's tensors share one index tensor where they can
             for cut in layer.slices:
-                index.setdefault(cut.tensor, [None, None])[cut.dim] = cut.places(units, layer.units)
+                if (cut.block, cut.repeat) not in places:
+                    places[cut.block, cut.repeat] = cut.places(units, layer.units)
+                index.setdefault(cut.tensor, [None, None])[cut.dim] = places[cut.block, cut.repeat]
         return {name: (rows, cols) for name, (rows, cols) in index.items()}
 
     def to_dict(self) -> dict[str, Any]:

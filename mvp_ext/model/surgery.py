@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.nn import ScatterBlock
 from mvp_ext.model.structure import SCOPES, Structure, UnsupportedModelError, find_structure
+from mvp_ext.ops import pack, reference, unpack
 
 Cut = tuple[Tensor | None, Tensor | None]  # kept rows, kept columns; None keeps all
 
@@ -179,22 +180,32 @@ def _scatter(model: nn.Module, path: str, kept: Tensor) -> None:
 
 
 def _pack(tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
-    """The kept rows and columns of each tensor, in the tensor's own memory format."""
-    packed = []
-    for tensor, (rows, cols) in zip(tensors, cuts, strict=True):
-        small = tensor
-        if rows is not None:
-            small = small.index_select(0, rows.to(tensor.device))
-        if cols is not None:
-            small = small.index_select(1, cols.to(tensor.device))
-        if (
-            tensor.ndim == 4
-            and not tensor.is_contiguous()
-            and tensor.is_contiguous(memory_format=torch.channels_last)
-        ):
-            small = small.contiguous(memory_format=torch.channels_last)
-        packed.append(small)
-    return packed
+    """The kept rows and columns of each tensor, in its own memory format: one native call for a model on the CPU."""
+    if not tensors:
+        return []
+    moved: dict[int, Tensor] = {}  # the cuts of a model share few index tensors: each is moved once
+    for index in (index for cut in cuts for index in cut if index is not None):
+        if id(index) not in moved:
+            moved[id(index)] = index.to(tensors[0].device)
+    rows, cols = (
+        [None if index is None else moved[id(index)] for index in side] for side in zip(*cuts, strict=True)
+    )
+    if tensors[0].device.type == "cpu":
+        return pack(tensors, rows, cols)
+    # Elsewhere, or where tensors have no memory (meta): torch's own indexing, which runs on every device.
+    packed = reference.pack(tensors, rows, cols)
+    return [
+        small.contiguous(memory_format=torch.channels_last) if _is_channels_last(tensor) else small
+        for small, tensor in zip(packed, tensors, strict=True)
+    ]
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return (
+        tensor.ndim == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def masked_model(model: nn.Module, mask: Mask, *, structure: Structure | None = None) -> nn.Module:
@@ -269,15 +280,7 @@ def expand_state(
             full[name] = base[name].detach().to(small.device, small.dtype, copy=True)
         else:
             full[name] = small.new_full(shape, 1.0 if name.endswith("running_var") else 0.0)
-        _unpack(small, full[name], rows, cols)
+        to_device = [None if index is None else index.to(small.device) for index in (rows, cols)]
+        write = unpack if small.device.type == "cpu" else reference.unpack
+        write([small], [full[name]], to_device[:1], to_device[1:])
     return full
-
-
-def _unpack(small: Tensor, out: Tensor, rows: Tensor | None, cols: Tensor | None) -> None:
-    """Write ``small`` to the kept places of ``out``."""
-    rows = torch.arange(out.shape[0]) if rows is None else rows
-    if out.ndim == 1:
-        out[rows.to(out.device)] = small
-    else:
-        cols = torch.arange(out.shape[1]) if cols is None else cols
-        out[rows.to(out.device)[:, None], cols.to(out.device)] = small
