@@ -23,7 +23,7 @@ from mvp_ext.model.surgery import prune_model
 from mvp_ext.model.timm_compat import create_model
 from mvp_ext.pruning.data import load_data
 from mvp_ext.pruning.tasks import Task
-from mvp_ext.pruning.zoo import Backbone, Zoo, ZooError
+from mvp_ext.pruning.zoo import BackboneIdentity, Zoo, ZooError
 
 
 @pytest.fixture(scope="module")
@@ -255,22 +255,22 @@ def test_creation_that_was_killed_is_finished(tmp_path):
 
 
 def test_backbone_is_recorded_and_compared(tmp_path, dense, structure, pruned):
-    backbone = Backbone.of(dense)
-    assert backbone == Backbone.of(dense, structure)
+    backbone = BackboneIdentity.of(dense)
+    assert backbone == BackboneIdentity.of(dense, structure)
     zoo = Zoo(tmp_path / "zoo", backbone=backbone)
     assert Zoo(zoo.path).backbone == backbone
     Zoo(zoo.path, backbone=backbone)
     other = create_model("test_resnet", num_classes=3)  # other random weights
     with pytest.raises(ZooError, match=f"expected weights sha256 {backbone.weights_sha256}, got "):
-        Zoo(zoo.path, backbone=Backbone.of(other))
+        Zoo(zoo.path, backbone=BackboneIdentity.of(other))
     vit = create_model("test_vit", num_classes=3)
     with pytest.raises(ZooError, match="another backbone: expected architecture test_resnet, got test_vit"):
-        zoo.bind(Backbone.of(vit))
+        zoo.bind(BackboneIdentity.of(vit))
     assert zoo.backbone == backbone
     # The head is the task's own: with another one it still is the same backbone.
     other.load_state_dict(dense.state_dict())
     other.reset_classifier(5)
-    assert Backbone.of(other) == backbone
+    assert BackboneIdentity.of(other) == backbone
 
 
 def test_entries_of_another_backbone_are_refused(zoo, add, structure):

@@ -29,7 +29,9 @@ def check_tensor(
         raise NotImplementedError(f"{op}: {name}: expected a strided tensor, got layout {value.layout}")
     if dtypes is not None and value.dtype not in dtypes:
         expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{op}: {name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"{op}: {name}: expected dtype {expected}, got {str(value.dtype).removeprefix('torch.')}"
+        )
     if ndim is not None:
         ranks = (ndim,) if isinstance(ndim, int) else ndim
         if value.ndim not in ranks:
@@ -43,6 +45,8 @@ def check_tensor(
 def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], letters: str) -> None:
     """``value.shape`` equals ``expected`` (None: any size); ``letters`` names the dimensions, like "[N, U]"."""
     shape = tuple(value.shape)
-    if len(shape) != len(expected) or any(e is not None and e != s for e, s in zip(expected, shape, strict=True)):
+    if len(shape) != len(expected) or any(
+        e is not None and e != s for e, s in zip(expected, shape, strict=True)
+    ):
         wanted = tuple("any" if e is None else e for e in expected)
         raise ValueError(f"{op}: {name}: expected shape {letters} = {wanted}, got {shape}".replace("'", ""))

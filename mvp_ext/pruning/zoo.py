@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from mvp_ext.model.checkpoint import save_pruned
 from mvp_ext.model.mask import Mask
 
-from .zoo_entry import Backbone, ZooEntry, ZooProblem, file_problem, file_sha256
+from .zoo_entry import BackboneIdentity, ZooEntry, ZooProblem, file_problem, file_sha256
 from .zoo_index import Index, ZooError
 
 if TYPE_CHECKING:
     from mvp_ext.model.structure import Structure
 
-__all__ = ["Backbone", "Zoo", "ZooEntry", "ZooError", "ZooProblem"]
+__all__ = ["BackboneIdentity", "Zoo", "ZooEntry", "ZooError", "ZooProblem"]
 
 
 class Zoo:
@@ -56,7 +56,7 @@ class Zoo:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, create: bool = True, backbone: Backbone | None = None
+        self, path: str | os.PathLike[str], *, create: bool = True, backbone: BackboneIdentity | None = None
     ) -> None:
         self.path = Path(path).expanduser()
         self._folder = self.path / "entries"
@@ -93,11 +93,11 @@ class Zoo:
     # ---- what there is
 
     @property
-    def backbone(self) -> Backbone | None:
+    def backbone(self) -> BackboneIdentity | None:
         """The dense model's identity, or None before the first entry."""
-        return Backbone.from_meta(self._index.meta())
+        return BackboneIdentity.from_meta(self._index.meta())
 
-    def bind(self, backbone: Backbone) -> None:
+    def bind(self, backbone: BackboneIdentity) -> None:
         """Record the dense model's identity, or compare it with the recorded one (ZooError where they differ).
 
         To be called before work is spent on entries that could not be added.
@@ -267,7 +267,7 @@ class Zoo:
             "cost": _to_json({} if cost is None else cost, "cost"),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        backbone = Backbone(structure.architecture, structure.fingerprint).to_meta()
+        backbone = BackboneIdentity(structure.architecture, structure.fingerprint).to_meta()
         self._index.check(backbone)  # before the work of writing weights; again when the row goes in
         path = self._folder / str(row["file"])
         extra = {key: value.detach() for key, value in (tensors or {}).items()}

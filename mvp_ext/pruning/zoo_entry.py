@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Backbone:
+class BackboneIdentity:
     """Which dense model a zoo's entries were cut from. Entries of different ones cannot vote together.
 
     Attributes:
@@ -37,7 +37,7 @@ class Backbone:
     weights_sha256: str | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, structure: Structure | None = None) -> Backbone:
+    def of(cls, model: nn.Module, structure: Structure | None = None) -> BackboneIdentity:
         """The identity of a dense model. The head does not enter it: every task has one of its own.
 
         Args:
@@ -61,7 +61,7 @@ class Backbone:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, str]) -> Backbone | None:
+    def from_meta(cls, meta: Mapping[str, str]) -> BackboneIdentity | None:
         """The inverse of :meth:`to_meta`; None where nothing is recorded."""
         if "structure_fingerprint" not in meta:
             return None

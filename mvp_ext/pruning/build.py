@@ -1,0 +1,122 @@
+"""Making a zoo: one iteratively pruned, distilled model a task; and the universal model, the control to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from mvp_ext.model.checkpoint import load_pruned, save_pruned
+from mvp_ext.model.structure import find_structure
+from mvp_ext.pruning.backbone import Backbone
+from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.prune import prune, universal_path
+from mvp_ext.pruning.result import Result
+from mvp_ext.pruning.tasks import Task
+from mvp_ext.pruning.training import Recipe
+from mvp_ext.pruning.zoo import Zoo
+from mvp_ext.pruning.zoo_entry import BackboneIdentity
+
+Progress = Callable[[str, int, int], None]  # (what is being made, steps done, steps in all)
+
+
+def build_zoo(
+    model: nn.Module | Backbone,
+    tasks: Sequence[Task],
+    zoo: Zoo,
+    *,
+    keep: float = 0.3,
+    scope: str | None = None,
+    align: int = 8,
+    schedule: Schedule | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Prune the model for each task from scratch and add the results to the zoo.
+
+    A task that the zoo already has is passed over, so an interrupted build goes on where it was. Each entry depends on
+    ``seed`` and its own task alone, not on the order of the tasks or on interruptions.
+
+    Returns:
+        The results made by this call.
+    """
+    backbone, schedule = Backbone.wrap(model), schedule or Schedule()
+    zoo.bind(BackboneIdentity.of(backbone.model, find_structure(backbone.model, scope)))
+    results = []
+    for task in tasks:
+        if task.name in zoo:
+            continue
+        result = prune(
+            backbone,
+            task,
+            keep=keep,
+            scope=scope,
+            align=align,
+            method="ifp",
+            steps=schedule.final_steps,
+            schedule=schedule,
+            recipe=recipe,
+            seed=seed + task.seed,
+            on_step=_named(progress, task.name),
+        )
+        zoo.add(result, if_absent=True)  # another process may have been faster
+        results.append(result)
+    return results
+
+
+def build_universal(
+    model: nn.Module | Backbone,
+    tasks: Sequence[Task],
+    zoo: Zoo,
+    *,
+    keep: float = 0.3,
+    scope: str | None = None,
+    align: int = 8,
+    schedule: Schedule | None = None,
+    steps: int | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result | None:
+    """One pruned model for all classes of the tasks together, distilled, at the whole zoo's number of steps.
+
+    It is the control that a vote has to beat: where all tasks come from one distribution, one well healed model serves
+    them all. None if the zoo has it already.
+
+    Args:
+        steps: all optimizer steps; default: as many as the zoo's entries of these tasks took together.
+    """
+    path = universal_path(zoo)
+    if path.exists():
+        checkpoint = load_pruned(path)
+        if checkpoint.extra.get("keep") == keep:
+            return None
+    backbone, schedule = Backbone.wrap(model), schedule or Schedule()
+    steps = steps if steps is not None else len(tasks) * schedule.steps(keep)
+    classes = tuple(sorted({c for task in tasks for c in task.classes}))
+    pooled = Task("universal", tasks[0].data, classes, seed=seed)
+    schedule = replace(schedule, final_steps=max(0, steps - schedule.rounds(keep) * schedule.steps_per_round))
+    result = prune(
+        backbone,
+        pooled,
+        keep=keep,
+        scope=scope,
+        align=align,
+        method="ifp",
+        steps=schedule.final_steps,
+        schedule=schedule,
+        recipe=recipe,
+        seed=seed,
+        on_step=_named(progress, "universal"),
+    )
+    extra = {"keep": keep, "classes": list(classes), "result": result.summary()}
+    save_pruned(result.model, path, mask=result.mask, structure=result.structure, extra=extra)
+    return result
+
+
+def _named(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(name, done, total)

@@ -1,0 +1,58 @@
+"""What a result cost: steps, floating-point operations and seconds, kept apart by what they were spent on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+BACKWARD_FACTOR = (
+    3  # a training step costs about three forward passes: forward, gradient of inputs, gradient of weights
+)
+
+
+@dataclass
+class Cost:
+    """Cost of making one small model. FLOPs count a multiply-add as two.
+
+    Attributes:
+        steps: optimizer steps.
+        train_flops: 3 × forward of the trained model, plus the teacher's forward passes where one distils.
+        score_flops: forward and backward passes that only score units.
+        similarity_flops: passes that only compare the task with the zoo's tasks.
+        refit_flops: passes for normalisation statistics and for the heads (class means, ridge).
+        seconds: wall-clock of everything above, evaluation on test images left out.
+    """
+
+    steps: int = 0
+    train_flops: int = 0
+    score_flops: int = 0
+    similarity_flops: int = 0
+    refit_flops: int = 0
+    seconds: float = 0.0
+
+    @property
+    def flops(self) -> int:
+        """All floating-point operations together."""
+        return self.train_flops + self.score_flops + self.similarity_flops + self.refit_flops
+
+    def __add__(self, other: Cost) -> Cost:
+        mine, theirs = asdict(self), asdict(other)
+        return Cost(**{name: mine[name] + theirs[name] for name in mine})
+
+    def to_dict(self) -> dict[str, float]:
+        return {**asdict(self), "flops": self.flops}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, float]) -> Cost:
+        return cls(**{name: values[name] for name in asdict(cls()) if name in values})  # type: ignore[arg-type]
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Adds the wall-clock of the block to ``seconds``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begin

@@ -1,0 +1,60 @@
+"""Training a backbone on all classes of a data set, where no pre-trained weights are at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mvp_ext.pruning.backbone import Backbone, Preprocessing
+from mvp_ext.pruning.cost import Cost
+from mvp_ext.pruning.data import ImageData
+from mvp_ext.pruning.tasks import Task
+from mvp_ext.pruning.training import Recipe, Trainer, evaluate, reestimate_statistics
+
+
+def measured_normalisation(data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of the training images, of values in 0..1."""
+    pixels = data.train_images.reshape(-1, 3).float() / 255
+    return tuple(pixels.mean(0).tolist()), tuple(pixels.std(0).clamp_min(1e-3).tolist())
+
+
+def pretrain(
+    model: nn.Module,
+    data: ImageData,
+    *,
+    steps: int,
+    image_size: int,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> tuple[Backbone, float, Cost]:
+    """Train ``model`` on all classes of ``data`` with a cosine schedule.
+
+    Args:
+        model: a timm classifier; its head is replaced by one for the data's classes. Changed in place.
+        steps: optimizer steps. image_size: side of the model's input in pixels.
+        recipe: default: the family's, at three times its fine-tuning rate.
+
+    Returns:
+        The backbone (normalised by the data's own mean and deviation), its top-1 accuracy on the data's test images
+        in [0, 1], and the cost.
+    """
+    if steps < 1:
+        raise ValueError(f"pretrain: steps: expected at least 1, got {steps}")
+    if recipe is None:
+        recipe = Recipe.for_model(model)
+        recipe = recipe.with_rate(3 * recipe.learning_rate)
+    everything = Task("pretrain", data, data.classes, seed=seed).split()
+    torch.manual_seed(seed)  # the fresh head's weights
+    model.reset_classifier(everything.num_classes)  # type: ignore[operator]
+    preprocessing = Preprocessing(image_size, *measured_normalisation(data))
+    cost = Cost()
+    trainer = Trainer(model, everything, preprocessing, recipe, seed=seed, cost=cost)
+    trainer.run(steps, "cosine", None if on_step is None else lambda done: on_step(done, steps))
+    reestimate_statistics(
+        model, everything.train_images, preprocessing, seed=seed, precision=recipe.precision
+    )
+    backbone = Backbone(model.eval(), preprocessing, everything.class_names)
+    return backbone, evaluate(model, everything, preprocessing, recipe.precision), cost

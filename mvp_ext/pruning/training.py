@@ -1,0 +1,252 @@
+"""The training loop: seeded batches, bfloat16 where the processor has it, optional distillation, statistics, heads."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mvp_ext.model.measure import count_flops
+from mvp_ext.pruning.backbone import (
+    Backbone,
+    Preprocessing,
+    autocast,
+    extract_features,
+    forward_features,
+    set_head,
+)
+from mvp_ext.pruning.batches import augment, shuffled_indices, to_batch
+from mvp_ext.pruning.cost import BACKWARD_FACTOR, Cost
+from mvp_ext.pruning.heads import LinearHead, class_mean_head, ridge_head
+from mvp_ext.pruning.tasks import TaskData
+
+STATISTICS_IMAGES = 512  # METHOD asks for at least 100; more is cheap and steadier
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are trained. The defaults come from ``Recipe.for_model``; each field can be replaced.
+
+    AdamW is the default for every family: its steps do not depend on the scale of the features, which differs by orders
+    of magnitude between backbones. With SGD a rate that suits one backbone's head makes another's diverge.
+
+    Attributes:
+        learning_rate: peak rate of the whole model.
+        optimizer: "adamw", or "sgd" (Nesterov momentum 0.9).
+        batch_size: images a step; shuffled epochs laid end to end.
+        weight_decay: of matrices and filters; biases and normalisation are never decayed.
+        distillation: weight of ‖f − f_dense‖² / var f_dense beside the cross-entropy, where a teacher is given.
+        crop: share of the side by which a training image may be shifted (reflection padding); 0 = never.
+        flip: mirror half of the training images. None: as the data says (digits are never mirrored).
+        precision: "auto" (bfloat16 autocast where the processor computes in it), "bfloat16" or "float32".
+    """
+
+    learning_rate: float = 1e-3
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    batch_size: int = 64
+    weight_decay: float = 0.01
+    distillation: float = 4.0
+    crop: float = 0.125
+    flip: bool | None = None
+    precision: str = "auto"
+
+    @classmethod
+    def for_model(cls, model: nn.Module) -> Recipe:
+        """Networks with batch normalisation stand a higher rate than the others (transformers)."""
+        if any(isinstance(m, _BatchNorm) for m in model.modules()):
+            return cls()
+        return cls(learning_rate=3e-4, weight_decay=0.05)
+
+    def with_rate(self, learning_rate: float) -> Recipe:
+        return replace(self, learning_rate=learning_rate)
+
+
+class Teacher:
+    """The dense backbone as a target of feature distillation (METHOD: "Zoo models are healed with distillation").
+
+    Args:
+        backbone: the dense model; it is read, never changed.
+        variance: total variance of its features on the task's images, so that the loss is a relative error.
+    """
+
+    def __init__(self, backbone: Backbone, variance: float) -> None:
+        self.model = backbone.model
+        self.variance = max(variance, 1e-12)
+        self.flops = count_flops(self.model, (3, backbone.preprocessing.size, backbone.preprocessing.size))
+
+    @classmethod
+    def from_features(cls, backbone: Backbone, features: Tensor) -> Teacher:
+        """``features``: the backbone's own on the task's training images, f32 [n, F]."""
+        return cls(backbone, float(features.double().var(0, unbiased=False).sum()))
+
+    def loss(self, features: Tensor, batch: Tensor) -> Tensor:
+        """Mean over the batch of ‖f − f_dense‖² / var f_dense."""
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            target = forward_features(self.model, batch)
+        self.model.train(was_training)
+        return (features - target).square().sum(1).mean() / self.variance
+
+
+class Trainer:
+    """Trains one model on one task, in as many pieces as the caller likes; shapes may change between the pieces.
+
+    Everything random comes from ``seed``. ``cost`` is filled as the work goes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: TaskData,
+        preprocessing: Preprocessing,
+        recipe: Recipe,
+        *,
+        seed: int,
+        teacher: Teacher | None = None,
+        cost: Cost | None = None,
+    ) -> None:
+        self.model, self.data, self.preprocessing, self.recipe = model, data, preprocessing, recipe
+        self.teacher, self.cost = teacher, cost if cost is not None else Cost()
+        self.device = next(model.parameters()).device
+        self._generator = torch.Generator().manual_seed(seed)
+        self._indices = shuffled_indices(len(data.train_labels), recipe.batch_size, sys.maxsize, seed)
+        self.optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        # Biases and normalisation are not decayed: they are few, and decay only biases them.
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        if recipe.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=0.9, nesterov=True)
+        if recipe.optimizer == "adamw":
+            return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+        raise ValueError(f"Recipe: optimizer: expected sgd or adamw, got {recipe.optimizer!r}")
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """The next training batch, augmented: f32 [B, 3, S, S] (channels_last) and labels [B]."""
+        index = next(self._indices)
+        flip = self.data.flip if self.recipe.flip is None else self.recipe.flip
+        images = self.data.train_images[index]
+        images = augment(images, self._generator, pad=int(self.recipe.crop * images.shape[1]), flip=flip)
+        p = self.preprocessing
+        batch = to_batch(images, p.size, p.mean, p.std)
+        return batch.to(self.device), self.data.train_labels[index].to(self.device)
+
+    def run(
+        self,
+        steps: int,
+        schedule: Literal["constant", "cosine"] = "cosine",
+        on_step: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train ``steps`` steps. "cosine" warms up over a tenth (at most 10) and then falls to zero.
+
+        ``on_step(done)`` is called after each step, outside the clock.
+
+        Raises:
+            FloatingPointError: the loss is no longer finite; the message names the step and the learning rate.
+        """
+        if steps == 0:
+            return
+        size = self.preprocessing.size
+        per_image = BACKWARD_FACTOR * count_flops(self.model, (3, size, size))
+        per_image += self.teacher.flops if self.teacher is not None else 0
+        warmup = min(10, max(1, steps // 10))
+        self.model.train()
+        for step in range(steps):
+            with self.cost.timed():
+                factor = 1.0
+                if schedule == "cosine":
+                    factor = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.recipe.learning_rate * factor
+                batch, labels = self.next_batch()
+                self._step(batch, labels, step)
+                self.cost.steps += 1
+                self.cost.train_flops += per_image * len(labels)
+            if on_step is not None:
+                on_step(step + 1)
+        self.model.eval()
+
+    def _step(self, batch: Tensor, labels: Tensor, step: int) -> None:
+        with autocast(self.device, self.recipe.precision):
+            features = forward_features(self.model, batch)
+            logits = self.model.get_classifier()(features)  # type: ignore[operator]
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            if self.teacher is not None and self.recipe.distillation > 0:
+                loss = loss + self.recipe.distillation * self.teacher.loss(features, batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if not math.isfinite(float(loss.detach())):
+            raise FloatingPointError(
+                f"training: the loss is {float(loss.detach())} at step {step + 1} with learning rate "
+                f"{self.recipe.learning_rate:g}; a smaller one may help"
+            )
+        self.optimizer.step()
+
+
+@torch.no_grad()
+def reestimate_statistics(
+    model: nn.Module, images: Tensor, preprocessing: Preprocessing, *, seed: int = 0, precision: str = "auto"
+) -> int:
+    """Replace the running statistics of every batch normalisation by averages over (up to 512 of) these images.
+
+    A sub-network sees other activations than the network its statistics come from; without this a pruned model can be
+    at chance. Weights do not change. Returns the number of images passed through the model (0 without normalisation).
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        return 0
+    device = next(model.parameters()).device
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:STATISTICS_IMAGES]
+    model.eval()
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+        layer.train()
+    with autocast(device, precision):
+        for index in order.chunk(max(1, len(order) // 128)):
+            p = preprocessing
+            model(to_batch(images[index], p.size, p.mean, p.std).to(device))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    model.eval()
+    return len(order)
+
+
+def fit_head(
+    model: nn.Module, data: TaskData, preprocessing: Preprocessing, kind: str, precision: str = "auto"
+) -> LinearHead:
+    """Fit a classifier ("class_mean" or "ridge") on the task's training images and put it on the model."""
+    features = extract_features(model, data.train_images, preprocessing, precision)
+    fit = {"class_mean": class_mean_head, "ridge": ridge_head}[kind]
+    head = fit(features, data.train_labels, data.num_classes)
+    set_head(model, head)
+    return head
+
+
+def accuracy_of(logits: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest logit is the label's, in [0, 1]."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def evaluate(
+    model: nn.Module, data: TaskData, preprocessing: Preprocessing, precision: str = "auto"
+) -> float:
+    """Top-1 accuracy on the task's test images, in [0, 1]."""
+    features = extract_features(model, data.test_images, preprocessing, precision)
+    classifier = model.get_classifier()  # type: ignore[operator]
+    with torch.no_grad():
+        return accuracy_of(classifier(features.to(classifier.weight.device)).cpu(), data.test_labels)

@@ -1,0 +1,255 @@
+"""The vote: a new task's nearest entries of the zoo decide which units stay, and bring the weights to start from.
+
+Each step can be used alone: ``nearest_entries`` → ``vote_mask`` → ``merge_voters`` → ``small_model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mvp_ext import ops
+from mvp_ext.model.budget import voted_counts
+from mvp_ext.model.mask import Mask
+from mvp_ext.model.measure import count_flops
+from mvp_ext.model.structure import Structure
+from mvp_ext.model.surgery import prune_model
+from mvp_ext.pruning.backbone import Backbone, extract_features
+from mvp_ext.pruning.cost import Cost
+from mvp_ext.pruning.heads import LinearHead, nearest_mean_head
+from mvp_ext.pruning.similarity import ON_FEATURES, ON_PROBABILITIES, SIMILARITIES, leep
+from mvp_ext.pruning.tasks import TaskData
+from mvp_ext.pruning.zoo import Zoo, ZooEntry, ZooError
+
+
+@dataclass(frozen=True)
+class VoteOptions:
+    """How neighbours are found and how they vote.
+
+    Attributes:
+        neighbours: number of voters N.
+        similarity: one of ``similarity.SIMILARITIES``. "proxy_leep" runs no model of the zoo; the others first take
+            the ``shortlist`` nearest by proxy-LEEP, run those on ``images`` images of the task and rank them again.
+        rule: "topk" keeps the units with the most votes; "sample" draws them from softmax(votes / temperature). With
+            few voters softmax at temperature 1 leaves most of the mass on units that have no vote at all.
+        temperature: τ of "sample".
+        weighting: temperature of the voters' weights softmax(similarity / weighting); None gives each voter the same.
+    """
+
+    neighbours: int = 5
+    similarity: str = "leep"
+    shortlist: int = 10
+    images: int = 200
+    rule: str = "topk"
+    temperature: float = 1.0
+    weighting: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.neighbours < 1:
+            raise ValueError(f"VoteOptions: neighbours: expected at least 1, got {self.neighbours}")
+        if self.similarity not in SIMILARITIES:
+            raise ValueError(
+                f"VoteOptions: similarity: expected one of {', '.join(SIMILARITIES)}, got {self.similarity!r}"
+            )
+        if self.rule not in ("topk", "sample"):
+            raise ValueError(f"VoteOptions: rule: expected topk or sample, got {self.rule!r}")
+        for name, value in (("temperature", self.temperature), ("weighting", self.weighting)):
+            if value is not None and not value > 0:
+                raise ValueError(f"VoteOptions: {name}: expected a positive number, got {value}")
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One entry of the zoo and how near it is (higher = nearer, in the unit of the similarity that was used)."""
+
+    entry: ZooEntry
+    similarity: float
+
+
+def proxy_leep(entry_tensors: Mapping[str, Tensor], features: Tensor, labels: Tensor) -> float:
+    """LEEP of a zoo entry without running its model.
+
+    θ comes from the class means of the entry's task under the SHARED dense backbone (stored when the entry was made),
+    so one dense pass over the target serves the whole zoo.
+
+    Args:
+        entry_tensors: "class_means" f32 [k, F] and "temperature" f32 scalar of the entry.
+        features: the dense backbone's features of the target's training images, f32 [n, F]. labels: int64 [n].
+    """
+    head = nearest_mean_head(entry_tensors["class_means"], float(entry_tensors["temperature"]))
+    return leep(torch.softmax(head(features), 1), labels)
+
+
+def nearest_entries(
+    zoo: Zoo,
+    structure: Structure,
+    backbone: Backbone,
+    data: TaskData,
+    features: Tensor,
+    options: VoteOptions,
+    *,
+    cost: Cost | None = None,
+    seed: int = 0,
+    exclude: Sequence[str] = (),
+) -> list[Neighbour]:
+    """The zoo's entries nearest to a task, nearest first; ties by name.
+
+    Args:
+        features: the dense backbone's features on ``data.train_images``, f32 [n, F].
+        exclude: names of entries that must not vote (the task's own, say).
+
+    Raises:
+        ZooError: the zoo has no usable entry for this backbone.
+    """
+    cost = cost if cost is not None else Cost()
+    with cost.timed():
+        entries = [e for e in zoo.entries(structure.fingerprint) if e.name not in exclude]
+        if not entries:
+            raise ZooError(
+                f"zoo {zoo.path}: expected at least one entry to vote, got none (after excluding {list(exclude)})"
+            )
+        ranked = [Neighbour(e, proxy_leep(e.read().extra, features, data.train_labels)) for e in entries]
+        ranked.sort(key=lambda n: (-n.similarity, n.entry.name))
+        if options.similarity != "proxy_leep":
+            shortlist = ranked[: max(options.shortlist, options.neighbours)]
+            ranked = [_rerank(n.entry, backbone, data, options, cost, seed) for n in shortlist]
+            ranked.sort(key=lambda n: (-n.similarity, n.entry.name))
+    return ranked[: options.neighbours]
+
+
+def _rerank(
+    entry: ZooEntry, backbone: Backbone, data: TaskData, options: VoteOptions, cost: Cost, seed: int
+) -> Neighbour:
+    """Run the entry's own model on some of the task's images and measure its outputs (or features)."""
+    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))[
+        : options.images
+    ]
+    labels = data.train_labels[order]
+    stored = entry.read()
+    model = stored.build()
+    features = extract_features(model, data.train_images[order], backbone.preprocessing)
+    size = backbone.preprocessing.size
+    cost.similarity_flops += len(order) * count_flops(model, (3, size, size))
+    if options.similarity in ON_FEATURES:
+        return Neighbour(entry, ON_FEATURES[options.similarity](features, labels))
+    head = LinearHead(
+        stored.extra["head_weight"], stored.extra["head_bias"]
+    )  # the trained one: ridge gives no probabilities
+    return Neighbour(entry, ON_PROBABILITIES[options.similarity](torch.softmax(head(features), 1), labels))
+
+
+def voter_weights(neighbours: Sequence[Neighbour], weighting: float | None) -> Tensor:
+    """f32 [N]: 1 for each voter, or N · softmax(similarity / weighting)."""
+    if weighting is None:
+        return torch.ones(len(neighbours))
+    similarity = torch.tensor([n.similarity for n in neighbours], dtype=torch.float64)
+    return (len(neighbours) * torch.softmax(similarity / weighting, 0)).float()
+
+
+def weight_prior(model: nn.Module, structure: Structure) -> Tensor:
+    """Tie-breaker f32 [U] from the pre-trained model alone: each unit's L2 norm of weights over its layer's largest."""
+    from mvp_ext.pruning.scores import score_units
+
+    scores = score_units(model, structure, "l2")
+    return torch.cat([scores[name] / scores[name].max().clamp_min(1e-12) for name in structure.names])
+
+
+def vote_mask(
+    masks: Sequence[Mask],
+    structure: Structure,
+    *,
+    keep: float,
+    weights: Tensor | None = None,
+    prior: Tensor | None = None,
+    rule: str = "topk",
+    temperature: float = 1.0,
+    align: int = 8,
+    seed: int = 0,
+) -> Mask:
+    """The voters' mask: per layer the units with the most (weighted) votes, or a draw from them.
+
+    Args:
+        masks: the voters' masks, all of ``structure``. weights: f32 [N], default 1 each.
+        keep: share of units that stays; see ``voted_counts`` for how layers share it, and for ``align``.
+        prior: f32 [U], breaks ties (higher first), then the lower index.
+    """
+    vote = ops.meta_vote(
+        torch.stack([m.to_vector() for m in masks]),
+        weights,
+        layers=structure.units_per_layer,
+        keep=voted_counts(structure, masks, keep, align),
+        prior=prior,
+        temperature=temperature if rule == "sample" else None,
+        seed=seed if rule == "sample" else None,
+    )
+    return Mask.from_vector(structure, vote.mask)
+
+
+def merge_voters(
+    dense_state: Mapping[str, Tensor],
+    voter_states: Sequence[Mapping[str, Tensor]],
+    voter_masks: Sequence[Mask],
+    structure: Structure,
+    mask: Mask,
+    weights: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Weights for the sub-network of ``mask``: per element the weighted mean of the voters that have it.
+
+    Element (unit k, input c) is averaged over the voters that kept BOTH k and c; where none did, it is the pre-trained
+    value. Likewise biases, affine parameters and running statistics, and tensors that no layer cuts.
+
+    Args:
+        dense_state: the pre-trained model's state dict. Tensors that some voter lacks (the classifier) are left out.
+        voter_states: the voters' compact state dicts.
+
+    Returns:
+        name → tensor at the sub-network's shapes.
+    """
+    index, voter_index = structure.index_of(mask), [structure.index_of(m) for m in voter_masks]
+    everything: tuple[None, None] = (None, None)
+
+    def in_every_voter(name: str, tensor: Tensor) -> bool:
+        indices = [i.get(name, everything) for i in voter_index]
+        return all(_fits(tensor, i, s.get(name)) for i, s in zip(indices, voter_states, strict=True))
+
+    names = [n for n, t in dense_state.items() if t.is_floating_point() and in_every_voter(n, t)]
+    merged = ops.merge(
+        [dense_state[n] for n in names],
+        [[state[n] for n in names] for state in voter_states],
+        [[i.get(n, everything)[0] for n in names] for i in voter_index],
+        [[i.get(n, everything)[1] for n in names] for i in voter_index],
+        torch.ones(len(voter_states)) if weights is None else weights,
+        [index.get(n, everything)[0] for n in names],
+        [index.get(n, everything)[1] for n in names],
+    )
+    return dict(zip(names, merged, strict=True))
+
+
+def _fits(dense: Tensor, index: tuple[Tensor | None, Tensor | None], compact: Tensor | None) -> bool:
+    if compact is None or compact.ndim != dense.ndim:
+        return False
+    expected = list(dense.shape)
+    for dim, kept in enumerate(index):
+        if kept is not None:
+            expected[dim] = len(kept)
+    return list(compact.shape) == expected
+
+
+def small_model(
+    backbone: Backbone, structure: Structure, mask: Mask, weights: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """The sub-network of ``mask`` at its real shapes: with the pre-trained weights, or those given (same shapes)."""
+    model = backbone.copy_model()
+    prune_model(model, mask, structure=structure)
+    if weights is not None:
+        state = model.state_dict()
+        with torch.no_grad():
+            for name, value in weights.items():
+                if name not in state or state[name].shape != value.shape:
+                    got = tuple(state[name].shape) if name in state else "no such tensor"
+                    raise ValueError(f"small_model: {name}: expected shape {tuple(value.shape)}, got {got}")
+                state[name].copy_(value)
+    return model
