@@ -167,6 +167,7 @@ def _recipe_of(model: Any, structure: Structure) -> dict[str, Any]:
                 f"save_pruned: the model was created with {name}={value!r}, which cannot be written as JSON"
             )
     head = model.get_classifier()
+    head = head[0] if isinstance(head, tuple) else head  # a distilled DeiT has two, alike
     kwargs["num_classes"] = head.out_features if isinstance(head, nn.Linear) else 0
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     kwargs["in_chans"] = first.in_channels
