@@ -473,7 +473,7 @@ def test_kill_at_any_moment(tmp_path):
     printed = run(
         """
         generator = random.Random(0)
-        for life in range(40):
+        for life in range(30):
             read, write = os.pipe()
             child = os.fork()
             if child == 0:
@@ -481,11 +481,14 @@ def test_kill_at_any_moment(tmp_path):
                     add(f"{life}-{number}")
                     os.write(write, f"{life}-{number}\\n".encode())
             os.close(write)
-            time.sleep(generator.uniform(0.0, 0.12))
+            # Every second life is let come to its first entry, on a machine however slow; the others may be killed
+            # while they make the zoo itself.
+            first = os.read(read, 100).decode() if life % 2 else ""
+            time.sleep(generator.uniform(0.0, 0.1))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             with os.fdopen(read) as pipe:
-                print(pipe.read(), end="")
+                print(first + pipe.read(), end="")
         """,
         path,
     )
@@ -495,8 +498,8 @@ def test_kill_at_any_moment(tmp_path):
         warnings.simplefilter("error")
         names = {entry.name for entry in zoo.entries()}
     assert reported <= names
-    assert len(names - reported) <= 40  # at most the one each life was just going to report
-    assert len(names) > 40
+    assert len(names - reported) <= 30  # at most the one each life was just going to report
+    assert len(reported) >= 15
     strays = zoo.verify()
     assert {problem.kind for problem in strays} <= {"stray"}
     zoo.verify(repair=True)
@@ -517,7 +520,7 @@ def test_four_writers_at_once(tmp_path):
                 status = 1
                 try:
                     lost = 0
-                    for number in range(10):
+                    for number in range(5):
                         add(f"own-{writer}-{number}")
                         try:
                             add(f"shared-{number}")
@@ -535,12 +538,12 @@ def test_four_writers_at_once(tmp_path):
         path,
     )
     zoo = Zoo(path, create=False)
-    own = {f"own-{writer}-{number}" for writer in range(4) for number in range(10)}
-    both = {f"{kind}-{number}" for kind in ("shared", "common") for number in range(10)}
+    own = {f"own-{writer}-{number}" for writer in range(4) for number in range(5)}
+    both = {f"{kind}-{number}" for kind in ("shared", "common") for number in range(5)}
     assert {entry.name for entry in zoo} == own | both
-    assert sum(map(int, printed.replace("lost", "").split())) == 30  # ten names, three losers each
+    assert sum(map(int, printed.replace("lost", "").split())) == 15  # five names, three losers each
     assert zoo.verify() == []
-    assert len(files(zoo)) == 60
+    assert len(files(zoo)) == 30
 
 
 def test_readers_go_on_while_a_writer_holds_the_index(zoo, add):
