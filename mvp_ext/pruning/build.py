@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from mvp_ext.model.checkpoint import load_pruned, save_pruned
+from mvp_ext.model.checkpoint import read_pruned, save_pruned
 from mvp_ext.model.structure import find_structure
 from mvp_ext.pruning.backbone import Backbone
-from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.iterative import Schedule, round_ratios
 from mvp_ext.pruning.prune import prune, universal_path
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.tasks import Task
@@ -86,18 +86,21 @@ def build_universal(
     them all. None if the zoo has it already.
 
     Args:
-        steps: all optimizer steps; default: as many as the zoo's entries of these tasks took together.
+        steps: all optimizer steps; default: as many as these tasks' entries in the zoo took together.
+
+    Raises:
+        ZooError: ``steps`` is not given and the zoo lacks one of the tasks.
     """
     path = universal_path(zoo)
-    if path.exists():
-        checkpoint = load_pruned(path)
-        if checkpoint.extra.get("keep") == keep:
-            return None
     backbone, schedule = Backbone.wrap(model), schedule or Schedule()
-    steps = steps if steps is not None else len(tasks) * schedule.steps(keep)
+    structure = find_structure(backbone.model, scope)
+    if path.exists() and read_pruned(path).extra.get("keep") == keep:
+        return None
+    steps = steps if steps is not None else sum(zoo[task.name].steps for task in tasks)
     classes = tuple(sorted({c for task in tasks for c in task.classes}))
     pooled = Task("universal", tasks[0].data, classes, seed=seed)
-    schedule = replace(schedule, final_steps=max(0, steps - schedule.rounds(keep) * schedule.steps_per_round))
+    removing = len(round_ratios(structure, keep, align, schedule)) * schedule.steps_per_round
+    schedule = replace(schedule, final_steps=max(0, steps - removing))
     result = prune(
         backbone,
         pooled,
@@ -110,6 +113,7 @@ def build_universal(
         recipe=recipe,
         seed=seed,
         on_step=_named(progress, "universal"),
+        resume=path.with_suffix(".partial"),
     )
     extra = {"keep": keep, "classes": list(classes), "result": result.summary()}
     save_pruned(result.model, path, mask=result.mask, structure=result.structure, extra=extra)

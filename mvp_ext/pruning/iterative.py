@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from mvp_ext.model.budget import kept_counts
+from mvp_ext.model.checkpoint import read_pruned, save_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure, find_structure
@@ -19,6 +22,9 @@ from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.scores import Scores, score_units
 from mvp_ext.pruning.tasks import TaskData
 from mvp_ext.pruning.training import Recipe, Teacher, Trainer, reestimate_statistics
+
+
+SAVE_EVERY = 200  # final steps between two saved states of a run that can be resumed
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,6 @@ class Schedule:
     def rounds(self, keep: float) -> int:
         """R = ceil(ln keep / ln(1 − share)); 0 where nothing is removed."""
         return max(0, math.ceil(math.log(keep) / math.log1p(-self.share) - 1e-9))
-
-    def steps(self, keep: float) -> int:
-        """All optimizer steps of one run."""
-        return self.rounds(keep) * self.steps_per_round + self.final_steps
 
 
 def scoring_batches(
@@ -90,6 +92,7 @@ def prune_iteratively(
     cost: Cost | None = None,
     features: Tensor | None = None,
     on_step: Callable[[nn.Module, int], None] | None = None,
+    resume: Path | None = None,
 ) -> tuple[nn.Module, Mask]:
     """A small model for one task, made from the dense one alone.
 
@@ -101,50 +104,97 @@ def prune_iteratively(
         keep: share of each layer's units that stays, in (0, 1]. align: kept counts are rounded to multiples of it.
         features: the backbone's features on ``data.train_images``, if at hand.
         on_step: called with (model, steps done so far) after each step, outside the clock.
+        resume: a file for long runs: every ``SAVE_EVERY`` of the final steps the run's state goes there, and a run that
+            finds it goes on from it, with the numbers of an uninterrupted one. Removed at the end.
 
     Returns:
         The small model, with a trained (not refitted) classifier and re-estimated statistics, and its mask.
     """
     cost = cost if cost is not None else Cost()
-    model = backbone.copy_model()
-    structure = find_structure(model, scope)
-    mask = Mask.full(structure)
-    preprocessing = backbone.preprocessing
+    preprocessing, size = backbone.preprocessing, backbone.preprocessing.size
+    structure = find_structure(backbone.model, scope)
     with cost.timed():
         if features is None:
-            features = extract_features(model, data.train_images, preprocessing, recipe.precision)
-            size = preprocessing.size
-            cost.refit_flops += len(features) * count_flops(model, (3, size, size))
-        set_head(model, class_mean_head(features, data.train_labels, data.num_classes))
+            features = extract_features(backbone.model, data.train_images, preprocessing, recipe.precision)
+            cost.refit_flops += len(features) * count_flops(backbone.model, (3, size, size))
         teacher = Teacher.from_features(backbone, features) if schedule.distill else None
-        trainer = Trainer(model, data, preprocessing, recipe, seed=seed, teacher=teacher, cost=cost)
     done = 0
 
     def stepped(_: int) -> None:
         nonlocal done
         done += 1
         if on_step is not None:
-            on_step(model, done)
+            on_step(trainer.model, done)
 
-    rounds = schedule.rounds(keep)
-    for number in range(1, rounds + 1):
-        ratio = keep if number == rounds else (1.0 - schedule.share) ** number
-        current = find_structure(model, scope)
-        scores = scoring_batches(trainer, current, schedule, cost, seed=seed + number)
+    saved = read_pruned(resume) if resume is not None and resume.exists() else None
+    if saved is not None:
+        model, mask = saved.build(), saved.mask
+        trainer = Trainer(model, data, preprocessing, recipe, seed=seed, teacher=teacher, cost=cost)
+        trainer.restore(_without_prefix(saved.extra))
+        final_done = int(saved.extra["final_done"])
+        done = int(saved.extra["done"])
+        _take_over(cost, Cost.from_dict(saved.extra["cost"]))
+    else:
+        model, mask, final_done = backbone.copy_model(), Mask.full(structure), 0
         with cost.timed():
-            if schedule.global_ranking:
-                share = min(1.0, ratio * structure.total_units / current.total_units)
-                inner = Mask.from_scores(current, scores, share, align, global_=True)
-            else:
-                inner = Mask.from_scores(current, scores, kept_counts(structure, ratio, align))
-            prune_model(model, inner, structure=current, optimizer=trainer.optimizer)
-            mask = Mask.compose(mask, inner)
-        trainer.run(schedule.steps_per_round, "constant", stepped)
-    trainer.run(schedule.final_steps, "cosine", stepped)
+            set_head(model, class_mean_head(features, data.train_labels, data.num_classes))
+            trainer = Trainer(model, data, preprocessing, recipe, seed=seed, teacher=teacher, cost=cost)
+        for number, ratio in enumerate(round_ratios(structure, keep, align, schedule), 1):
+            inner = _choose(trainer, structure, ratio, align, schedule, cost, seed + number)
+            with cost.timed():
+                prune_model(model, inner, optimizer=trainer.optimizer)
+                mask = Mask.compose(mask, inner)
+            trainer.run(schedule.steps_per_round, "constant", stepped)
+
+    def stepped_finally(final: int) -> None:
+        stepped(final)
+        if resume is not None and final % SAVE_EVERY == 0:
+            state = {f"trainer/{name}": value for name, value in trainer.snapshot().items()}
+            extra = {**state, "final_done": final, "done": done, "cost": cost.to_dict()}
+            save_pruned(model, resume, mask=mask, structure=structure, extra=extra)
+
+    trainer.run(schedule.final_steps, "cosine", stepped_finally, start=final_done)
     with cost.timed():
-        size = preprocessing.size
         seen = reestimate_statistics(
             model, data.train_images, preprocessing, seed=seed, precision=recipe.precision
         )
     cost.refit_flops += seen * count_flops(model, (3, size, size))
+    if resume is not None:
+        resume.unlink(missing_ok=True)
     return model, mask
+
+
+def round_ratios(structure: Structure, keep: float, align: int, schedule: Schedule) -> list[float]:
+    """The share kept after each round. Rounds that would remove nothing (few heads, coarse alignment) are left out."""
+    rounds = schedule.rounds(keep)
+    ratios = [(1.0 - schedule.share) ** number for number in range(1, rounds)] + [keep] * (rounds > 0)
+    if schedule.global_ranking:
+        return ratios
+    counts = [structure.units_per_layer, *(kept_counts(structure, ratio, align) for ratio in ratios)]
+    return [
+        ratio for ratio, before, after in zip(ratios, counts, counts[1:], strict=False) if before != after
+    ]
+
+
+def _choose(
+    trainer: Trainer, dense: Structure, ratio: float, align: int, schedule: Schedule, cost: Cost, seed: int
+) -> Mask:
+    """The mask of one round, of the model as it is now, that leaves ``ratio`` of the dense model's units."""
+    current = find_structure(trainer.model, dense.scope)
+    scores = scoring_batches(trainer, current, schedule, cost, seed=seed)
+    if not schedule.global_ranking:
+        return Mask.from_scores(current, scores, kept_counts(dense, ratio, align))
+    share = min(1.0, ratio * dense.total_units / current.total_units)
+    return Mask.from_scores(current, scores, share, align, global_=True)
+
+
+def _without_prefix(extra: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("trainer/"): value for name, value in extra.items() if name.startswith("trainer/")
+    }
+
+
+def _take_over(cost: Cost, earlier: Cost) -> None:
+    """Book an interrupted run's cost on the one that goes on from it (what is redone is booked twice: it was spent)."""
+    for name, value in vars(cost + earlier).items():
+        setattr(cost, name, value)

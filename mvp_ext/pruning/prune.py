@@ -21,7 +21,7 @@ from mvp_ext.model.structure import Structure, find_structure
 from mvp_ext.pruning.backbone import Backbone, extract_features, set_head
 from mvp_ext.pruning.cost import Cost
 from mvp_ext.pruning.heads import class_mean_head, class_means, fit_temperature, ridge_head
-from mvp_ext.pruning.iterative import Schedule, prune_iteratively, scoring_batches
+from mvp_ext.pruning.iterative import Schedule, prune_iteratively, round_ratios, scoring_batches
 from mvp_ext.pruning.result import Point, Result
 from mvp_ext.pruning.tasks import Task, TaskData
 from mvp_ext.pruning.training import Recipe, Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
@@ -174,6 +174,7 @@ def prune(
     seed: int = 0,
     evaluate_at: Sequence[int] = (),
     on_step: OnStep | None = None,
+    resume: Path | None = None,
 ) -> Result:
     """Make a small model for one task.
 
@@ -197,6 +198,7 @@ def prune(
         evaluate_at: steps at which ``history`` gets a point; costs a pass over the task's images each, outside the
             clock.
         on_step: called after each training step with (done, all).
+        resume: a file by which a long "ifp" run survives an interruption (see ``prune_iteratively``).
 
     Raises:
         ValueError: keep, neighbours, steps or method out of range; a task with one class.
@@ -238,7 +240,7 @@ def prune(
     cost.similarity_flops += len(features) * job.image_flops
     history = _History(job, evaluate_at)
     if method == "ifp":
-        small, mask = _iterate(job, history, on_step)
+        small, mask = _iterate(job, history, on_step, resume)
     else:
         small, mask = _STARTS[method](job)
         _fine_tune(job, small, history, on_step)
@@ -299,9 +301,12 @@ def _fine_tune(job: _Job, small: nn.Module, history: _History, on_step: OnStep |
             job.cost.refit_flops += seen * image_flops
 
 
-def _iterate(job: _Job, history: _History, on_step: OnStep | None) -> tuple[nn.Module, Mask]:
+def _iterate(
+    job: _Job, history: _History, on_step: OnStep | None, resume: Path | None
+) -> tuple[nn.Module, Mask]:
     schedule = replace(job.schedule, final_steps=job.steps)
-    total = schedule.steps(job.keep)
+    rounds = len(round_ratios(job.structure, job.keep, job.align, schedule))
+    total = rounds * schedule.steps_per_round + schedule.final_steps
 
     def stepped(model: nn.Module, done: int) -> None:
         history.record(model, done)
@@ -320,6 +325,7 @@ def _iterate(job: _Job, history: _History, on_step: OnStep | None) -> tuple[nn.M
         cost=job.cost,
         features=job.features,
         on_step=stepped,
+        resume=resume,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -117,6 +117,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self._generator = torch.Generator().manual_seed(seed)
         self._indices = shuffled_indices(len(data.train_labels), recipe.batch_size, sys.maxsize, seed)
+        self._drawn = 0  # batches so far
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -137,6 +138,7 @@ class Trainer:
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The next training batch, augmented: f32 [B, 3, S, S] (channels_last) and labels [B]."""
         index = next(self._indices)
+        self._drawn += 1
         flip = self.data.flip if self.recipe.flip is None else self.recipe.flip
         images = self.data.train_images[index]
         images = augment(images, self._generator, pad=int(self.recipe.crop * images.shape[1]), flip=flip)
@@ -144,27 +146,52 @@ class Trainer:
         batch = to_batch(images, p.size, p.mean, p.std)
         return batch.to(self.device), self.data.train_labels[index].to(self.device)
 
+    def snapshot(self) -> dict[str, Tensor]:
+        """What, beside the model's weights, a later ``restore`` needs to go on as if nothing had happened."""
+        tensors = {"generator": self._generator.get_state(), "drawn": torch.tensor(self._drawn)}
+        for number, parameter in enumerate(self._parameters()):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer/{number}/{key}"] = torch.as_tensor(value).clone()
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up a ``snapshot`` of a trainer with the same data, seed, recipe and shapes."""
+        for _ in range(int(tensors["drawn"]) - self._drawn):
+            next(self._indices)
+        self._drawn = int(tensors["drawn"])
+        self._generator.set_state(tensors["generator"])
+        parameters = self._parameters()
+        for name, value in tensors.items():
+            if name.startswith("optimizer/"):
+                _, number, key = name.split("/")
+                self.optimizer.state[parameters[int(number)]][key] = value.clone()
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def run(
         self,
         steps: int,
         schedule: Literal["constant", "cosine"] = "cosine",
         on_step: Callable[[int], None] | None = None,
+        *,
+        start: int = 0,
     ) -> None:
         """Train ``steps`` steps. "cosine" warms up over a tenth (at most 10) and then falls to zero.
 
-        ``on_step(done)`` is called after each step, outside the clock.
+        ``on_step(done)`` is called after each step, outside the clock. ``start`` steps were done before (``restore``).
 
         Raises:
             FloatingPointError: the loss is no longer finite; the message names the step and the learning rate.
         """
-        if steps == 0:
+        if steps <= start:
             return
         size = self.preprocessing.size
         per_image = BACKWARD_FACTOR * count_flops(self.model, (3, size, size))
         per_image += self.teacher.flops if self.teacher is not None else 0
         warmup = min(10, max(1, steps // 10))
         self.model.train()
-        for step in range(steps):
+        for step in range(start, steps):
             with self.cost.timed():
                 factor = 1.0
                 if schedule == "cosine":
