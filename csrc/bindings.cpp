@@ -116,6 +116,7 @@ PYBIND11_MODULE(_C, m) {
   def("meta_vote_cpu", MVP_SELECT(isa, meta_vote_cpu));
   def("pack_cpu", MVP_SELECT(isa, pack_cpu));
   def("unpack_cpu", MVP_SELECT(isa, unpack_cpu));
+  def("pruned_linear_cpu", MVP_SELECT(isa, pruned_linear_cpu));
 
   m.def("build_info", [isa] {
     py::dict info;

@@ -2,6 +2,16 @@
 
 from mvp_ext.ops.functional import meta_vote
 from mvp_ext.ops.packing import pack, unpack
+from mvp_ext.ops.pruned import pruned_attention, pruned_conv2d, pruned_linear
 from mvp_ext.ops.vote import Vote, kept_units
 
-__all__ = ["Vote", "kept_units", "meta_vote", "pack", "unpack"]
+__all__ = [
+    "Vote",
+    "kept_units",
+    "meta_vote",
+    "pack",
+    "pruned_attention",
+    "pruned_conv2d",
+    "pruned_linear",
+    "unpack",
+]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mvp_ext.ops.philox import gumbel_noise
 from mvp_ext.ops.vote import Vote, kept_units
@@ -91,3 +92,67 @@ def unpack(
         ]
         with torch.no_grad():
             full[torch.meshgrid(*at, indexing="ij") if len(at) == 2 else at[0]] = part
+
+
+def pruned_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_index: Tensor | None = None,
+    in_index: Tensor | None = None,
+    *,
+    out_block: int = 1,
+    in_block: int = 1,
+    residual: Tensor | None = None,
+) -> Tensor:
+    rows, columns = (
+        torch.arange(size // block, device=x.device) if index is None else index.long()
+        for size, block, index in zip(weight.shape, (out_block, in_block), (out_index, in_index), strict=True)
+    )
+    outputs, inputs = weight.shape
+    blocks = weight.reshape(outputs // out_block, out_block, inputs // in_block, in_block)
+    kept = blocks[rows][:, :, columns].reshape(rows.numel() * out_block, columns.numel() * in_block)
+    kept_bias = None if bias is None else bias.reshape(-1, out_block)[rows].flatten()
+    y = F.linear(x, kept, kept_bias)
+    if residual is None:
+        return y
+    at = torch.arange(outputs, device=x.device).reshape(-1, out_block)[rows].flatten()
+    return residual.index_add(-1, at, y)
+
+
+def pruned_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    head_index: Tensor,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+) -> Tensor:
+    qkv = F.linear(x, qkv_weight, qkv_bias).unflatten(-1, (3, num_heads, -1))  # [B, n, 3, H, D]
+    q, k, v = qkv[:, :, :, head_index.long()].permute(2, 0, 3, 1, 4)  # [B, kept, n, D]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    y = ((q @ k.transpose(-2, -1)) * scale).softmax(dim=-1) @ v
+    proj = proj_weight.unflatten(1, (num_heads, -1))[:, head_index.long()].flatten(1)
+    return F.linear(y.transpose(1, 2).flatten(2), proj, proj_bias)
+
+
+def pruned_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_index: Tensor | None = None,
+    in_index: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+) -> Tensor:
+    if out_index is not None:
+        weight = weight[out_index.long()]
+        bias = None if bias is None else bias[out_index.long()]
+    if in_index is not None:
+        weight = weight[:, in_index.long()]
+    return F.conv2d(x, weight, bias, stride, padding, dilation)

@@ -7,13 +7,16 @@ kernels only fill them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from mvp_ext.ops._native import native
+from mvp_ext.ops._native import build_info, native
+from mvp_ext.ops.blocks import positions
 
 _library = torch.library.Library("mvp_ext", "DEF")
 
@@ -202,3 +205,117 @@ unpack = _define(
     fake=_unpack_fake,
     cpu=_unpack_cpu,
 )
+
+
+def _pruned_linear_output(
+    x: Tensor, weight: Tensor, out_index: Tensor | None, out_block: int, residual: Tensor | None
+) -> Tensor:
+    if residual is not None:
+        return residual.new_empty(residual.shape)
+    outputs = weight.shape[0] if out_index is None else out_index.shape[0] * out_block
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _pruned_linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+    residual: Tensor | None,
+) -> Tensor:
+    return _pruned_linear_output(x, weight, out_index, out_block, residual)
+
+
+@functools.cache
+def _library_rows(dtype: torch.dtype) -> int:
+    """From this many rows of x on, cutting the weight and the library's GEMM beat the kernel. Measured."""
+    if dtype is torch.float64:
+        return 0  # the kernel adds in float32
+    if dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return 32  # the library has bf16 dot products, the kernel widens to float32
+    return 8 if build_info()["cpu_isa"] == "baseline" and dtype is torch.float32 else 1 << 62
+
+
+def _pruned_linear_library(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    if rows is not None or cols is not None:
+        if weight.is_contiguous():
+            (weight,) = _pack_cpu([weight], [rows], [cols])
+        else:
+            weight = _pack_cpu([weight.t()], [cols], [rows])[0].t()
+    if rows is not None and bias is not None:
+        bias = bias.index_select(0, rows)
+    y = F.linear(x, weight, bias)
+    if residual is None:
+        return y
+    return residual + y if rows is None else residual.index_add(-1, rows, y)
+
+
+def _pruned_linear_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+    residual: Tensor | None,
+) -> Tensor:
+    if x.numel() // (x.shape[-1] or 1) >= _library_rows(x.dtype):
+        rows = None if out_index is None else positions(out_index, out_block)
+        cols = None if in_index is None else positions(in_index, in_block)
+        return _pruned_linear_library(x, weight, bias, rows, cols, residual)
+    if 1 not in weight.stride():
+        weight = weight.contiguous()
+    if residual is None or out_index is None:
+        out = _pruned_linear_output(x, weight, out_index, out_block, residual)
+        residual = None if residual is None else residual.contiguous()
+    else:
+        out = residual = residual.clone(memory_format=torch.contiguous_format)
+    native().pruned_linear_cpu(
+        x.contiguous(),
+        weight,
+        bias,
+        out_index,
+        in_index,
+        out_block,
+        in_block,
+        residual,
+        out,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+pruned_linear_op = _define(
+    "pruned_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? out_index, Tensor? in_index, int out_block,"
+    " int in_block, Tensor? residual) -> Tensor",
+    fake=_pruned_linear_fake,
+    cpu=_pruned_linear_cpu,
+)
+
+
+def pruned_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+    residual: Tensor | None,
+) -> Tensor:
+    """The op; its kernel directly where no one can tell the difference, as for ``meta_vote``."""
+    call = pruned_linear_op
+    if not torch.compiler.is_compiling() and nobody_listens() and type(x) is Tensor and x.is_cpu:
+        call = _pruned_linear_cpu
+    return call(x, weight, bias, out_index, in_index, out_block, in_block, residual)

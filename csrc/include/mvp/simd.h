@@ -1,0 +1,186 @@
+// One float vector per instruction set, and the few operations on it that C++ does not spell.
+//
+// Include it from a kernel only: everything lives in an unnamed namespace inside the instruction set's own,
+// so that the copies of a kernel never share a function. Arithmetic (+, *) works on Vec directly; half types
+// are widened on load and rounded to nearest even on store.
+#pragma once
+
+#if defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace mvp::MVP_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline Vec broadcast(float value) { return Vec{} + value; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Bits load_widened(const uint16_t* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, Bits);
+}
+
+inline Vec load(const Bf16* p) { return bit_cast<Vec>(load_widened(&p->bits) << 16); }
+
+inline Vec load(const F16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  // Exponent and mantissa moved to float's place and scaled by 2^112: right for subnormals too. Inf and NaN
+  // keep an all-ones exponent.
+  const Bits h = load_widened(&p->bits);
+  const Bits magnitude = (h & 0x7fff) << 13;
+  const Bits scaled = bit_cast<Bits>(bit_cast<Vec>(magnitude) * 0x1p112f);
+  const Bits special = bit_cast<Bits>(magnitude >= 0x0f800000u);
+  return bit_cast<Vec>(((h & 0x8000) << 16) | scaled | (special & 0x7f800000u));
+#endif
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(Bf16* p, Vec v) {
+  const Bits bits = bit_cast<Bits>(v);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits is_nan = bit_cast<Bits>(v != v);
+  const Halves h = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), Halves);
+  std::memcpy(p, &h, sizeof h);
+}
+
+#if !defined(__F16C__) && !defined(__AVX512F__)
+inline uint16_t float_to_half(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value), sign = (bits >> 16) & 0x8000,
+                 magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);   // NaN
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
+  if (magnitude < 0x38800000)  // subnormal in half: adding 0.5 leaves the rounded mantissa in the low bits
+    return static_cast<uint16_t>(sign | (bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000));
+  return static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+#endif
+
+inline void store(F16* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(v[i]);
+#endif
+}
+
+// The first n lanes only: for the ends of rows. Other lanes are read as 0.
+template <typename T>
+inline Vec load(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  T part[kLanes] = {};
+  std::memcpy(part, p, static_cast<size_t>(n) * sizeof(T));
+  return load(part);
+}
+
+template <typename T>
+inline void store(T* p, Vec v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  T part[kLanes];
+  store(part, v);
+  std::memcpy(p, part, static_cast<size_t>(n) * sizeof(T));
+}
+
+template <typename T>
+inline float to_float(T value) {
+  T part[kLanes] = {value};
+  return load(part)[0];
+}
+inline float to_float(float value) { return value; }
+
+// a · b + c, fused where the machine can (the build has contraction off).
+inline Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <size_t... I>
+inline Vec pick(Vec a, Vec b, std::index_sequence<I...>, int first) {
+#if defined(__clang__)
+  return first ? __builtin_shufflevector(a, b, int(I % 2 * kLanes + I / 2 + kLanes / 2)...)
+               : __builtin_shufflevector(a, b, int(I % 2 * kLanes + I / 2)...);
+#else
+  typedef int32_t Index __attribute__((vector_size(4 * kLanes)));
+  return first ? __builtin_shuffle(a, b, Index{int(I % 2 * kLanes + I / 2 + kLanes / 2)...})
+               : __builtin_shuffle(a, b, Index{int(I % 2 * kLanes + I / 2)...});
+#endif
+}
+
+// The lanes of a and b in turn: of their lower halves, of their upper halves.
+inline Vec zip_low(Vec a, Vec b) { return pick(a, b, std::make_index_sequence<kLanes>(), 0); }
+inline Vec zip_high(Vec a, Vec b) { return pick(a, b, std::make_index_sequence<kLanes>(), 1); }
+
+// kLanes × kLanes transpose. Zipping row i with row i + half rotates the address (row bits, lane bits) by one
+// bit, so log2(kLanes) rounds exchange rows and lanes.
+inline void transpose(Vec (&rows)[kLanes]) {
+  for (int round = 1; round < kLanes; round *= 2) {
+    Vec zipped[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      zipped[2 * i] = zip_low(rows[i], rows[i + kLanes / 2]);
+      zipped[2 * i + 1] = zip_high(rows[i], rows[i + kLanes / 2]);
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
+  }
+}
+
+// Lane i of the result is the sum of the lanes of v[i], in a fixed order.
+inline Vec sum_each(Vec (&v)[kLanes]) {
+  for (int half = kLanes / 2; half >= 1; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = zip_low(v[i], v[i + half]) + zip_high(v[i], v[i + half]);
+  return v[0];
+}
+
+}  // namespace
+}  // namespace mvp::MVP_ISA

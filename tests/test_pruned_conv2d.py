@@ -1,0 +1,92 @@
+"""pruned_conv2d against its reference."""
+
+import pytest
+import torch
+from pruned_helpers import BY_NAME, FLOATS, assert_as_exact_as_torch, draw_index, generator, to
+
+from mvp_ext.ops import pruned_conv2d, reference
+
+
+def draw(filters, channels, kernel, kept_filters, kept_channels, batch=2, size=9, seed=0):
+    """x, weight, bias, out_index, in_index; a kept count of None keeps all without an index."""
+    g = generator(seed)
+    return [
+        torch.randn(batch, channels if kept_channels is None else kept_channels, size, size + 1, generator=g),
+        torch.randn(filters, channels, *kernel, generator=g),
+        torch.randn(filters, generator=g),
+        None if kept_filters is None else draw_index(filters, kept_filters, seed),
+        None if kept_channels is None else draw_index(channels, kept_channels, seed + 1, torch.int64),
+    ]
+
+
+SIZES = [
+    (1, 1, (1, 1), 1, 1),
+    (33, 31, (3, 3), 13, 32 // 2),
+    (8, 16, (1, 1), None, 7),
+    (16, 8, (3, 1), 5, None),
+    (7, 3, (7, 7), None, None),
+]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=BY_NAME)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_equals_reference(size, dtype):
+    for options in ({}, {"stride": 2, "padding": (3, 1), "dilation": 1}, {"padding": "same"}):
+        for channels_last in (False, True):
+            arguments = to(dtype, draw(*size))
+            if channels_last:
+                arguments[0] = arguments[0].contiguous(memory_format=torch.channels_last)
+                arguments[1] = arguments[1].contiguous(memory_format=torch.channels_last)
+            y = pruned_conv2d(*arguments, **options)
+            assert_as_exact_as_torch(y, "pruned_conv2d", reference.pruned_conv2d, arguments, options)
+    torch.testing.assert_close(
+        pruned_conv2d(*arguments[:2], None, *arguments[3:]),
+        reference.pruned_conv2d(*arguments[:2], None, *arguments[3:]),
+    )
+
+
+def test_sizes_of_nothing():
+    x, weight, bias, out_index, in_index = draw(6, 8, (3, 3), 3, 4)
+    assert pruned_conv2d(x, weight, bias, out_index[:0], in_index, padding=1).shape == (2, 0, 9, 10)
+    y = pruned_conv2d(x[:, :0], weight, bias, out_index, in_index[:0], stride=2)
+    assert torch.equal(y, bias[out_index.long()][None, :, None, None].expand(2, 3, 4, 4))
+    assert torch.equal(
+        pruned_conv2d(x[:, :0], weight, None, out_index, in_index[:0]), torch.zeros(2, 3, 7, 8)
+    )
+    assert pruned_conv2d(x[:0], weight, bias, out_index, in_index).shape == (0, 3, 7, 8)
+
+
+def test_gradcheck():
+    x, weight, bias, out_index, in_index = draw(4, 5, (3, 2), 2, 3, batch=1, size=4)
+    floats = [t.double().requires_grad_() for t in (x, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *f: pruned_conv2d(*f, out_index, in_index, padding=1), floats)
+    pruned_conv2d(*floats, out_index, in_index).sum().backward()
+    assert floats[1].grad.shape == weight.shape
+    assert floats[1].grad.abs().sum((1, 2, 3)).nonzero().flatten().tolist() == out_index.tolist()
+
+
+def test_compile():
+    arguments = draw(6, 8, (3, 3), 3, 4)
+    compiled = torch.compile(pruned_conv2d, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments, padding=1), pruned_conv2d(*arguments, padding=1))
+
+
+X, W = torch.zeros(1, 4, 5, 5), torch.zeros(6, 4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X[0], W), ValueError, "pruned_conv2d: x: expected 4 dimensions"),
+        ((X, W[0]), ValueError, "weight: expected 4 dimensions"),
+        ((X, W.double()), TypeError, "weight: expected dtype float32, got float64"),
+        ((X, W, torch.zeros(4)), ValueError, r"bias: expected shape \[O\] = \(6,\), got \(4,\)"),
+        ((X[:, :3], W), ValueError, r"x: expected shape .* with K = 4, got \(1, 3, 5, 5\)"),
+        ((X, W, None, torch.tensor([0.0])), TypeError, "out_index: expected dtype int32 or int64"),
+        ((X, W, None, torch.tensor([6])), ValueError, r"expected indices in \[0, 6\), got 6"),
+        ((X[:, :1], W, None, None, torch.tensor([-1])), ValueError, r"expected indices in \[0, 4\), got -1"),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        pruned_conv2d(*arguments)

@@ -1,0 +1,338 @@
+"""pruned_linear against its reference: every path of the kernel, layouts, dtypes, gradients, errors."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from pruned_helpers import BY_NAME, FLOATS, assert_as_exact_as_torch, draw_index, generator, to
+
+from mvp_ext.ops import pruned_linear, reference, registry
+
+NAN, INF = float("nan"), float("inf")
+
+# (rows of x, O, I, out_block, in_block): around a vector and a panel, primes, blocks, rows around every tile's height.
+SIZES = [
+    (1, 1, 1, 1, 1),
+    (1, 31, 33, 1, 1),
+    (2, 32, 32, 1, 1),
+    (3, 33, 31, 1, 1),
+    (7, 67, 97, 1, 1),
+    (8, 96, 160, 1, 16),
+    (4, 128, 48, 64, 1),
+    (14, 64, 64, 16, 32),
+    (15, 130, 129, 1, 3),
+    (17, 101, 257, 1, 1),
+    (29, 192, 192, 64, 64),
+    (53, 5, 7, 1, 1),
+    (3, 6, 5, 2, 1),
+    (1100, 37, 41, 1, 1),
+]
+
+
+def draw(rows, outputs, inputs, out_block=1, in_block=1, kept=(True, True), seed=0, keep=0.5):
+    """x, weight, bias, out_index, in_index of one problem."""
+    g = generator(seed)
+    count = [max(1, round(n // b * keep)) for n, b in ((outputs, out_block), (inputs, in_block))]
+    out_index = draw_index(outputs // out_block, count[0], seed) if kept[0] else None
+    in_index = draw_index(inputs // in_block, count[1], seed + 1, torch.int64) if kept[1] else None
+    x = torch.randn(rows, count[1] * in_block if kept[1] else inputs, generator=g)
+    return (
+        x,
+        torch.randn(outputs, inputs, generator=g),
+        torch.randn(outputs, generator=g),
+        out_index,
+        in_index,
+    )
+
+
+def input_major(weight):
+    return weight.t().contiguous().t()
+
+
+def check(arguments, options):
+    assert_as_exact_as_torch(
+        pruned_linear(*arguments, **options), "pruned_linear", reference.pruned_linear, arguments, options
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=BY_NAME)
+@pytest.mark.parametrize("layout", ["row-major", "input-major"])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_equals_reference(size, layout, dtype):
+    rows, outputs, _, out_block, in_block = size
+    for kept in ((True, True), (True, False), (False, True), (False, False)):
+        arguments = to(dtype, draw(*size, kept=kept))
+        if layout == "input-major":
+            arguments[1] = input_major(arguments[1])
+        blocks = {"out_block": out_block if kept[0] else 1, "in_block": in_block if kept[1] else 1}
+        check(arguments, blocks)
+        residual = torch.randn(rows, outputs, generator=generator(1)).to(dtype)
+        check([*arguments[:2], None, *arguments[3:]], {**blocks, "residual": residual})
+
+
+@pytest.mark.parametrize("layout", ["row-major", "input-major"])
+def test_every_tile_height(layout):
+    for rows in range(1, 34):
+        arguments = list(draw(rows, 110, 100, kept=(layout == "row-major", True)))
+        if layout == "input-major":
+            arguments[1] = input_major(arguments[1])
+        check(arguments, {})
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.1, 0.9, 1.0])
+@pytest.mark.parametrize("rows", [1, 5, 20])
+def test_keep_ratios(rows, keep):
+    for weight in (lambda w: w, input_major):
+        x, w, *rest = draw(rows, 90, 230, keep=keep)
+        check([x, weight(w), *rest], {})
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_indices_in_any_order_and_repeated(rows):
+    for weight in (lambda w: w, input_major):
+        x, w, b, _, _ = draw(rows, 50, 40, kept=(False, False))
+        outs, ins = torch.tensor([7, 3, 49, 3, 0, 12]), torch.randint(0, 40, (40,), generator=generator())
+        check([x, weight(w), b, outs, ins], {})
+        check([x, weight(w), b, outs, ins], {"residual": torch.randn(rows, 50)})
+        check([x, weight(w), b, torch.arange(10, 47), ins], {})
+        # As wide as a run from 2 to 41, and as long, but not one.
+        check([x, weight(w), b, torch.tensor([*range(2, 20), 19, *range(21, 42)]), ins], {})
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_views(rows):
+    x, w, b, out_index, in_index = draw(rows, 48, 56)
+    wide_x = torch.zeros(2 * rows, 2 * x.shape[1] + 1)
+    wide_x[::2, 1::2] = x
+    wide_w = torch.zeros(100, 120)
+    wide_w[2:98:2, 5:61] = w
+    wide_b = torch.zeros(97)
+    wide_b[1::2] = b
+    indices = [torch.stack([i, i], 1)[:, 0] for i in (out_index, in_index)]
+    every = torch.zeros(96, 112)
+    every[::2, ::2] = w
+    for weight in (wide_w[2:98:2, 5:61], input_major(wide_w)[2:98:2, 5:61], every[::2, ::2]):
+        check([wide_x[::2, 1::2], weight, wide_b[1::2], *indices], {})
+    wide_r = torch.randn(48, 2 * rows).t()[::2]
+    check([x, w, b, *indices], {"residual": wide_r})
+    check([x, w, b, None, in_index], {"residual": wide_r})
+
+
+def test_leading_dimensions():
+    x, w, b, out_index, in_index = draw(30, 20, 24)
+    y = pruned_linear(x, w, b, out_index, in_index)
+    for shape in ((2, 15), (5, 2, 3), (1, 30, 1)):
+        assert torch.equal(pruned_linear(x.view(*shape, -1), w, b, out_index, in_index), y.view(*shape, -1))
+    one = pruned_linear(x[0], w, b, out_index, in_index)
+    assert one.shape == (10,)
+    assert torch.allclose(one, y[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=BY_NAME)
+def test_sizes_of_nothing(dtype):
+    none = torch.zeros(0, dtype=torch.int32)
+    w, b = torch.randn(6, 4).to(dtype), torch.randn(6).to(dtype)
+    for rows in (0, 1, 20):
+        x = torch.randn(rows, 4).to(dtype)
+        assert pruned_linear(x, w, b, none).shape == (rows, 0)
+        for weight in (w, input_major(w)):
+            assert torch.equal(pruned_linear(x[:, :0], weight, b, None, none), b.expand(rows, 6))
+            assert torch.equal(
+                pruned_linear(x[:, :0], weight, None, None, none), torch.zeros(rows, 6).to(dtype)
+            )
+        residual = torch.randn(rows, 6).to(dtype)
+        y = pruned_linear(x, w, b, none, residual=residual)
+        assert torch.equal(y, residual)
+        assert y is not residual
+    assert pruned_linear(torch.zeros(3, 0), torch.zeros(0, 0)).shape == (3, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_what_is_not_kept_is_not_read(rows, value):
+    """A removed weight may hold anything; a kept one shows."""
+    for weight in (lambda w: w, input_major):
+        x, w, b, out_index, in_index = draw(rows, 40, 70)
+        kept = torch.zeros(40, 70, dtype=torch.bool)
+        kept[out_index.long()[:, None], in_index.long()] = True
+        y = pruned_linear(x, weight(w), b, out_index, in_index)
+        assert torch.equal(pruned_linear(x, weight(w.masked_fill(~kept, value)), b, out_index, in_index), y)
+        w[out_index[3], in_index[5]] = value
+        spoiled = ~pruned_linear(x, weight(w), b, out_index, in_index).isfinite()
+        assert spoiled[:, 3].all()
+        assert spoiled.sum() == rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["f16", "bf16"])
+def test_rounding_of_half_types(dtype):
+    """Identity weights: every value passes as it is, subnormals, infinities and overflow included."""
+    values = [0.0, -0.0, 1.0, -1.0, 6e-8, 1e-7, 6e-5, 65504.0, 3e38, INF, -INF, NAN, 1.0009765625, 0.333]
+    x = torch.tensor([values, values[::-1]]).to(dtype)
+    for i in range(len(values)):
+        y = pruned_linear(x[:, i : i + 1], torch.ones(16, 16).to(dtype)[:, :1])
+        assert torch.equal(y.nan_to_num(7.0), x[:, i : i + 1].expand(2, 16).nan_to_num(7.0))
+    big = torch.full((1, 16), 60000.0).to(dtype)
+    assert torch.equal(pruned_linear(big, torch.ones(16, 16).to(dtype)), (big.double() * 16).to(dtype))
+
+
+def test_repeats_and_threads_agree():
+    before = torch.get_num_threads()
+    for rows in (1, 20, 600):
+        arguments = draw(rows, 150, 300)
+        wanted = pruned_linear(*arguments)
+        try:
+            for repeat in range(10):
+                torch.set_num_threads(1 + repeat % 3)
+                assert torch.equal(pruned_linear(*arguments), wanted)
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kept", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_gradcheck(kept, with_residual):
+    x, w, b, out_index, in_index = draw(3, 6, 8, 2, 4, kept)
+    floats = [t.double().requires_grad_() for t in (x, w, b, torch.randn(3, 6))]
+    blocks = {"out_block": 2 if kept[0] else 1, "in_block": 4 if kept[1] else 1}
+
+    def run(x, w, b, r):
+        return pruned_linear(x, w, b, out_index, in_index, residual=r if with_residual else None, **blocks)
+
+    floats[3].requires_grad_(with_residual)
+    assert torch.autograd.gradcheck(run, floats)
+    assert torch.autograd.gradgradcheck(run, floats)
+
+
+@pytest.mark.parametrize("layout", ["row-major", "input-major"])
+def test_gradients_in_float32(layout):
+    x, w, b, out_index, in_index = draw(20, 90, 70)
+    weight = w if layout == "row-major" else input_major(w)
+    grads = []
+    for op in (pruned_linear, reference.pruned_linear):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, b)]
+        y = op(*leaves, out_index, in_index)
+        y.pow(2).sum().backward()
+        grads.append([t.grad for t in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    assert grads[0][1].shape == w.shape
+    assert grads[0][1].count_nonzero() == out_index.numel() * in_index.numel()
+
+
+def test_only_the_gradients_that_are_asked_for():
+    x, w, b, out_index, in_index = draw(4, 10, 12)
+    w.requires_grad_()
+    pruned_linear(x, w, b, out_index, in_index).sum().backward()
+    assert w.grad is not None
+    with torch.no_grad():
+        assert not pruned_linear(x, w, b, out_index, in_index).requires_grad
+
+
+def test_autocast():
+    x, w, b, out_index, in_index = draw(4, 10, 12)
+    w.requires_grad_()
+    residual = torch.randn(4, 10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = pruned_linear(x, w, b, out_index, in_index)
+        wanted = reference.pruned_linear(x, w, b, out_index, in_index)
+        added = pruned_linear(x, w, b, out_index, in_index, residual=residual)
+    assert y.dtype == wanted.dtype == torch.bfloat16
+    torch.testing.assert_close(y, wanted)
+    assert added.dtype == torch.float32  # as `residual + linear(x)`
+    y.float().sum().backward()
+    assert w.grad.dtype == torch.float32
+
+
+def test_opcheck():
+    x, w, b, out_index, in_index = draw(4, 10, 12)
+    for arguments in (
+        (x, w, b, out_index, in_index, 1, 1, None),
+        (x, w, None, out_index, in_index, 1, 1, torch.randn(4, 10)),
+        (torch.randn(2, 3, 12), w, b, None, None, 1, 1, None),
+        (x.double(), w.double(), b.double(), out_index, in_index, 1, 1, None),
+        (x[:, :4], w, b, torch.tensor([1]), torch.tensor([2]), 5, 4, None),
+    ):
+        torch.library.opcheck(registry.pruned_linear_op, arguments)
+
+
+def test_compile():
+    x, w, b, out_index, in_index = draw(4, 10, 12)
+    w.requires_grad_()
+
+    def run(x, w):
+        return pruned_linear(x, w, b, out_index, in_index).relu()
+
+    y = torch.compile(run, fullgraph=True, backend="aot_eager")(x, w)
+    y.sum().backward()
+    ours, w.grad = w.grad, None
+    run(x, w).sum().backward()
+    assert torch.equal(y, run(x, w))
+    torch.testing.assert_close(ours, w.grad)
+
+
+def test_other_instruction_sets():
+    """The same tests with the kernels of older machines."""
+    script = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    chosen = "(equals_reference and (f32 or row-major-f16)) or tile or keep or rounding"
+    for isa in ("baseline", "avx2"):
+        command = [sys.executable, "-c", script, "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+        done = subprocess.run(command, env={**os.environ, "MVP_CPU_ISA": isa}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:]
+
+
+X, W = torch.zeros(3, 4), torch.zeros(6, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (([1.0], W), {}, TypeError, "pruned_linear: x: expected a torch.Tensor, got list"),
+        (
+            (X.int(), W),
+            {},
+            TypeError,
+            "x: expected dtype float32 or float16 or bfloat16 or float64, got int32",
+        ),
+        ((X.to_sparse(), W), {}, NotImplementedError, "x: expected a strided tensor"),
+        ((X, W.double()), {}, TypeError, "weight: expected dtype float32, got float64"),
+        ((X, W[0]), {}, ValueError, r"weight: expected 2 dimensions, got shape \(4,\)"),
+        ((X, W.to("meta")), {}, ValueError, "weight: expected device cpu, got meta"),
+        ((X[:, :3], W), {}, ValueError, r"x: expected shape \[\.\.\., K\] with K = 4, got \(3, 3\)"),
+        ((torch.zeros(()), W), {}, ValueError, r"x: expected shape \[\.\.\., K\] with K = 4, got \(\)"),
+        ((X, W, torch.zeros(5)), {}, ValueError, r"bias: expected shape \[O\] = \(6,\), got \(5,\)"),
+        (
+            (X, W, None, torch.tensor([0.0])),
+            {},
+            TypeError,
+            "out_index: expected dtype int32 or int64, got float32",
+        ),
+        ((X, W, None, torch.tensor([[0]])), {}, ValueError, "out_index: expected 1 dimensions"),
+        ((X, W, None, torch.tensor([6])), {}, ValueError, r"out_index: expected values in \[0, 6\), got 6"),
+        ((X, W, None, torch.tensor([-1])), {}, ValueError, r"out_index: expected values in \[0, 6\), got -1"),
+        ((X, W, None, torch.tensor([3])), {"out_block": 2}, ValueError, r"values in \[0, 3\), got 3"),
+        (
+            (X[:, :1], W, None, None, torch.tensor([4])),
+            {},
+            ValueError,
+            r"in_index: expected values in \[0, 4\)",
+        ),
+        (
+            (X, W, None, torch.tensor([0])),
+            {"out_block": 4},
+            ValueError,
+            "out_index: expected a divisor of 6, got 4",
+        ),
+        (
+            (X, W),
+            {"residual": torch.zeros(3, 5)},
+            ValueError,
+            r"residual: expected shape \[\.\.\., O\] = \(3, 6\)",
+        ),
+        ((X, W), {"residual": torch.zeros(3, 6).double()}, TypeError, "residual: expected dtype float32"),
+    ],
+)
+def test_errors(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        pruned_linear(*arguments, **options)
