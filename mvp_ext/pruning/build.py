@@ -10,7 +10,7 @@ from torch import nn
 from mvp_ext.model.checkpoint import read_pruned, save_pruned
 from mvp_ext.model.structure import find_structure
 from mvp_ext.pruning.backbone import Backbone
-from mvp_ext.pruning.iterative import Schedule, round_ratios
+from mvp_ext.pruning.iterative import Schedule, planned_steps
 from mvp_ext.pruning.prune import prune, universal_path
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.tasks import Task
@@ -99,7 +99,7 @@ def build_universal(
     steps = steps if steps is not None else sum(zoo[task.name].steps for task in tasks)
     classes = tuple(sorted({c for task in tasks for c in task.classes}))
     pooled = Task("universal", tasks[0].data, classes, seed=seed)
-    removing = len(round_ratios(structure, keep, align, schedule)) * schedule.steps_per_round
+    removing = planned_steps(structure, keep, align, replace(schedule, final_steps=0))
     schedule = replace(schedule, final_steps=max(0, steps - removing))
     result = prune(
         backbone,

@@ -176,6 +176,11 @@ def round_ratios(structure: Structure, keep: float, align: int, schedule: Schedu
     ]
 
 
+def planned_steps(structure: Structure, keep: float, align: int, schedule: Schedule) -> int:
+    """All optimizer steps of one iterative run."""
+    return len(round_ratios(structure, keep, align, schedule)) * schedule.steps_per_round + schedule.final_steps
+
+
 def _choose(
     trainer: Trainer, dense: Structure, ratio: float, align: int, schedule: Schedule, cost: Cost, seed: int
 ) -> Mask:

@@ -21,7 +21,7 @@ from mvp_ext.model.structure import Structure, find_structure
 from mvp_ext.pruning.backbone import Backbone, extract_features, set_head
 from mvp_ext.pruning.cost import Cost
 from mvp_ext.pruning.heads import class_mean_head, class_means, fit_temperature, ridge_head
-from mvp_ext.pruning.iterative import Schedule, prune_iteratively, round_ratios, scoring_batches
+from mvp_ext.pruning.iterative import Schedule, planned_steps, prune_iteratively, scoring_batches
 from mvp_ext.pruning.result import Point, Result
 from mvp_ext.pruning.tasks import Task, TaskData
 from mvp_ext.pruning.training import Recipe, Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
@@ -305,8 +305,7 @@ def _iterate(
     job: _Job, history: _History, on_step: OnStep | None, resume: Path | None
 ) -> tuple[nn.Module, Mask]:
     schedule = replace(job.schedule, final_steps=job.steps)
-    rounds = len(round_ratios(job.structure, job.keep, job.align, schedule))
-    total = rounds * schedule.steps_per_round + schedule.final_steps
+    total = planned_steps(job.structure, job.keep, job.align, schedule)
 
     def stepped(model: nn.Module, done: int) -> None:
         history.record(model, done)
