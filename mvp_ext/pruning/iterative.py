@@ -21,7 +21,7 @@ from mvp_ext.pruning.cost import BACKWARD_FACTOR, Cost
 from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.scores import Scores, score_units
 from mvp_ext.pruning.tasks import TaskData
-from mvp_ext.pruning.training import Recipe, Teacher, Trainer, reestimate_statistics
+from mvp_ext.pruning.training import Recipe, Teacher, Trainer
 
 
 SAVE_EVERY = 200  # final steps between two saved states of a run that can be resumed
@@ -108,7 +108,7 @@ def prune_iteratively(
             finds it goes on from it, with the numbers of an uninterrupted one. Removed at the end.
 
     Returns:
-        The small model, with a trained (not refitted) classifier and re-estimated statistics, and its mask.
+        The small model, with a trained (not refitted) classifier, and its mask.
     """
     cost = cost if cost is not None else Cost()
     preprocessing, size = backbone.preprocessing, backbone.preprocessing.size
@@ -154,11 +154,6 @@ def prune_iteratively(
             save_pruned(model, resume, mask=mask, structure=structure, extra=extra)
 
     trainer.run(schedule.final_steps, "cosine", stepped_finally, start=final_done)
-    with cost.timed():
-        seen = reestimate_statistics(
-            model, data.train_images, preprocessing, seed=seed, precision=recipe.precision
-        )
-    cost.refit_flops += seen * count_flops(model, (3, size, size))
     if resume is not None:
         resume.unlink(missing_ok=True)
     return model, mask

@@ -1,6 +1,6 @@
 """From a dense backbone and a task to a small model. Every method starts differently and then goes the same way:
 
-    start (mask, weights) → statistics → class-mean head → fine-tune J steps → statistics → ridge head
+    start (mask, weights) → statistics → class-mean head → fine-tune J steps → ridge head
 
 so that methods are compared by what they start from, not by how their heads were made.
 """
@@ -293,12 +293,6 @@ def _fine_tune(job: _Job, small: nn.Module, history: _History, on_step: OnStep |
             on_step(done, job.steps)
 
     trainer.run(job.steps, "cosine", stepped)
-    if job.steps > 0:
-        with job.cost.timed():
-            seen = reestimate_statistics(
-                small, data.train_images, preprocessing, seed=job.seed, precision=precision
-            )
-            job.cost.refit_flops += seen * image_flops
 
 
 def _iterate(
