@@ -23,7 +23,6 @@ from mvp_ext.pruning.scores import Scores, score_units
 from mvp_ext.pruning.tasks import TaskData
 from mvp_ext.pruning.training import Recipe, Teacher, Trainer
 
-
 SAVE_EVERY = 200  # final steps between two saved states of a run that can be resumed
 
 
@@ -173,7 +172,9 @@ def round_ratios(structure: Structure, keep: float, align: int, schedule: Schedu
 
 def planned_steps(structure: Structure, keep: float, align: int, schedule: Schedule) -> int:
     """All optimizer steps of one iterative run."""
-    return len(round_ratios(structure, keep, align, schedule)) * schedule.steps_per_round + schedule.final_steps
+    return (
+        len(round_ratios(structure, keep, align, schedule)) * schedule.steps_per_round + schedule.final_steps
+    )
 
 
 def _choose(

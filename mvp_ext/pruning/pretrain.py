@@ -35,7 +35,7 @@ def pretrain(
     Args:
         model: a timm classifier; its head is replaced by one for the data's classes. Changed in place.
         steps: optimizer steps. image_size: side of the model's input in pixels.
-        recipe: default: the family's, at three times its fine-tuning rate.
+        recipe: default: the family's, at six times its fine-tuning rate.
 
     Returns:
         The backbone (normalised by the data's own mean and deviation), its top-1 accuracy on the data's test images
@@ -45,7 +45,7 @@ def pretrain(
         raise ValueError(f"pretrain: steps: expected at least 1, got {steps}")
     if recipe is None:
         recipe = Recipe.for_model(model)
-        recipe = recipe.with_rate(3 * recipe.learning_rate)
+        recipe = recipe.with_rate(6 * recipe.learning_rate)
     everything = Task("pretrain", data, data.classes, seed=seed).split()
     torch.manual_seed(seed)  # the fresh head's weights
     model.reset_classifier(everything.num_classes)  # type: ignore[operator]

@@ -47,7 +47,7 @@ class Recipe:
         precision: "auto" (bfloat16 autocast where the processor computes in it), "bfloat16" or "float32".
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     optimizer: Literal["adamw", "sgd"] = "adamw"
     batch_size: int = 64
     weight_decay: float = 0.01
@@ -61,7 +61,7 @@ class Recipe:
         """Networks with batch normalisation stand a higher rate than the others (transformers)."""
         if any(isinstance(m, _BatchNorm) for m in model.modules()):
             return cls()
-        return cls(learning_rate=3e-4, weight_decay=0.05)
+        return cls(learning_rate=2e-4, weight_decay=0.05)
 
     def with_rate(self, learning_rate: float) -> Recipe:
         return replace(self, learning_rate=learning_rate)
