@@ -298,6 +298,25 @@ def test_refuses_a_mask_of_another_model(tiny_resnet: nn.Module, tiny_vit: nn.Mo
         prune_model(tiny_resnet, mask, structure=find_structure(tiny_resnet))
 
 
+def test_refuses_a_structure_that_the_model_no_longer_has(tiny_resnet: nn.Module) -> None:
+    structure = find_structure(tiny_resnet)
+    mask = Mask.random(structure, 0.5, seed=0)
+    prune_model(tiny_resnet, mask, structure=structure)
+    with pytest.raises(
+        UnsupportedModelError, match=r"layer1\.0\.conv1\.weight: expected 32 places in dimension 0"
+    ):
+        prune_model(tiny_resnet, mask, structure=structure)
+
+
+def test_an_average_of_another_model_changes_nothing(tiny_resnet: nn.Module) -> None:
+    mask = Mask.random(find_structure(tiny_resnet), 0.5, seed=0)
+    smaller = prune_model(copy.deepcopy(tiny_resnet), mask)
+    before = dict(tiny_resnet.state_dict(keep_vars=True))
+    with pytest.raises(UnsupportedModelError, match=r"layer1\.0\.conv1\.weight: expected 32 places"):
+        prune_model(tiny_resnet, mask, ema=torch.optim.swa_utils.AveragedModel(smaller))
+    assert all(before[name] is t for name, t in tiny_resnet.state_dict(keep_vars=True).items())
+
+
 # ---- back to full shapes
 
 

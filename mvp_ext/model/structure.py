@@ -233,7 +233,7 @@ def find_structure(model: nn.Module, scope: str | None = None) -> Structure:
     structure = Structure(
         "resnet" if family == "resnet" else "vit", scope, _architecture(model), tuple(layers)
     )
-    _check_tensors(model, structure)
+    check_fits(model, structure)
     return structure
 
 
@@ -257,8 +257,8 @@ def _architecture(model: nn.Module) -> str | None:
     return str(name) if name else None
 
 
-def _check_tensors(model: nn.Module, structure: Structure) -> None:
-    """Every slice names a plain tensor of the size that it says, held by one module only."""
+def check_fits(model: nn.Module, structure: Structure) -> None:
+    """UnsupportedModelError unless every slice names a plain tensor of ``model``, of its size, used once only."""
     state = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

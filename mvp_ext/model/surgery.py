@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.nn import ScatterBlock
-from mvp_ext.model.structure import SCOPES, Structure, UnsupportedModelError, find_structure
+from mvp_ext.model.structure import SCOPES, Structure, UnsupportedModelError, check_fits, find_structure
 from mvp_ext.ops import pack, reference, unpack
 
 Cut = tuple[Tensor | None, Tensor | None]  # kept rows, kept columns; None keeps all
@@ -50,7 +50,8 @@ def prune_model(
 
     Raises:
         ValueError: the mask does not fit the model.
-        UnsupportedModelError: the optimizer keeps a state that cannot be cut.
+        UnsupportedModelError: the structure is not the model's (or its average's) as it is now, or the optimizer keeps
+            a state that cannot be cut.
     """
     structure = structure or structure_for(model, mask)
     plans = [_Plan(model, structure, mask, optimizer)]
@@ -76,13 +77,14 @@ def structure_for(model: nn.Module, mask: Mask) -> Structure:
 
 
 class _Plan:
-    """Everything that one model's surgery replaces, gathered and checked before the first change."""
+    """Everything that one model's surgery replaces, checked and cut before the first change."""
 
     def __init__(
         self, model: nn.Module, structure: Structure, mask: Mask, optimizer: torch.optim.Optimizer | None
     ) -> None:
         self.model, self.structure, self.mask, self.optimizer = model, structure, mask, optimizer
         self.index = structure.index_of(mask)
+        check_fits(model, structure)
         self.tensors: list[Tensor] = []
         self.cuts: list[Cut] = []
         state = model.state_dict(keep_vars=True)
@@ -94,6 +96,8 @@ class _Plan:
             for _, value in self._state_tensors(name, tensor):
                 self._add(value, cut)
         self.old = {name: state[name] for name in self.index}
+        with torch.no_grad():
+            self.packed = _pack(self.tensors, self.cuts)
 
     def _add(self, tensor: Tensor, cut: Cut) -> None:
         self.tensors.append(tensor)
@@ -117,7 +121,7 @@ class _Plan:
 
     @torch.no_grad()
     def apply(self) -> None:
-        cut = iter(_pack(self.tensors, self.cuts))
+        cut = iter(self.packed)
         replaced: dict[Tensor, nn.Parameter] = {}
         for name, old in self.old.items():
             states = self._state_tensors(name, old)
