@@ -113,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
     m.def(name, kernel, py::call_guard<py::gil_scoped_release>());
   };
 
+  def("importance_cpu", MVP_SELECT(isa, importance_cpu));
   def("meta_vote_cpu", MVP_SELECT(isa, meta_vote_cpu));
   def("pack_cpu", MVP_SELECT(isa, pack_cpu));
   def("unpack_cpu", MVP_SELECT(isa, unpack_cpu));

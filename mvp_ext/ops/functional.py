@@ -15,6 +15,57 @@ from mvp_ext.ops import registry
 from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor
 from mvp_ext.ops.vote import Vote, kept_units
 
+IMPORTANCE_KINDS = ("taylor", "taylor2", "activation")
+
+
+def importance(
+    a: Tensor, grad: Tensor | None = None, *, kind: str, dim: int = 1, heads: int | None = None
+) -> Tensor:
+    """Importance of units (filters, channels, heads) from an activation and the loss's gradient there, in one pass.
+
+    With s[b, u] = Σ a · grad over the positions (and, for heads, the head's dimensions) of example b:
+    ``taylor`` Σ_b |s[b, u]|, ``taylor2`` Σ_b s[b, u]². ``activation``: the mean of |a| over examples and positions.
+    The abs is per example: the gradient of one mask shared by the batch would give |Σ_b s[b, u]| instead.
+
+    Args:
+        a: float [B, ..., C, ...]: NCHW, channels_last, [B, n, H·D], or any other strided tensor; dim 0 is the batch.
+        grad: like ``a`` (another memory layout costs a copy); not used by ``activation``.
+        kind: "taylor", "taylor2" or "activation".
+        dim: the dimension of the units, not 0.
+        heads: the units are this many equal blocks of ``dim``, instead of its single entries.
+
+    Returns:
+        float32 [C] or [heads], summed in float32 and over the batch in float64; float64 for float64 input (slow: for
+        checks). Not differentiable. NaN and inf go through. ``activation`` of no elements is NaN.
+
+    Raises:
+        TypeError, ValueError: kinds, shapes, ranges, devices.
+
+    The same bits in every run and with every number of threads. Sources: Molchanov et al., ICLR 2017 and CVPR 2019
+    (taylor, taylor2); Michel et al., NeurIPS 2019 (heads).
+    """
+    if kind not in IMPORTANCE_KINDS:
+        raise ValueError(f"importance: kind: expected one of {', '.join(IMPORTANCE_KINDS)}, got {kind!r}")
+    check_tensor("importance", "a", a, dtypes=FLOATS)
+    if not -a.ndim < dim < a.ndim or dim == 0:
+        raise ValueError(
+            f"importance: dim: expected a dimension of a after the batch, got {dim} for {a.ndim} dimensions"
+        )
+    dim %= a.ndim
+    channels = a.shape[dim]
+    if heads is not None and (heads < 1 or channels % heads):
+        raise ValueError(f"importance: heads: expected a divisor of a.shape[{dim}] = {channels}, got {heads}")
+    if kind == "activation":
+        grad = None
+    elif grad is None:
+        raise ValueError(f"importance: grad: expected the gradient at a, which {kind} needs, got None")
+    else:
+        check_tensor("importance", "grad", grad, dtypes=(a.dtype,), device=a.device)
+        check_shape("importance", "grad", grad, a.shape, "like a")
+        grad = grad.detach() if grad.requires_grad else grad
+    a = a.detach() if a.requires_grad else a
+    return registry.importance(a, grad, kind, dim, channels if heads is None else heads)
+
 
 def meta_vote(
     masks: Tensor,

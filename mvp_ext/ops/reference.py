@@ -15,6 +15,24 @@ from mvp_ext.ops.philox import gumbel_noise
 from mvp_ext.ops.vote import Vote, kept_units
 
 
+def importance(
+    a: Tensor, grad: Tensor | None = None, *, kind: str, dim: int = 1, heads: int | None = None
+) -> Tensor:
+    a = a if a.dtype == torch.float64 else a.float()
+    if kind == "activation":
+        terms = a.abs()
+    else:
+        assert grad is not None
+        terms = a * grad.to(a.dtype)
+    terms = terms.movedim(dim, 1)
+    units = terms.shape[1] if heads is None else heads
+    terms = terms.reshape(a.shape[0], units, -1) if terms.numel() else terms.new_zeros(a.shape[0], units, 0)
+    if kind == "activation":
+        return terms.mean((0, 2))
+    example = terms.sum(2)  # [B, units]
+    return (example.abs() if kind == "taylor" else example.square()).sum(0)
+
+
 def meta_vote(
     masks: Tensor,
     weights: Tensor | None = None,

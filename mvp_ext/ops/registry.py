@@ -52,6 +52,31 @@ def _without_cuda(name: str) -> Callable[..., Any]:
     return raise_
 
 
+def _importance_fake(a: Tensor, grad: Tensor | None, kind: str, dim: int, units: int) -> Tensor:
+    return a.new_empty(units, dtype=torch.float64 if a.dtype is torch.float64 else torch.float32)
+
+
+def _importance_cpu(a: Tensor, grad: Tensor | None, kind: str, dim: int, units: int) -> Tensor:
+    scores = _importance_fake(a, grad, kind, dim, units)
+    if grad is not None and grad.stride() != a.stride():
+        grad = torch.empty_like(a).copy_(grad)  # a copy costs less than reading two layouts at once
+    native().importance_cpu(a, grad, kind, dim, scores, torch.get_num_threads())
+    return scores
+
+
+importance_op = _define(
+    "importance(Tensor a, Tensor? grad, str kind, int dim, int units) -> Tensor",
+    fake=_importance_fake,
+    cpu=_importance_cpu,
+)
+
+
+def importance(a: Tensor, grad: Tensor | None, kind: str, dim: int, units: int) -> Tensor:
+    if not torch.compiler.is_compiling() and nobody_listens() and type(a) is Tensor and a.is_cpu:
+        return _importance_cpu(a, grad, kind, dim, units)
+    return importance_op(a, grad, kind, dim, units)
+
+
 def _meta_vote_outputs(
     masks: Tensor, weights: Tensor | None, kept: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,199 @@
+"""importance against its reference in float64, for every layout, type and awkward size."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mvp_ext.ops import importance, reference, registry
+
+NAN, INF = float("nan"), float("inf")
+KINDS = ("taylor", "taylor2", "activation")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def eager(a, grad, kind, dim, heads):
+    """The same-dtype expression that a user would write."""
+    terms = (a.abs() if kind == "activation" else a * grad).movedim(dim, 1)
+    terms = terms.reshape(len(a), heads or terms.shape[1], -1)
+    if kind == "activation":
+        return terms.mean((0, 2))
+    example = terms.sum(2)
+    return (example.abs() if kind == "taylor" else example.square()).sum(0)
+
+
+def assert_close(a, grad, dim=1, heads=None):
+    """At most twice the error of the same-dtype torch expression, both against float64."""
+    for kind in KINDS:
+        ours = importance(a, grad, kind=kind, dim=dim, heads=heads)
+        exact = reference.importance(a.double(), grad.double(), kind=kind, dim=dim, heads=heads)
+        assert ours.dtype == (torch.float64 if a.dtype == torch.float64 else torch.float32)
+        assert ours.shape == exact.shape
+        if exact.numel() == 0 or a.numel() == 0:
+            assert torch.equal(ours.double().nan_to_num(nan=-1.0), exact.nan_to_num(nan=-1.0)), kind
+            continue
+        if a.dtype == torch.float64:  # the reference is no better than the kernel
+            torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-14 * float(exact.max()))
+            continue
+        theirs = (eager(a, grad, kind, dim, heads).double() - exact).abs().max()
+        resolution = torch.finfo(ours.dtype).eps * exact.abs().max()
+        assert (ours.double() - exact).abs().max() <= 2 * theirs + 2 * resolution, (kind, a.dtype)
+
+
+def draw(shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1), (2, 3, 1, 1), (3, 17, 7, 7), (2, 31, 3, 1), (2, 32, 1, 5), (2, 33, 8, 8), (1, 5, 37, 41),
+        (4, 64, 56, 56), (2, 16, 112, 112), (1, 2, 300, 300),
+    ],
+)  # fmt: skip
+def test_images(shape, dtype):
+    a, grad = draw(shape, dtype)
+    assert_close(a, grad)
+    assert_close(a.to(memory_format=torch.channels_last), grad.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 6), (3, 197, 384), (2, 65, 66), (2, 31, 6), (1, 4099, 12), (5, 1, 1536)]
+)
+def test_tokens(shape, dtype):
+    a, grad = draw(shape, dtype)
+    assert_close(a, grad, dim=-1)
+    assert_close(a, grad, dim=2, heads=6 if shape[2] % 6 == 0 else None)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 0, 3, 3), (2, 4, 0, 3), (3, 4)])
+def test_empty_and_flat(shape):
+    assert_close(*draw(shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views(dtype):
+    """Slices with an offset, steps, unit dimensions anywhere, broadcasts, two different layouts."""
+    a, grad = draw((4, 20, 18, 22), dtype)
+    assert_close(a[1:, 3:16, ::2, 1:], grad[1:, 3:16, ::2, 1:])
+    assert_close(a[..., ::3], grad[..., ::3])
+    assert_close(a, grad, dim=2)
+    assert_close(a, grad, dim=3, heads=11)
+    assert_close(a.transpose(1, 2), grad.transpose(1, 2))
+    assert_close(a, grad.to(memory_format=torch.channels_last))
+    assert_close(a.to(memory_format=torch.channels_last), grad)
+    assert_close(a[:1].expand(4, -1, -1, -1), grad)
+    wide, wide_grad = draw((2, 3, 8, 4, 5), dtype)
+    for dim in (1, 2, 3, 4):
+        assert_close(wide, wide_grad, dim=dim)
+
+
+def test_by_hand():
+    a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[-1.0, 1.0], [1.0, 1.0]]])  # [B = 2, C = 2, P = 2]
+    grad = torch.tensor([[[1.0, -1.0], [1.0, 0.0]], [[1.0, -1.0], [-5.0, 1.0]]])
+    assert importance(a, grad, kind="taylor").tolist() == [
+        1 + 2,
+        3 + 4,
+    ]  # abs of each example, not of their sum
+    assert importance(a, grad, kind="taylor2").tolist() == [1 + 4, 9 + 16]
+    assert importance(a, kind="activation").tolist() == [1.25, 2.25]
+    assert importance(a, grad, kind="taylor", heads=1).tolist() == [2 + 6]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_special_values_stay_in_their_unit(value, layout):
+    a, grad = draw((2, 33, 5, 7))
+    a[1, 32, 4, 6] = value
+    a, grad = a.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
+    for kind in KINDS:
+        finite = importance(a, grad, kind=kind).isfinite()
+        assert finite.tolist() == [True] * 32 + [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_repeats_and_threads_agree(dtype, layout):
+    a, grad = (x.contiguous(memory_format=layout) for x in draw((5, 33, 61, 67), dtype))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results += [importance(a, grad, kind="taylor") for _ in range(10)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(r, results[0]) for r in results)
+
+
+def test_no_gradient_and_no_alias():
+    a, grad = draw((2, 3, 4))
+    a.requires_grad_()
+    assert not importance(a, grad, kind="taylor").requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"a": [1.0]}, TypeError, "a: expected a torch.Tensor, got list"),
+        ({"a": torch.ones(2, 6, 3, dtype=torch.int32)}, TypeError, "a: expected dtype float32 .*, got int32"),
+        (
+            {"kind": "magnitude"},
+            ValueError,
+            "kind: expected one of taylor, taylor2, activation, got 'magnitude'",
+        ),
+        ({"grad": None}, ValueError, "grad: expected the gradient at a, which taylor needs, got None"),
+        (
+            {"grad": torch.ones(2, 3, 6)},
+            ValueError,
+            r"grad: expected shape like a = \(2, 6, 3\), got \(2, 3, 6\)",
+        ),
+        ({"grad": torch.ones(2, 6, 3).half()}, TypeError, "grad: expected dtype float32, got float16"),
+        ({"grad": torch.ones(2, 6, 3, device="meta")}, ValueError, "grad: expected device cpu, got meta"),
+        ({"dim": 0}, ValueError, "dim: expected a dimension of a after the batch, got 0"),
+        ({"dim": 3}, ValueError, "dim: expected a dimension of a after the batch, got 3"),
+        ({"dim": -3}, ValueError, "dim: expected a dimension of a after the batch, got -3"),
+        ({"a": torch.ones(3), "grad": torch.ones(3)}, ValueError, "dim: expected a dimension"),
+        ({"heads": 4}, ValueError, r"heads: expected a divisor of a.shape\[1\] = 6, got 4"),
+        ({"heads": 0}, ValueError, "heads: expected a divisor"),
+    ],
+)
+def test_errors(change, error, message):
+    arguments = {"a": torch.ones(2, 6, 3), "grad": torch.ones(2, 6, 3), "kind": "taylor", **change}
+    with pytest.raises(error, match=message):
+        importance(**arguments)
+
+
+def test_opcheck():
+    a, grad = draw((2, 6, 5, 5))
+    torch.library.opcheck(registry.importance_op, (a, grad, "taylor", 1, 3))
+    torch.library.opcheck(registry.importance_op, (a.double(), None, "activation", 3, 5))
+
+
+def test_compile():
+    a, grad = draw((2, 6, 5))
+    step = lambda a, grad: importance(a * 2, grad, kind="taylor", dim=-1) + 1  # noqa: E731
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(a, grad), step(a, grad))
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_other_instruction_sets(isa):
+    program = (
+        "import torch, tests.test_importance as t\n"
+        "for dtype in t.DTYPES:\n"
+        "    t.test_images((2, 33, 19, 21), dtype)\n"
+        "    t.test_tokens((3, 65, 66), dtype)\n"
+        "    t.test_views(dtype)\n"
+        "t.test_by_hand()\n"
+    )
+    environment = {**os.environ, "MVP_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
