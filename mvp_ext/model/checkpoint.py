@@ -97,7 +97,7 @@ def save_pruned(
         OSError: the file could not be written; what was at ``path`` is untouched.
     """
     extra = dict(extra or {})
-    recipe = _recipe_of(model, structure)
+    recipe = recipe_of(model, structure)
     state = model.state_dict()
     _check_rebuildable(state, recipe, structure, mask)
     tensors = {f"model/{name}": tensor for name, tensor in state.items()}
@@ -154,7 +154,7 @@ def load_pruned(path: str | os.PathLike[str], device: str | torch.device = "cpu"
     return PrunedCheckpoint(model.to(device), stored.mask, stored.structure, stored.extra)
 
 
-def _recipe_of(model: Any, structure: Structure) -> dict[str, Any]:
+def recipe_of(model: Any, structure: Structure) -> dict[str, Any]:
     """The arguments of create_model that give the dense model, as it is now (the head may have been replaced)."""
     if structure.architecture is None:
         raise ValueError(

@@ -65,7 +65,7 @@ class Probe:
 
     ``dim`` is the dimension that holds the units (in ``heads`` equal blocks if that is set), as in
     ``ops.importance``. A block adds its shortcut IN PLACE to its last norm's output, so a hook on side
-    "output" must keep a clone, and return that clone if it also wants its gradient.
+    "output" must keep a clone; if it also wants the gradient, it must keep the output and return a clone.
     """
 
     module: str

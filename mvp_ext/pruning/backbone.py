@@ -14,7 +14,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mvp_ext.model.checkpoint import recipe_of
 from mvp_ext.model.storage import FileFormatError, read, to_bytes, write_atomic
+from mvp_ext.model.structure import find_structure
 from mvp_ext.model.timm_compat import create_model
 from mvp_ext.pruning.batches import to_batch
 from mvp_ext.pruning.heads import LinearHead
@@ -78,7 +80,7 @@ class Backbone:
 
     def save(self, path: str | Path) -> None:
         """Weights and description as one safetensors file, written whole or not at all; ``load_backbone`` reads it."""
-        spec = {**self.describe(), "num_classes": int(getattr(self.model, "num_classes", 0))}
+        spec = {**self.describe(), "recipe": recipe_of(self.model, find_structure(self.model))}
         write_atomic(path, to_bytes(self.model.state_dict(), spec, kind=_KIND, version=_VERSION))
 
 
@@ -122,8 +124,7 @@ def _load_saved(path: Path, image_size: int | None) -> Backbone:
     tensors, spec = read(path, kind=_KIND, version=_VERSION)
     stored = spec["preprocessing"]
     preprocessing = Preprocessing(int(stored["size"]), tuple(stored["mean"]), tuple(stored["std"]))
-    model = create_model(spec["architecture"], num_classes=spec["num_classes"])
-    _set_image_size(model, preprocessing.size)
+    model = create_model(**spec["recipe"])
     model.load_state_dict(tensors)
     if image_size is not None:
         preprocessing = replace(preprocessing, size=_set_image_size(model, image_size))

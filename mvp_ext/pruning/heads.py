@@ -79,7 +79,9 @@ def ridge_head(features: Tensor, labels: Tensor, classes: int) -> LinearHead:
         strength = float(energy[0]) * 10.0**exponent + 1e-12
         shrink = energy / (energy + strength)
         residual = y - u @ (shrink[:, None] * uty)
-        leverage = (u.square() @ shrink + 1.0 / len(x)).clamp_max(1 - 1e-6)  # 1/n: the mean is fitted too
+        # 1/n: the mean is fitted too. With n < F and the weakest ridge 1 − leverage is about 1e-8 and its residual as
+        # small: a coarser clamp would make that ridge look best where it is not.
+        leverage = (u.square() @ shrink + 1.0 / len(x)).clamp_max(1 - 1e-12)
         error = float((residual / (1 - leverage)[:, None]).square().mean())
         if error < best_error:
             best_error, best_weight = error, vt.T @ ((s / (energy + strength))[:, None] * uty)

@@ -237,7 +237,11 @@ def prune(
         task.name,
         cost,
     )
-    cost.similarity_flops += len(features) * job.image_flops
+    dense_pass = len(features) * job.image_flops
+    if method == "mvp":  # proxy-LEEP compares by these features; elsewhere only class means come from them
+        cost.similarity_flops += dense_pass
+    else:
+        cost.refit_flops += dense_pass
     history = _History(job, evaluate_at)
     if method == "ifp":
         small, mask = _iterate(job, history, on_step, resume)

@@ -46,9 +46,9 @@ def _probes(model: nn.Module, structure: Structure) -> Iterator[list[_Captured]]
 
     def after(layer: UnitLayer) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-            clone = output.clone()  # the block adds its shortcut in place to what the module returned
-            keep(layer, clone)
-            return clone
+            # The block adds its shortcut in place to what it gets here, so it gets a copy and the original is kept.
+            keep(layer, output)
+            return output.clone()
 
         return hook
 
@@ -75,7 +75,7 @@ def _on_activations(
     with _probes(model, structure) as captured:
         for images, labels in batches:
             captured.clear()
-            count += 1
+            count += len(labels)
             with torch.set_grad_enabled(needs_gradient), autocast(images.device, precision):
                 # Summed, not averaged: each example's gradient is then its own, whatever the batch size.
                 loss = nn.functional.cross_entropy(model(images).float(), labels, reduction="sum")
@@ -90,7 +90,8 @@ def _on_activations(
                     dim=probe.dim,
                     heads=probe.heads,
                 )
-                scores[item.layer.name] += score.cpu()
+                # The op sums over the batch, but averages an activation: weigh it, so that batches of any size add up.
+                scores[item.layer.name] += score.cpu() * (1 if needs_gradient else len(labels))
     model.zero_grad(set_to_none=True)
     if count == 0:
         raise ValueError(f"score_units: {kind}: expected at least one batch, got none")
@@ -180,7 +181,7 @@ def score_units(
 
     Args:
         criterion: one of ``CRITERIA``; definitions and sources are in the project's method notes:
-            "taylor" Σ_x |Σ_positions a·∂L/∂a| (abs per example), "taylor2" its square, "activation" mean |a|,
+            "taylor" mean over x of |Σ_positions a·∂L/∂a| (abs per example), "taylor2" its square, "activation" mean |a|,
             "weight_taylor", "l1", "l2", "fpgm", "synflow", "random".
         batches: training batches (images f32 [B, 3, S, S], labels int64 [B]) for the criteria that need data; the
             model's classifier must be the task's. Scored in eval mode: statistics neither move nor mix the examples.

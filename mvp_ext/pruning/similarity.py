@@ -92,7 +92,8 @@ def logme(features: Tensor, labels: Tensor, iterations: int = 100) -> float:
             new_alpha = gamma / max(weight_norm, _TINY)
             new_beta = (n - gamma) / max(residual, _TINY)
             moved = abs(new_alpha / new_beta - alpha / beta) / max(alpha / beta, _TINY)
-            alpha, beta = min(new_alpha, 1e12), min(new_beta, 1e12)
+            # Features that say everything, or nothing, about a class have their optimum at infinity or at 0.
+            alpha, beta = (min(max(precision, 1e-12), 1e12) for precision in (new_alpha, new_beta))
             if moved < 1e-4:
                 break
         denominator = alpha + beta * energy
