@@ -59,13 +59,15 @@ def test_temperature_has_the_least_cross_entropy():
     assert loss(fitted) < min(loss(fitted * 3), loss(fitted / 3))
     head = class_mean_head(features, labels, 4)
     expected = nearest_mean_head(means, fitted)
-    assert torch.equal(head.weight, expected.weight) and torch.equal(head.bias, expected.bias)
+    assert torch.equal(head.weight, expected.weight)
+    assert torch.equal(head.bias, expected.bias)
 
 
 def test_temperature_of_identical_features_is_finite():
     labels = torch.arange(6) % 2
     head = class_mean_head(torch.zeros(6, 3), labels, 2)
-    assert torch.isfinite(head.weight).all() and torch.isfinite(head.bias).all()
+    assert torch.isfinite(head.weight).all()
+    assert torch.isfinite(head.bias).all()
 
 
 def explicit_ridge(features, labels, classes, strength) -> LinearHead:

@@ -10,6 +10,7 @@ import torch
 from digits import digits_task, tiny_backbone
 from torch.nn import functional
 
+from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import find_structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.batches import to_batch
@@ -41,7 +42,8 @@ def score(model, structure, criterion, batches=(), **options):
 def assert_scores(got, expected, rtol=1e-3):
     assert got.keys() == expected.keys()
     for name in got:
-        assert got[name].dtype == torch.float32 and got[name].device.type == "cpu"
+        assert got[name].dtype == torch.float32
+        assert got[name].device.type == "cpu"
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(
             got[name], expected[name].float(), rtol=rtol, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}"
@@ -50,9 +52,9 @@ def assert_scores(got, expected, rtol=1e-3):
 
 @contextmanager
 def gated(model, structure):
-    """Multiply each unit's activation by a gate of 1, so that ∂L/∂gate = Σ_positions a · ∂L/∂a. Yields gates, activations.
+    """Multiply each unit's activation by a gate of 1, so that ∂L/∂gate = Σ_positions a · ∂L/∂a.
 
-    Nothing is read from a tensor that the model can change in place later: activations are copied at once.
+    Yields the gates and the activations. Nothing is read from a tensor that the model can change in place later: activations are copied at once.
     """
     gates = {layer.name: torch.ones(layer.units, requires_grad=True) for layer in structure}
     activations = {}
@@ -164,7 +166,8 @@ def test_weight_taylor(case):
             rows((w.detach() * g).square()).sum(1) for (w, rows), g in zip(parts, found, strict=True)
         )
     assert_scores(
-        score(model, structure, "weight_taylor", [(images[:4], labels[:4]), (images[4:], labels[4:])]), expected
+        score(model, structure, "weight_taylor", [(images[:4], labels[:4]), (images[4:], labels[4:])]),
+        expected,
     )
 
 
@@ -173,11 +176,10 @@ def test_scores_of_weights(case):
     for layer in structure:
         ((weight, rows),) = own_weights(model, layer)
         w = rows(weight.detach())
-        pairs = [[float((a - b).norm()) for b in w] for a in w]
         expected = {
             "l1": w.abs().sum(1),
             "l2": w.norm(dim=1),
-            "fpgm": torch.tensor(pairs).sum(1),
+            "fpgm": torch.stack([(w - row).norm(dim=1).sum() for row in w]),
         }
         for criterion, value in expected.items():
             got = score(model, structure, criterion)[layer.name]
@@ -209,8 +211,6 @@ def test_scores_of_an_already_pruned_model():
     """Scope `all` again, where blocks scatter their narrower branch into the stream: same definition."""
     torch.manual_seed(0)
     model = tiny_backbone().model
-    from mvp_ext.model.mask import Mask
-
     structure = find_structure(model, "all")
     prune_model(model, Mask.random(structure, 0.5, seed=3), structure=structure)
     again = find_structure(model, "all")
@@ -261,13 +261,14 @@ def test_synflow_needs_no_data_and_is_positive(case):
     without = score(model, structure, "synflow")
     with_data = score(model, structure, "synflow", [(images, labels)])
     for name, value in without.items():
-        assert bool((value >= 0).all()) and float(value.max()) == pytest.approx(1)
+        assert bool((value >= 0).all())
+        assert float(value.max()) == pytest.approx(1)
         assert torch.equal(value, with_data[name])
 
 
 def test_errors(case):
     model, structure, images, labels = case
-    with pytest.raises(ValueError, match="criterion: expected one of taylor, .*, random, got 'magic'"):
+    with pytest.raises(ValueError, match=r"criterion: expected one of taylor, .*, random, got 'magic'"):
         score(model, structure, "magic")
     for criterion in ON_DATA:
         with pytest.raises(ValueError, match=f"{criterion}: expected at least one batch"):

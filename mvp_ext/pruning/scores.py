@@ -181,8 +181,8 @@ def score_units(
 
     Args:
         criterion: one of ``CRITERIA``; definitions and sources are in the project's method notes:
-            "taylor" mean over x of |Σ_positions a·∂L/∂a| (abs per example), "taylor2" its square, "activation" mean |a|,
-            "weight_taylor", "l1", "l2", "fpgm", "synflow", "random".
+            "taylor" mean over x of |Σ_positions a·∂L/∂a| (abs per example), "taylor2" its square,
+            "activation" mean |a|, "weight_taylor", "l1", "l2", "fpgm", "synflow", "random".
         batches: training batches (images f32 [B, 3, S, S], labels int64 [B]) for the criteria that need data; the
             model's classifier must be the task's. Scored in eval mode: statistics neither move nor mix the examples.
         seed: of "random".
