@@ -33,9 +33,7 @@ def made_results() -> dict[str, Any]:
                 ],
                 "cost": {
                     "steps": steps,
-                    "train_flops": 1e12 * (position + 1),
-                    "score_flops": 5e11,
-                    "similarity_flops": 0.0,
+                    "flops": 1e12 * (position + 1.5),
                     "seconds": 2.5 * (position + 1),
                 },
             }
@@ -61,7 +59,7 @@ def made_results() -> dict[str, Any]:
         "layers": [
             {"name": f"layer{i}", "units": 64 * i, "kept": dict.fromkeys(ARMS, 16 * i)} for i in (1, 2, 3)
         ],
-        "zoo": {"entries": 24, "seconds": 100.0, "train_flops": 3e14, "accuracy": 0.94},
+        "zoo": {"entries": 24, "seconds": 100.0, "flops": 3e14, "accuracy": 0.94},
         "notes": ["Six tasks only."],
     }
 
@@ -155,7 +153,7 @@ def test_the_page_is_honest(page: str) -> None:
     ],
 )
 def test_findings_know_noise(differences: list[float], sentence: str) -> None:
-    cost = {"steps": 1, "train_flops": 1.0, "seconds": 1.0}
+    cost = {"steps": 1, "flops": 1.0, "seconds": 1.0}
     data = made_results()
     data["arms"] = [
         {

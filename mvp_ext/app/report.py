@@ -193,7 +193,7 @@ def limits(results: Results) -> list[str]:
     if zoo:
         sentences.append(
             f"The zoo's {zoo['entries']} entries cost {seconds_text(zoo['seconds'])} and "
-            f"{flops_text(zoo['train_flops'])} once, which is in no arm's cost"
+            f"{flops_text(zoo['flops'])} once, which is in no arm's cost"
             + (f"; their mean accuracy is {100 * zoo['accuracy']:.1f} %." if zoo.get("accuracy") else ".")
         )
     return [*sentences, PROVENANCE]

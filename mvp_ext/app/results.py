@@ -8,11 +8,11 @@ A results file is a dictionary; keys marked ? may be missing::
     keep: share of the units kept, in (0, 1]
     models: {"dense": Measurement.to_dict(), "pruned": …}       sizes and latencies, measured in turn
     arms: [{name, model: key of models, tasks: [{task, accuracy, history: [[step, accuracy], …],
-            cost: {steps, train_flops, score_flops, similarity_flops, seconds}}, …]}, …]   the first: the one at issue
+            cost: {steps, flops, seconds}}, …]}, …]             the first: the one at issue
     dense_accuracy?: mean accuracy of the dense model on the same tasks
     overlap?: [{similarity, iou, group?}, …]                    one point a pair of tasks
     layers?: [{name, units, kept: {arm: count}}, …]
-    zoo?: {entries, seconds, train_flops, accuracy}             what the voters cost, and how good they are
+    zoo?: {entries, seconds, flops, accuracy}                   what the voters cost, and how good they are
 
 Accuracies are shares in [0, 1]; FLOPs count a multiply-add as two.
 """
@@ -119,7 +119,7 @@ def summarise(results: Results) -> list[Arm]:
                 accuracy=Mean.of([t["accuracy"] for t in tasks]),
                 difference=Mean.of(paired) if position and paired else None,
                 steps=_mean(costs, "steps"),
-                flops=sum(_mean(costs, kind) for kind in ("train_flops", "score_flops", "similarity_flops")),
+                flops=_mean(costs, "flops"),
                 seconds=_mean(costs, "seconds"),
             )
         )

@@ -1,0 +1,348 @@
+"""Arms compared on held-out tasks: every method at the same keep ratio, the same shapes and with the same head refit.
+
+What is finished is written down at once, so that an interrupted comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mvp_ext.app.environment import environment
+from mvp_ext.app.results import FORMAT
+from mvp_ext.model.mask import Mask
+from mvp_ext.model.measure import measure
+from mvp_ext.model.structure import Structure, find_structure
+from mvp_ext.model.surgery import prune_model
+from mvp_ext.pruning.backbone import Backbone, extract_features
+from mvp_ext.pruning.cost import Cost
+from mvp_ext.pruning.data import ImageData
+from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.tasks import Task
+from mvp_ext.pruning.training import Recipe
+from mvp_ext.pruning.vote import VoteOptions, proxy_leep
+from mvp_ext.pruning.zoo import Zoo, ZooEntry
+from mvp_ext.pruning.zoo_entry import BackboneIdentity
+
+ARMS = {
+    "MVP": "mvp",
+    "universal model": "universal",
+    "one-shot Taylor": "one_shot",
+    "random sub-network": "random",
+    "iterative from scratch": "ifp",
+}
+NEED_ZOO = ("mvp", "universal")
+Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
+OVERLAP_IMAGES = 500  # training images of a task that say how near another one is
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how.
+
+    Attributes:
+        keep, scope, align: what is pruned, for every arm alike.
+        steps: fine-tuning steps of each arm after its start (iterative pruning: after its last removal).
+        neighbours, similarity: of MVP's vote.
+        schedule: of iterative pruning from scratch, and the criterion of one-shot pruning.
+        arms: name → method of ``prune``; the first is the one at issue.
+        rates: method → learning rate; others use the family's. One rate for all would favour whoever it suits.
+        batches: batch sizes at which latency is measured.
+        seed: of everything random; task i uses ``seed + i``.
+    """
+
+    keep: float = 0.3
+    scope: str | None = None
+    align: int = 8
+    steps: int = 60
+    neighbours: int = 5
+    similarity: str = "leep"
+    schedule: Schedule = field(default_factory=Schedule)
+    arms: Mapping[str, str] = field(default_factory=lambda: dict(ARMS))
+    rates: Mapping[str, float] = field(default_factory=dict)
+    batches: tuple[int, ...] = (1, 32)
+    seed: int = 0
+
+    def evaluate_at(self, method: str) -> tuple[int, ...]:
+        """Steps at which accuracy is looked at: about six, more densely at the start."""
+        total = self.steps if method != "ifp" else self.schedule.steps(self.keep)
+        return tuple(sorted({0, *(math.ceil(total * share) for share in (0.08, 0.17, 0.33, 0.67, 1.0))}))
+
+    def recipe(self, method: str, model: nn.Module) -> Recipe:
+        return Recipe.for_model(model).with_rate(self.rates.get(method))
+
+
+def compare(
+    model: nn.Module | Backbone,
+    tasks: Sequence[Task],
+    zoo: Zoo,
+    options: Comparison | None = None,
+    *,
+    title: str = "Pruned models for new tasks",
+    notes: Sequence[str] = (),
+    journal: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run every arm on every task and measure the models; the format of the result is that of ``results.py``.
+
+    Args:
+        model: the dense backbone.
+        tasks: held-out tasks; an entry of a task's own name never votes on it.
+        zoo: the voters, and the universal model.
+        journal: a file that keeps each finished run; runs that it already has, of the same options, are not repeated.
+
+    Raises:
+        ValueError: no task, no arm. ZooError: the zoo has no entry, or is of another backbone.
+    """
+    options = options or Comparison()
+    if not tasks or not options.arms:
+        raise ValueError(
+            f"compare: expected at least one task and one arm, got {len(tasks)} and {len(options.arms)}"
+        )
+    backbone = Backbone.wrap(model)
+    structure = find_structure(backbone.model, options.scope)
+    done = Journal(
+        journal, _identity(backbone, structure, options), voters=zoo.entries(structure.fingerprint)
+    )
+    arms: list[dict[str, Any]] = [{"name": name, "tasks": []} for name in options.arms]
+    dense = []
+    for position, task in enumerate(tasks):
+        for arm, method in zip(arms, options.arms.values(), strict=True):
+            what = f"{task.name}, {arm['name']}"
+            run = done.get(task, method)
+            if run is None:
+                run = done.put(
+                    task, method, _run(backbone, task, zoo, method, options, position, what, progress)
+                )
+            arm["tasks"].append(run)
+        run = done.get(task, "dense")
+        if run is None:
+            run = done.put(
+                task, "dense", _run(backbone, task, zoo, "dense", options, position, task.name, None)
+            )
+        dense.append(run["accuracy"])
+    models = _measure(backbone, structure, arms, options, tasks[0])
+    return {
+        "format": FORMAT,
+        "title": title,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "setting": _setting(backbone, structure, tasks, zoo, options),
+        "keep": options.keep,
+        "models": models,
+        "arms": arms,
+        "dense_accuracy": math.fsum(dense) / len(dense),
+        "overlap": overlaps(backbone, structure, zoo, tasks[0].data, seed=options.seed),
+        "layers": [
+            {
+                "name": layer.name,
+                "units": layer.units,
+                "kept": {arm["name"]: arm["tasks"][0]["kept"][layer.name] for arm in arms},
+            }
+            for layer in structure
+        ],
+        "zoo": zoo_cost(zoo.entries(structure.fingerprint)),
+        "notes": list(notes),
+    }
+
+
+def overlaps(
+    backbone: Backbone, structure: Structure, zoo: Zoo, data: ImageData, *, seed: int = 0
+) -> list[dict[str, Any]]:
+    """For each pair of the zoo's tasks: similarity (proxy-LEEP, mean of both directions) and IoU of the masks.
+
+    The IoU is given for the shallower and the deeper half of the layers apart. Entries of other data are left out.
+    """
+    entries = [e for e in zoo.entries(structure.fingerprint) if not _foreign(e, data)]
+    tensors = [e.read().extra for e in entries]
+    near = torch.zeros(len(entries), len(entries), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for j, entry in enumerate(entries):
+        task = Task.from_dict(entry.task, data).split()
+        chosen = torch.randperm(len(task.train_labels), generator=generator)[:OVERLAP_IMAGES]
+        features = extract_features(backbone.model, task.train_images[chosen], backbone.preprocessing)
+        for i, described in enumerate(tensors):
+            if i != j:
+                near[i, j] = proxy_leep(described, features, task.train_labels[chosen])
+    half = len(structure) // 2
+    points = []
+    for j, second in enumerate(entries):
+        for i, first in enumerate(entries[:j]):
+            per_layer = [first.mask.iou(second.mask, per_layer=True)[name] for name in structure.names]  # type: ignore[index]
+            halves = {"shallower half of the layers": per_layer[:half], "deeper half": per_layer[half:]}
+            for group, values in halves.items():
+                if values:
+                    iou = math.fsum(values) / len(values)
+                    points.append(
+                        {"similarity": float(near[i, j] + near[j, i]) / 2, "iou": iou, "group": group}
+                    )
+    return points
+
+
+def zoo_cost(entries: Sequence[ZooEntry]) -> dict[str, Any]:
+    """What the zoo's entries cost together, and their mean accuracy."""
+    costs = [Cost.from_dict(e.cost) for e in entries]
+    known = [e.accuracy for e in entries if e.accuracy is not None]
+    return {
+        "entries": len(entries),
+        "seconds": math.fsum(c.seconds for c in costs),
+        "flops": sum(c.flops for c in costs),
+        "accuracy": math.fsum(known) / len(known) if known else None,
+    }
+
+
+class Journal:
+    """Finished runs, one JSON line each, under the identity of what was asked for. Without a path: in memory only.
+
+    ``voters``: a run that used the zoo counts as finished only for the same entries.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        identity: Mapping[str, Any],
+        voters: Sequence[ZooEntry] = (),
+    ) -> None:
+        self._path = None if path is None else Path(path)
+        self._voters = hashlib.sha256("".join(sorted(e.sha256 for e in voters)).encode()).hexdigest()[:16]
+        self._identity = json.loads(json.dumps(identity))
+        self._runs: dict[str, dict[str, Any]] = {}
+        if self._path is not None and self._path.exists():
+            self._read(self._path)
+
+    def get(self, task: Task, method: str) -> dict[str, Any] | None:
+        """The run of this method on exactly this task (its images, not only its name)."""
+        return self._runs.get(self._key(task, method))
+
+    def put(self, task: Task, method: str, run: dict[str, Any]) -> dict[str, Any]:
+        key = self._key(task, method)
+        self._runs[key] = run
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"identity": self._identity, "key": key, "run": run}) + "\n")
+        return run
+
+    def _key(self, task: Task, method: str) -> str:
+        return f"{task.fingerprint} {task.name} {method}" + (f" {self._voters}" if method in NEED_ZOO else "")
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                if record["identity"] == self._identity:
+                    self._runs[record["key"]] = record["run"]
+            except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing
+                warnings.warn(f"{path}: a line that is not whole was passed over", stacklevel=3)
+
+
+def _run(
+    backbone: Backbone,
+    task: Task,
+    zoo: Zoo,
+    method: str,
+    options: Comparison,
+    position: int,
+    what: str,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """One arm on one task, as JSON values. The dense model only gets a ridge head: it is the reference, not an arm."""
+    dense = method == "dense"
+    result = prune(
+        backbone,
+        task,
+        zoo=zoo,
+        keep=1.0 if dense else options.keep,
+        steps=0 if dense else options.steps,
+        method=method,
+        scope=options.scope,
+        align=options.align,
+        recipe=options.recipe(method, backbone.model),
+        schedule=options.schedule,
+        vote=VoteOptions(neighbours=options.neighbours, similarity=options.similarity),
+        seed=options.seed + position,
+        evaluate_at=() if dense else options.evaluate_at(method),
+        on_step=None if progress is None else lambda done, total: progress(what, done, total),
+    )
+    summary = result.summary()
+    return {
+        "task": task.name,
+        "accuracy": result.accuracy,
+        "trained_accuracy": result.trained_accuracy,
+        "history": [[point.step, point.refit_accuracy] for point in result.history],
+        "cost": summary["cost"],
+        "kept": summary["kept"],
+        "neighbours": summary["neighbours"],
+    }
+
+
+def _measure(
+    backbone: Backbone, structure: Structure, arms: list[dict[str, Any]], options: Comparison, task: Task
+) -> dict[str, Any]:
+    """Sizes and latencies of the dense model and of each shape that the arms have; says in each arm which is its."""
+    classes = len(task.classes)
+    models = {"dense": _with_classes(backbone.copy_model(), classes)}
+    shapes: dict[tuple[int, ...], str] = {}
+    for arm in arms:
+        kept = tuple(arm["tasks"][0]["kept"][name] for name in structure.names)
+        if kept not in shapes:
+            shapes[kept] = f"pruned, {arm['name']}" if shapes else "pruned"
+            mask = Mask.random(structure, list(kept), seed=0, align=1)
+            models[shapes[kept]] = prune_model(copy.deepcopy(models["dense"]), mask, structure=structure)
+        arm["model"] = shapes[kept]
+    size = backbone.preprocessing.size
+    measured = measure(models, (3, size, size), batches=options.batches, seconds=1.0)
+    return {name: m.to_dict() for name, m in measured.items()}
+
+
+def _with_classes(model: nn.Module, classes: int) -> nn.Module:
+    model.reset_classifier(classes)  # type: ignore[operator]
+    return model.eval()
+
+
+def _foreign(entry: ZooEntry, data: ImageData) -> bool:
+    try:
+        Task.from_dict(entry.task, data)
+    except ValueError:
+        return True
+    return False
+
+
+def _identity(backbone: Backbone, structure: Structure, options: Comparison) -> dict[str, Any]:
+    """What a finished run depends on beside its task."""
+    asked = {key: value for key, value in asdict(options).items() if key not in ("arms", "batches")}
+    weights = BackboneIdentity.of(backbone.model, structure).weights_sha256
+    return {"backbone": backbone.describe(), "weights": weights, "options": asked}
+
+
+def _setting(
+    backbone: Backbone, structure: Structure, tasks: Sequence[Task], zoo: Zoo, options: Comparison
+) -> dict[str, Any]:
+    size = backbone.preprocessing.size
+    classes = sorted({len(task.classes) for task in tasks})
+    return {
+        "data": f"{tasks[0].data.name}, {', '.join(map(str, classes))} classes a task",
+        "held-out tasks": len(tasks),
+        "model": f"{structure.architecture or structure.family} at {size}×{size} pixels",
+        "scope": structure.scope,
+        "keep": options.keep,
+        "zoo": f"{len(zoo)} entries, {options.neighbours} neighbours by {options.similarity}",
+        "fine-tuning": f"{options.steps} steps; iterative pruning from scratch {options.schedule.steps(options.keep)}",
+        "learning rates": ", ".join(f"{k} {v:g}" for k, v in options.rates.items())
+        or "the family's, for every arm",
+        "seed": options.seed,
+        "threads": torch.get_num_threads(),
+    }

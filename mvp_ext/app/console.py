@@ -1,0 +1,92 @@
+"""What every command shares: one console, progress bars, and errors as one clear line."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from typer.core import TyperGroup
+
+WIDTH = (
+    None if sys.stdout.isatty() else 120
+)  # a file or a log has no width: do not squeeze tables into 80 columns
+console = Console(width=WIDTH)
+errors = Console(stderr=True)
+
+# What the API raises for wrong input and wrong surroundings: one line says it all. The rest is a mistake of ours.
+EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, sqlite3.Error)
+WRONG_INPUT, OUR_MISTAKE, INTERRUPTED = 2, 1, 130  # 130: what a shell reports of a command that Ctrl-C ended
+
+
+class Commands(TyperGroup):
+    """A group of commands whose errors are one red line and exit code 2 (Ctrl-C: 130). ``MVP_DEBUG=1``: the traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            errors.print(
+                "[yellow]interrupted[/]; what was finished is kept, and the same command goes on from there"
+            )
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            # typer's own exceptions (a wrong option, an exit code) are not ours to print.
+            if os.environ.get("MVP_DEBUG") or type(error).__module__.startswith(("typer", "click")):
+                raise
+            expected = isinstance(error, EXPECTED)
+            title = (
+                "error"
+                if expected
+                else f"error in mvp_ext itself ({type(error).__name__}; MVP_DEBUG=1 shows where)"
+            )
+            line = f"{title}: {' '.join(str(error).split()) or type(error).__name__}"
+            errors.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(WRONG_INPUT if expected else OUR_MISTAKE) from None
+
+
+def warn_in_one_line() -> None:
+    """Show warnings (a damaged zoo entry, say) as one yellow line instead of a line of somebody's source."""
+
+    def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, UserWarning):
+            errors.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    warnings.showwarning = show
+
+
+@contextmanager
+def progress_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar fed by ``advance(what, done, total)``; each new ``what`` gets a line of its own."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        lines: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in lines:
+                for line in lines.values():
+                    bars.update(line, visible=False)
+                lines[what] = bars.add_task(f"{description}: {what}" if what else description, total=total)
+            bars.update(lines[what], completed=done, total=total)
+
+        yield advance
