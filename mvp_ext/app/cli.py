@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from typer import Option
 
 import mvp_ext
@@ -19,7 +18,7 @@ from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, pruned_copies
 from mvp_ext.app.comparison import ARMS, Comparison
 from mvp_ext.app.comparison import compare as run_comparison
-from mvp_ext.app.console import Commands, console, progress_bar, warn_in_one_line
+from mvp_ext.app.console import Commands, console, progress_bar, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
 from mvp_ext.app.report import save_report, summary_table
 from mvp_ext.app.results import count_text, flops_text, load_results, save_results, seconds_text
@@ -52,7 +51,7 @@ def main() -> None:
 
 def _version(value: bool) -> None:
     if value:
-        console.print(f"mvp-ext {mvp_ext.__version__}")
+        say(f"mvp-ext {mvp_ext.__version__}")
         raise typer.Exit
 
 
@@ -125,7 +124,7 @@ def pretrain(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     backbone.save(out)
-    console.print(
+    say(
         f"{out}: {model} at {size} pixels, {100 * accuracy:.1f} % on {len(images.test_labels)} test images of "
         f"{len(images.classes)} classes, {flops_text(cost.flops)} in {seconds_text(cost.seconds)}"
     )
@@ -190,7 +189,7 @@ def prune(
             method=method,
             scope=scope,
             align=align,
-            recipe=Recipe.for_model(backbone.model).with_rate(learning_rate),
+            recipe=options.recipe_of(backbone, learning_rate),
             schedule=options.schedule_of(steps, 10, 0.1, criterion),
             vote=VoteOptions(neighbours=neighbours, similarity=similarity),
             seed=seed,
@@ -202,8 +201,8 @@ def prune(
         opened.add(result)
     if result.neighbours:
         nearest = ", ".join(f"{name} ({similarity:.2f})" for name, similarity in result.neighbours)
-        console.print(f"voters: {escape(nearest)}")
-    console.print(
+        say(f"voters: {nearest}")
+    say(
         f"{out}: accuracy {100 * result.accuracy:.1f} %, {count_text(result.parameters)} parameters, "
         f"{flops_text(result.flops)} an image, {result.cost.steps} steps, {flops_text(result.cost.flops)} and "
         f"{seconds_text(result.cost.seconds)} to make"
@@ -240,6 +239,7 @@ def compare(
     rate: Annotated[
         list[str] | None, Option(help="Learning rate of one method, like mvp=0.02 (repeatable).")
     ] = None,
+    seconds: Annotated[float, Option(help="Time for each latency.")] = 1.0,
     seed: options.Seed = 0,
     threads: options.Threads = None,
 ) -> None:
@@ -263,6 +263,7 @@ def compare(
         schedule=options.schedule_of(steps, steps_per_round, share, criterion),
         arms=_arms(arm),
         rates=dict(_rate(text) for text in rate or ()),
+        seconds=seconds,
         seed=seed,
     )
     with progress_bar("compare") as progress:
@@ -289,7 +290,7 @@ def report(
     loaded = load_results(results)
     path = save_report(loaded, out or results.with_name("report.html"), figures=figures)
     console.print(summary_table(loaded))
-    console.print(f"{path}" + (f", figures in {figures}" if figures else ""))
+    say(f"{path}" + (f", figures in {figures}" if figures else ""))
 
 
 @app.command()
@@ -346,11 +347,11 @@ def bench(
         },
     )
     console.print(bench_table(result))
-    console.print(f"{model} at {shape[1]} pixels on {device}, {torch.get_num_threads()} threads")
+    say(f"{model} at {shape[1]} pixels on {device}, {torch.get_num_threads()} threads")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        console.print(f"{out}")
+        say(f"{out}")
 
 
 def _made_by_torch_pruning(
@@ -411,4 +412,4 @@ def _write(results: dict[str, Any], out: Path) -> None:
     save_results(results, out / "results.json")
     page = save_report(results, out / "report.html", figures=out / "figures")
     console.print(summary_table(results))
-    console.print(f"{page} (open it in a browser), {out / 'results.json'}, {out / 'figures'}")
+    say(f"{page} (open it in a browser), {out / 'results.json'}, {out / 'figures'}")

@@ -60,7 +60,7 @@ class Comparison:
         schedule: of iterative pruning from scratch, and the criterion of one-shot pruning.
         arms: name → method of ``prune``; the first is the one at issue.
         rates: method → learning rate; others use the family's. One rate for all would favour whoever it suits.
-        batches: batch sizes at which latency is measured.
+        batches, seconds: batch sizes at which latency is measured, and for how long each model.
         seed: of everything random; task i uses ``seed + i``.
     """
 
@@ -74,6 +74,7 @@ class Comparison:
     arms: Mapping[str, str] = field(default_factory=lambda: dict(ARMS))
     rates: Mapping[str, float] = field(default_factory=dict)
     batches: tuple[int, ...] = (1, 32)
+    seconds: float = 1.0
     seed: int = 0
 
     def evaluate_at(self, method: str) -> tuple[int, ...]:
@@ -82,7 +83,8 @@ class Comparison:
         return tuple(sorted({0, *(math.ceil(total * share) for share in (0.08, 0.17, 0.33, 0.67, 1.0))}))
 
     def recipe(self, method: str, model: nn.Module) -> Recipe:
-        return Recipe.for_model(model).with_rate(self.rates.get(method))
+        family = Recipe.for_model(model)
+        return family.with_rate(self.rates.get(method, family.learning_rate))
 
 
 def compare(
@@ -304,7 +306,7 @@ def _measure(
             models[shapes[kept]] = prune_model(copy.deepcopy(models["dense"]), mask, structure=structure)
         arm["model"] = shapes[kept]
     size = backbone.preprocessing.size
-    measured = measure(models, (3, size, size), batches=options.batches, seconds=1.0)
+    measured = measure(models, (3, size, size), batches=options.batches, seconds=options.seconds)
     return {name: m.to_dict() for name, m in measured.items()}
 
 
@@ -323,7 +325,9 @@ def _foreign(entry: ZooEntry, data: ImageData) -> bool:
 
 def _identity(backbone: Backbone, structure: Structure, options: Comparison) -> dict[str, Any]:
     """What a finished run depends on beside its task."""
-    asked = {key: value for key, value in asdict(options).items() if key not in ("arms", "batches")}
+    asked = {
+        key: value for key, value in asdict(options).items() if key not in ("arms", "batches", "seconds")
+    }
     weights = BackboneIdentity.of(backbone.model, structure).weights_sha256
     return {"backbone": backbone.describe(), "weights": weights, "options": asked}
 

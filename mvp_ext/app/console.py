@@ -34,7 +34,7 @@ WRONG_INPUT, OUR_MISTAKE, INTERRUPTED = 2, 1, 130  # 130: what a shell reports o
 
 
 class Commands(TyperGroup):
-    """A group of commands whose errors are one red line and exit code 2 (Ctrl-C: 130). ``MVP_DEBUG=1``: the traceback."""
+    """A group of commands whose errors are one red line and exit code 2 (Ctrl-C: 130); ``MVP_DEBUG=1`` shows where."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -57,6 +57,11 @@ class Commands(TyperGroup):
             line = f"{title}: {' '.join(str(error).split()) or type(error).__name__}"
             errors.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(WRONG_INPUT if expected else OUR_MISTAKE) from None
+
+
+def say(text: object) -> None:
+    """A sentence, as it is: a path in it is not broken over lines, and brackets in a name are no markup."""
+    console.print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def warn_in_one_line() -> None:

@@ -1,4 +1,4 @@
-"""The main job on embedded real images: pre-train a backbone, build a zoo, compare on tasks that the zoo has not seen."""
+"""The main job on embedded real images: pre-train a backbone, build a zoo, compare on tasks new to the zoo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mvp_ext.app.comparison import Comparison, Progress, compare
-from mvp_ext.app.console import console
+from mvp_ext.app.console import say
 from mvp_ext.app.results import seconds_text
 from mvp_ext.model.timm_compat import create_model
 from mvp_ext.pruning.backbone import Backbone, load_backbone
@@ -35,9 +35,11 @@ class DemoSize:
     zoo_tasks: int = 10
     held_out_tasks: int = 5
     classes_per_task: int = 5
+    max_train: int | None = 20
     keep: float = 0.2
     steps: int = 30
     neighbours: int = 5
+    seconds: float = 1.0
     schedule: Schedule = field(
         default_factory=lambda: Schedule(share=0.25, steps_per_round=5, final_steps=60)
     )
@@ -51,6 +53,7 @@ QUICK = DemoSize(
     held_out_tasks=2,
     steps=6,
     neighbours=2,
+    seconds=0.2,
     schedule=Schedule(share=0.5, steps_per_round=2, final_steps=6),
 )
 
@@ -66,7 +69,13 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar) -> dict[str, Any]:
     zoo = Zoo(out / "zoo")
     tasks = sample_tasks(data, size.zoo_tasks, size.classes_per_task, size.seed, "zoo")
     held_out = sample_tasks(
-        data, size.held_out_tasks, size.classes_per_task, size.seed + 1000, "held-out", exclude=tasks
+        data,
+        size.held_out_tasks,
+        size.classes_per_task,
+        size.seed + 1000,
+        "held-out",
+        exclude=tasks,
+        max_train_per_class=size.max_train,
     )
     with bar("2. zoo") as progress:
         common: dict[str, Any] = {"keep": size.keep, "schedule": size.schedule, "seed": size.seed}
@@ -77,6 +86,7 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar) -> dict[str, Any]:
         steps=size.steps,
         neighbours=size.neighbours,
         schedule=size.schedule,
+        seconds=size.seconds,
         seed=size.seed,
     )
     with bar("3. held-out tasks") as progress:
@@ -112,5 +122,5 @@ def _backbone(size: DemoSize, data: ImageData, out: Path, bar: Bar) -> Backbone:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     backbone.save(path)
-    console.print(f"backbone: {100 * accuracy:.1f} % on all ten digits after {seconds_text(cost.seconds)}")
+    say(f"backbone: {100 * accuracy:.1f} % on all ten digits after {seconds_text(cost.seconds)}")
     return backbone

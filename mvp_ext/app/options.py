@@ -12,6 +12,7 @@ from mvp_ext.pruning.backbone import Backbone, load_backbone
 from mvp_ext.pruning.data import ImageData, load_data
 from mvp_ext.pruning.iterative import Schedule
 from mvp_ext.pruning.tasks import Task, sample_tasks
+from mvp_ext.pruning.training import Recipe
 
 MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
 
@@ -150,6 +151,11 @@ def tasks_of(
 
 def schedule_of(steps: int, steps_per_round: int, share: float, criterion: str) -> Schedule:
     return Schedule(share=share, steps_per_round=steps_per_round, final_steps=steps, criterion=criterion)
+
+
+def recipe_of(backbone: Backbone, learning_rate: float | None) -> Recipe:
+    family = Recipe.for_model(backbone.model)
+    return family if learning_rate is None else family.with_rate(learning_rate)
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

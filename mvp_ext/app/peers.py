@@ -1,4 +1,4 @@
-"""The same small shapes made by Torch-Pruning, where it is installed: is what our surgery leaves as fast as a peer's?"""
+"""The same small shapes made by Torch-Pruning, if installed: is what our surgery leaves as fast as a peer's?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def prune_with_torch_pruning(
     """
     if structure.scope == "all":
         raise ValueError(
-            "torch-pruning: scope 'all' has no counterpart there: it couples the residual stream's channels"
+            "torch-pruning: scope 'all' has no counterpart there, where the residual stream is coupled"
         )
     tp = _torch_pruning()
     small = copy.deepcopy(model).eval()

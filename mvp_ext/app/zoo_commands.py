@@ -11,12 +11,11 @@ from rich.table import Table
 
 from mvp_ext.app import options
 from mvp_ext.app.comparison import zoo_cost
-from mvp_ext.app.console import Commands, console, progress_bar
+from mvp_ext.app.console import Commands, console, progress_bar, say
 from mvp_ext.app.results import count_text, flops_text, seconds_text
 from mvp_ext.model.measure import count_parameters
 from mvp_ext.pruning.build import build_universal, build_zoo
 from mvp_ext.pruning.cost import Cost
-from mvp_ext.pruning.training import Recipe
 from mvp_ext.pruning.zoo import Zoo
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Pruned models of earlier tasks.")
@@ -63,9 +62,9 @@ def build(
     opened = Zoo(zoo)
     have = sum(task.name in opened for task in drawn)
     if have:
-        console.print(f"{have} of {tasks} entries are there already")
+        say(f"{have} of {tasks} entries are there already")
     schedule = options.schedule_of(steps, steps_per_round, share, criterion)
-    recipe = Recipe.for_model(backbone.model).with_rate(learning_rate)
+    recipe = options.recipe_of(backbone, learning_rate)
     common = {
         "keep": keep,
         "scope": scope,
@@ -79,7 +78,7 @@ def build(
         if universal:
             build_universal(backbone, drawn, opened, progress=progress, **common)  # type: ignore[arg-type]
     cost = zoo_cost(opened.entries())
-    console.print(
+    say(
         f"{zoo}: {cost['entries']} entries, mean accuracy {100 * (cost['accuracy'] or 0):.1f} %, "
         f"{flops_text(cost['flops'])} and {seconds_text(cost['seconds'])} in all"
     )
@@ -108,9 +107,7 @@ def list_(zoo: ZooArgument = Path("zoo")) -> None:
     console.print(table)
     known = opened.backbone
     if known is not None:
-        console.print(
-            f"{table.row_count} entries of {known.architecture}, structure {known.structure_fingerprint}"
-        )
+        say(f"{table.row_count} entries of {known.architecture}, structure {known.structure_fingerprint}")
 
 
 @app.command()
@@ -152,6 +149,6 @@ def verify(
     for problem in problems:
         console.print(str(problem), style="red", markup=False, soft_wrap=True)
     if problems:
-        console.print(f"{len(problems)} problems" + (", removed" if repair else "; --repair removes them"))
+        say(f"{len(problems)} problems" + (", removed" if repair else "; --repair removes them"))
         raise typer.Exit(0 if repair else 1)
-    console.print(f"{zoo}: {len(opened)} entries, all sound")
+    say(f"{zoo}: {len(opened)} entries, all sound")
