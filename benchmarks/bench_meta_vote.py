@@ -10,7 +10,7 @@ import torch
 from harness import Bench
 from torch import Tensor
 
-from mvp_ext.ops import kept_units, meta_vote, reference
+from mvp_ext.ops import Vote, kept_units, meta_vote, reference
 
 RESNET18_INNER = [64, 64, 128, 128, 256, 256, 512, 512]
 RESNET18_ALL = [width for width in (64, 128, 256, 512) for _ in range(4)]
@@ -143,14 +143,14 @@ def add_case(
     }
 
     def check() -> None:
-        wanted = reference.meta_vote(masks, weights, layers=layers, keep=0.5, prior=prior)[:3]
-        for peer in (lambda *_: ours(), *peers.values()):
+        wanted = reference.meta_vote(masks, weights, layers=layers, keep=0.5, prior=prior)
+        for peer in (lambda *_: ours()[:3], *peers.values()):
             assert all(torch.equal(a, b) for a, b in zip(peer(masks, weights, prior), wanted, strict=True)), (
                 peer
             )
 
-    def ours() -> Result:
-        return meta_vote(masks, weights, layers=layers, keep=0.5, prior=prior)[:3]
+    def ours() -> Vote:
+        return meta_vote(masks, weights, layers=layers, keep=0.5, prior=prior)
 
     bench.case(
         name,
