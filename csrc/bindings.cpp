@@ -116,8 +116,9 @@ PYBIND11_MODULE(_C, m) {
   def("importance_cpu", MVP_SELECT(isa, importance_cpu));
   def("meta_vote_cpu", MVP_SELECT(isa, meta_vote_cpu));
   def("pack_cpu", MVP_SELECT(isa, pack_cpu));
-  def("unpack_cpu", MVP_SELECT(isa, unpack_cpu));
   def("pruned_linear_cpu", MVP_SELECT(isa, pruned_linear_cpu));
+  def("residual_add_cpu", MVP_SELECT(isa, residual_add_cpu));
+  def("unpack_cpu", MVP_SELECT(isa, unpack_cpu));
 
   m.def("build_info", [isa] {
     py::dict info;

@@ -3,6 +3,7 @@
 from mvp_ext.ops.functional import importance, meta_vote
 from mvp_ext.ops.packing import pack, unpack
 from mvp_ext.ops.pruned import pruned_attention, pruned_conv2d, pruned_linear
+from mvp_ext.ops.residual import residual_add
 from mvp_ext.ops.vote import Vote, kept_units
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "pruned_attention",
     "pruned_conv2d",
     "pruned_linear",
+    "residual_add",
     "unpack",
 ]

@@ -174,3 +174,26 @@ def pruned_conv2d(
     if in_index is not None:
         weight = weight[:, in_index.long()]
     return F.conv2d(x, weight, bias, stride, padding, dilation)
+
+
+def residual_add(
+    residual: Tensor,
+    y: Tensor,
+    index: Tensor | None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: str | None = None,
+    dim: int = 1,
+) -> Tensor:
+    dim %= residual.ndim
+    accumulator = torch.float64 if residual.dtype is torch.float64 else torch.float32
+    shape = [-1 if d == dim else 1 for d in range(residual.ndim)]
+    term = y.to(accumulator)
+    if scale is not None:
+        term = term * scale.to(accumulator).reshape(shape)
+    if shift is not None:
+        term = term + shift.to(accumulator).reshape(shape)
+    stream = residual.to(accumulator)
+    out = stream + term if index is None else stream.index_add(dim, index, term)
+    return (out if activation is None else out.relu()).to(residual.dtype)

@@ -344,3 +344,74 @@ def pruned_linear(
     if not torch.compiler.is_compiling() and nobody_listens() and type(x) is Tensor and x.is_cpu:
         call = _pruned_linear_cpu
     return call(x, weight, bias, out_index, in_index, out_block, in_block, residual)
+
+
+def _residual_form(residual: Tensor, dim: int) -> torch.memory_format:
+    return torch.channels_last if dim == 1 and _is_channels_last(residual) else torch.contiguous_format
+
+
+def _residual_add_fake(
+    residual: Tensor,
+    y: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    dim: int,
+) -> Tensor:
+    return torch.empty_like(residual, memory_format=_residual_form(residual, dim))
+
+
+def _residual_add_cpu(
+    residual: Tensor,
+    y: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    dim: int,
+) -> Tensor:
+    form = _residual_form(residual, dim)
+    residual = residual.contiguous(memory_format=form)
+    out = torch.empty_like(residual, memory_format=form)
+    accumulator = torch.float64 if residual.dtype is torch.float64 else torch.float32
+    native().residual_add_cpu(
+        residual,
+        y.contiguous(memory_format=form),
+        index,
+        None if scale is None else scale.to(accumulator),
+        None if shift is None else shift.to(accumulator),
+        relu,
+        dim,
+        out,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+residual_add_op = _define(
+    "residual_add(Tensor residual, Tensor y, Tensor? index, Tensor? scale, Tensor? shift, bool relu, int dim)"
+    " -> Tensor",
+    fake=_residual_add_fake,
+    cpu=_residual_add_cpu,
+)
+
+
+def residual_add(
+    residual: Tensor,
+    y: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    dim: int,
+) -> Tensor:
+    """The op; its kernel directly where no one can tell the difference, as for ``meta_vote``."""
+    if (
+        not torch.compiler.is_compiling()
+        and nobody_listens()
+        and type(residual) is type(y) is Tensor
+        and residual.is_cpu
+    ):
+        return _residual_add_cpu(residual, y, index, scale, shift, relu, dim)
+    return residual_add_op(residual, y, index, scale, shift, relu, dim)

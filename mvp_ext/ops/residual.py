@@ -1,0 +1,118 @@
+"""The end of a residual block whose last layer lost channels: add what is left into the full stream."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mvp_ext.ops import registry
+from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor
+
+_INDEX_TYPES = (torch.int64, torch.int32)
+
+
+def residual_add(
+    residual: Tensor,
+    y: Tensor,
+    index: Tensor | None,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    activation: Literal["relu"] | None = None,
+    dim: int = 1,
+) -> Tensor:
+    """act(residual + scatter(y · scale + shift)): y's channels are added to the channels ``index`` of the residual.
+
+    One pass instead of a batch norm's affine, ``index_add`` and ``relu``. Channels that are not in ``index`` become
+    act(residual).
+
+    Args:
+        residual: float32, float16, bfloat16 or float64, C channels in dimension ``dim``: [B, C, H, W] (contiguous or
+            channels_last), [B, n, C] with dim = -1, or any other rank up to 6. Other strides are copied first.
+        y: the same dtype and shape, but K channels.
+        index: int32 or int64 [K] in [0, C), any order, no repeats; None: all channels.
+        scale, shift: floating [K], used in float32 (float64 beside float64); default 1 and 0.
+        activation: None or "relu".
+        dim: the dimension of the channels.
+
+    Returns:
+        A new tensor like ``residual``, in its memory format. Gradients flow to residual, y, scale and shift.
+
+    Raises:
+        TypeError, ValueError: kinds, dtypes, shapes, ranges, devices.
+
+    Deterministic: each output is one sum, in float32, rounded once.
+    """
+    check_tensor("residual_add", "residual", residual, dtypes=FLOATS)
+    device, dtype, rank = residual.device, residual.dtype, residual.ndim
+    check_tensor("residual_add", "y", y, ndim=rank, dtypes=(dtype,), device=device)
+    if not 1 <= rank <= 6 or not -rank <= dim < rank:
+        raise ValueError(
+            f"residual_add: dim: expected 1 to 6 dimensions and dim among them, got {rank} dimensions, {dim}"
+        )
+    dim %= rank
+    expected = list(residual.shape)
+    if index is not None:
+        check_tensor("residual_add", "index", index, ndim=1, dtypes=_INDEX_TYPES, device=device)
+        expected[dim] = index.shape[0]
+    if list(y.shape) != expected:
+        raise ValueError(f"residual_add: y: expected shape {tuple(expected)}, got {tuple(y.shape)}")
+    for name, value in (("scale", scale), ("shift", shift)):
+        if value is not None:
+            check_tensor("residual_add", name, value, ndim=1, dtypes=FLOATS, device=device)
+            check_shape("residual_add", name, value, (expected[dim],), "[K]")
+    if activation not in (None, "relu"):
+        raise ValueError(f'residual_add: activation: expected None or "relu", got {activation!r}')
+    relu = activation is not None
+    if torch.is_grad_enabled() and (
+        residual.requires_grad
+        or y.requires_grad
+        or (scale is not None and scale.requires_grad)
+        or (shift is not None and shift.requires_grad)
+    ):
+        return _ResidualAdd.apply(residual, y, index, scale, shift, relu, dim)
+    return registry.residual_add(residual, y, index, scale, shift, relu, dim)
+
+
+class _ResidualAdd(torch.autograd.Function):
+    """The backward is made of plain differentiable ops, so second derivatives work too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        residual: Tensor,
+        y: Tensor,
+        index: Tensor | None,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        relu: bool,
+        dim: int,
+    ) -> Tensor:
+        out = registry.residual_add(residual, y, index, scale, shift, relu, dim)
+        ctx.save_for_backward(y if scale is not None else None, index, scale, out if relu else None)
+        ctx.dim = dim
+        ctx.shift_dtype = None if shift is None else shift.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, index, scale, out = ctx.saved_tensors
+        needs_residual, needs_y, _, needs_scale, needs_shift, _, _ = ctx.needs_input_grad
+        if out is not None:  # what ReLU cut off is 0 in the saved output; NaN went through, as in torch
+            grad = torch.where(out <= 0, 0, grad)
+        grad_y = grad_scale = grad_shift = None
+        if needs_y or needs_scale or needs_shift:
+            accumulator = torch.float64 if grad.dtype is torch.float64 else torch.float32
+            kept = (grad if index is None else grad.index_select(ctx.dim, index)).to(accumulator)
+            others = [d for d in range(grad.ndim) if d != ctx.dim]
+            if needs_y:
+                shape = [-1 if d == ctx.dim else 1 for d in range(grad.ndim)]
+                grad_y = kept if scale is None else kept * scale.to(accumulator).reshape(shape)
+                grad_y = grad_y.to(grad.dtype)
+            if needs_scale:
+                grad_scale = (kept * y.to(accumulator)).sum(others).to(scale.dtype)
+            if needs_shift:
+                grad_shift = kept.sum(others).to(ctx.shift_dtype)
+        return grad if needs_residual else None, grad_y, None, grad_scale, grad_shift, None, None
