@@ -109,7 +109,8 @@ def test_compare_writes_results_and_page_and_goes_on(home: Path, tmp_path: Path,
     runs = tmp_path / "runs"
     command = (
         f"compare --zoo {home}/zoo --model {home}/backbone.safetensors --out {runs} --tasks 2 --classes-per-task 3 "
-        "--max-train 12 --steps 1 --neighbours 2 --steps-per-round 1 --share 0.6 --rate random=0.002 --seconds 0"
+        "--max-train 12 --steps 1 --neighbours 2 --steps-per-round 1 --share 0.6 --final-steps 1 "
+        "--rate random=0.002 --seconds 0"
     )
     assert "universal" in run(command).output
     results = json.loads((runs / "results.json").read_text())
@@ -286,5 +287,8 @@ def test_the_console_script() -> None:
 
 def test_evaluation_steps_start_at_zero_and_end_with_the_last() -> None:
     options = Comparison(steps=60, keep=0.3, schedule=Schedule(share=0.1, steps_per_round=10, final_steps=60))
-    assert options.evaluate_at("mvp") == (0, 5, 11, 20, 41, 60)
-    assert options.evaluate_at("ifp")[-1] == 12 * 10 + 60
+    structure = find_structure(tiny_model("test_resnet"))
+    assert options.evaluate_at("mvp", structure) == (0, 5, 11, 20, 41, 60)
+    from_scratch = options.evaluate_at("ifp", structure)
+    assert from_scratch[0] == 0
+    assert 60 < from_scratch[-1] <= 12 * 10 + 60

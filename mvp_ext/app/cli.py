@@ -230,6 +230,9 @@ def compare(
     steps: Annotated[
         int, Option(help="Fine-tuning steps of each arm.", rich_help_panel=options.PRUNING)
     ] = 60,
+    final_steps: Annotated[
+        int, Option(help="Iterative pruning: steps after the last removal.", rich_help_panel=options.PRUNING)
+    ] = 200,
     steps_per_round: options.StepsPerRound = 10,
     share: options.Share = 0.1,
     criterion: options.Criterion = "taylor",
@@ -260,7 +263,7 @@ def compare(
         steps=steps,
         neighbours=neighbours,
         similarity=similarity,
-        schedule=options.schedule_of(steps, steps_per_round, share, criterion),
+        schedule=options.schedule_of(final_steps, steps_per_round, share, criterion),
         arms=_arms(arm),
         rates=dict(_rate(text) for text in rate or ()),
         seconds=seconds,

@@ -29,7 +29,7 @@ from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.backbone import Backbone, extract_features
 from mvp_ext.pruning.cost import Cost
 from mvp_ext.pruning.data import ImageData
-from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.iterative import Schedule, planned_steps
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.tasks import Task
 from mvp_ext.pruning.training import Recipe
@@ -55,7 +55,7 @@ class Comparison:
 
     Attributes:
         keep, scope, align: what is pruned, for every arm alike.
-        steps: fine-tuning steps of each arm after its start (iterative pruning: after its last removal).
+        steps: fine-tuning steps of each arm after its start (iterative pruning has its own, in ``schedule``).
         neighbours, similarity: of MVP's vote.
         schedule: of iterative pruning from scratch, and the criterion of one-shot pruning.
         arms: name → method of ``prune``; the first is the one at issue.
@@ -77,9 +77,19 @@ class Comparison:
     seconds: float = 1.0
     seed: int = 0
 
-    def evaluate_at(self, method: str) -> tuple[int, ...]:
+    def last_steps(self, method: str) -> int:
+        """Fine-tuning steps at the final shapes."""
+        return self.schedule.final_steps if method == "ifp" else self.steps
+
+    def all_steps(self, method: str, structure: Structure) -> int:
+        """Optimizer steps of one run."""
+        if method != "ifp":
+            return self.steps
+        return planned_steps(structure, self.keep, self.align, self.schedule)
+
+    def evaluate_at(self, method: str, structure: Structure) -> tuple[int, ...]:
         """Steps at which accuracy is looked at: about six, more densely at the start."""
-        total = self.steps if method != "ifp" else self.schedule.steps(self.keep)
+        total = self.all_steps(method, structure)
         return tuple(sorted({0, *(math.ceil(total * share) for share in (0.08, 0.17, 0.33, 0.67, 1.0))}))
 
     def recipe(self, method: str, model: nn.Module) -> Recipe:
@@ -268,7 +278,7 @@ def _run(
         task,
         zoo=zoo,
         keep=1.0 if dense else options.keep,
-        steps=0 if dense else options.steps,
+        steps=0 if dense else options.last_steps(method),
         method=method,
         scope=options.scope,
         align=options.align,
@@ -276,7 +286,9 @@ def _run(
         schedule=options.schedule,
         vote=VoteOptions(neighbours=options.neighbours, similarity=options.similarity),
         seed=options.seed + position,
-        evaluate_at=() if dense else options.evaluate_at(method),
+        evaluate_at=()
+        if dense
+        else options.evaluate_at(method, find_structure(backbone.model, options.scope)),
         on_step=None if progress is None else lambda done, total: progress(what, done, total),
     )
     summary = result.summary()
@@ -344,7 +356,7 @@ def _setting(
         "scope": structure.scope,
         "keep": options.keep,
         "zoo": f"{len(zoo)} entries, {options.neighbours} neighbours by {options.similarity}",
-        "fine-tuning": f"{options.steps} steps; iterative pruning from scratch {options.schedule.steps(options.keep)}",
+        "fine-tuning": f"{options.steps} steps; from scratch {options.all_steps('ifp', structure)} with the removals",
         "learning rates": ", ".join(f"{k} {v:g}" for k, v in options.rates.items())
         or "the family's, for every arm",
         "seed": options.seed,
