@@ -1,0 +1,146 @@
+"""Writes the README's measured tables from the committed result files, or checks (``--check``) that they agree."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+OPS = (
+    *("meta_vote", "importance", "pack", "merge", "pruned_linear"),
+    *("pruned_attention", "pruned_conv2d", "residual_add"),
+)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def comparison(path: Path) -> str:
+    from mvp_ext.app.report import table_columns, table_rows
+    from mvp_ext.app.results import load_results, summarise
+
+    results = load_results(path)
+    arms = summarise(results)
+    columns = [name for name, _ in table_columns(arms)]
+    title = f"**{results['title']}**, keep {results['keep']:g}, {arms[0].tasks} held-out tasks"
+    zoo = results.get("zoo", {}).get("entries", "?")
+    figures = sorted((ROOT / "docs" / "figures" / path.stem).glob("*.png"))
+    links = ", ".join(f"[{f.stem}]({f.relative_to(ROOT).as_posix()})" for f in figures)
+    source = f"{path.relative_to(ROOT).as_posix()}: `{results.get('command', '')}`"
+    return (
+        f"{title}, a zoo of {zoo} ({source}).\n\n"
+        + table(columns, table_rows(results, arms))
+        + (f"\n\nFigures: {links}." if links else "")
+    )
+
+
+def latency(paths: Sequence[Path]) -> str:
+    rows = []
+    for path in paths:
+        result = json.loads(path.read_text())
+        models = result["models"]
+        for name, model in models.items():
+            if name == "dense" or "torch-pruning" in name:
+                continue
+            for timed in model["latency"]:
+                peer = models.get(f"{name}, torch-pruning")
+                other = next(
+                    (x["median_ms"] for x in (peer or {}).get("latency", ()) if x["batch"] == timed["batch"]),
+                    None,
+                )
+                rows.append(
+                    (
+                        f"{result['setting']['model']} ({result['setting']['scope']}), {name}",
+                        str(timed["batch"]),
+                        f"{models['dense']['flops'] / model['flops']:.2f}×",
+                        f"{timed['median_ms']:.1f} ms",
+                        f"{timed['speed_up']:.2f}×",
+                        "" if timed["share_of_saving"] is None else f"{timed['share_of_saving']:.0%}",
+                        "" if other is None else f"{other / timed['median_ms']:.2f}×",
+                    )
+                )
+    columns = (
+        "model",
+        "batch",
+        "fewer FLOPs",
+        "median latency",
+        "against dense",
+        "saving that became time",
+        "against Torch-Pruning's same shapes",
+    )
+    sources = ", ".join(p.relative_to(ROOT).as_posix() for p in paths)
+    return f"**Latency** at 224 × 224 on two cores, timed in turn ({sources}).\n\n" + table(columns, rows)
+
+
+def ops(paths: Sequence[Path]) -> str:
+    rows: list[tuple[str, ...]] = []
+    for path in paths:
+        result = json.loads(path.read_text())
+        for row in result["rows"]:
+            rows.extend(_op_rows(result["op"], row))
+    sources = ", ".join(f"[{p.stem}]({p.relative_to(ROOT).as_posix()})" for p in paths)
+    return (
+        "**Ops** on two threads, against what a user would write; × is peer time over ours, so below 1 we lose. "
+        f"Every case, with p10 and p90, is in {sources}.\n\n"
+        "<details><summary>all cases that promise something</summary>\n\n"
+        + table(("op", "case", "µs", "against", "×", "promised"), rows)
+        + "\n\n</details>"
+    )
+
+
+def _op_rows(op: str, row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    micros = f"{row['times_us']['ours']['median']:.4g}"
+    for peer, floor in row["floors"].items():
+        yield op, row["case"], micros, peer, f"{row['ratios'][peer]:.2f}", f"{floor:g}"
+    limit = row.get("limit") or {}
+    if limit.get("floor"):
+        yield (
+            op,
+            row["case"],
+            micros,
+            f"{limit['name']} bandwidth",
+            f"{limit['share']:.2f}",
+            f"{limit['floor']:g}",
+        )
+
+
+def render() -> str:
+    sections = []
+    comparisons = [
+        p for p in [*sorted(RESULTS.glob("compare_*.json")), RESULTS / "demo_digits.json"] if p.exists()
+    ]
+    sections += [comparison(p) for p in comparisons]
+    if found := sorted(RESULTS.glob("latency_*.json")):
+        sections.append(latency(found))
+    if found := [RESULTS / f"{op}.json" for op in OPS if (RESULTS / f"{op}.json").exists()]:
+        sections.append(ops(found))
+    return "\n\n".join(sections)
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN, 1)
+    _, tail = rest.split(END, 1)
+    new = f"{head}{BEGIN}\n{render()}\n{END}{tail}"
+    if "--check" in sys.argv[1:]:
+        if new != text:
+            print(
+                "README.md: its tables are not what the result files say; run python scripts/readme_tables.py"
+            )
+            return 1
+        return 0
+    readme.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
