@@ -54,7 +54,7 @@ def assert_scores(got, expected, rtol=1e-3):
 def gated(model, structure):
     """Multiply each unit's activation by a gate of 1, so that ∂L/∂gate = Σ_positions a · ∂L/∂a.
 
-    Yields the gates and the activations. Nothing is read from a tensor that the model can change in place later: activations are copied at once.
+    Yields the gates and the activations. Activations are copied at once: the model may change them in place later.
     """
     gates = {layer.name: torch.ones(layer.units, requires_grad=True) for layer in structure}
     activations = {}

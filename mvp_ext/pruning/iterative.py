@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from mvp_ext.model.structure import Structure, find_structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.backbone import Backbone, extract_features, set_head
 from mvp_ext.pruning.cost import BACKWARD_FACTOR, Cost
+from mvp_ext.pruning.data import content_hash
 from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.scores import Scores, score_units
 from mvp_ext.pruning.tasks import TaskData
 from mvp_ext.pruning.training import Recipe, Teacher, Trainer
+from mvp_ext.pruning.zoo_entry import BackboneIdentity
 
 SAVE_EVERY = 200  # final steps between two saved states of a run that can be resumed
 
@@ -104,7 +107,8 @@ def prune_iteratively(
         features: the backbone's features on ``data.train_images``, if at hand.
         on_step: called with (model, steps done so far) after each step, outside the clock.
         resume: a file for long runs: every ``SAVE_EVERY`` of the final steps the run's state goes there, and a run that
-            finds it goes on from it, with the numbers of an uninterrupted one. Removed at the end.
+            finds it goes on from it, with the numbers of an uninterrupted one. Removed at the end. A state of another
+            run (other arguments, images or backbone) is not taken up, but replaced.
 
     Returns:
         The small model, with a trained (not refitted) classifier, and its mask.
@@ -125,7 +129,18 @@ def prune_iteratively(
         if on_step is not None:
             on_step(trainer.model, done)
 
-    saved = read_pruned(resume) if resume is not None and resume.exists() else None
+    saved, identity = None, None
+    if resume is not None:
+        identity = {
+            "backbone": BackboneIdentity.of(backbone.model, structure).to_meta(),
+            "images": content_hash([data.train_images, data.train_labels], data.class_names),
+            "schedule": asdict(schedule),
+            "recipe": asdict(recipe),
+            "others": [keep, align, seed, asdict(preprocessing)],
+        }
+        identity = json.loads(json.dumps(identity))  # as it comes back from the file: lists for tuples
+        if resume.exists() and (found := read_pruned(resume)).extra.get("run") == identity:
+            saved = found
     if saved is not None:
         model, mask = saved.build(), saved.mask
         trainer = Trainer(model, data, preprocessing, recipe, seed=seed, teacher=teacher, cost=cost)
@@ -149,7 +164,7 @@ def prune_iteratively(
         stepped(final)
         if resume is not None and final % SAVE_EVERY == 0:
             state = {f"trainer/{name}": value for name, value in trainer.snapshot().items()}
-            extra = {**state, "final_done": final, "done": done, "cost": cost.to_dict()}
+            extra = {**state, "final_done": final, "done": done, "cost": cost.to_dict(), "run": identity}
             save_pruned(model, resume, mask=mask, structure=structure, extra=extra)
 
     trainer.run(schedule.final_steps, "cosine", stepped_finally, start=final_done)
