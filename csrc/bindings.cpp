@@ -114,6 +114,7 @@ PYBIND11_MODULE(_C, m) {
   };
 
   def("importance_cpu", MVP_SELECT(isa, importance_cpu));
+  def("merge_cpu", MVP_SELECT(isa, merge_cpu));
   def("meta_vote_cpu", MVP_SELECT(isa, meta_vote_cpu));
   def("pack_cpu", MVP_SELECT(isa, pack_cpu));
   def("pruned_linear_cpu", MVP_SELECT(isa, pruned_linear_cpu));

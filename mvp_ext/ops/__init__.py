@@ -1,7 +1,7 @@
 """Arithmetic on tensors that knows no model: the native kernels, their public functions and their references."""
 
 from mvp_ext.ops.functional import importance, meta_vote
-from mvp_ext.ops.packing import pack, unpack
+from mvp_ext.ops.packing import merge, pack, unpack
 from mvp_ext.ops.pruned import pruned_attention, pruned_conv2d, pruned_linear
 from mvp_ext.ops.residual import residual_add
 from mvp_ext.ops.vote import Vote, kept_units
@@ -10,6 +10,7 @@ __all__ = [
     "Vote",
     "importance",
     "kept_units",
+    "merge",
     "meta_vote",
     "pack",
     "pruned_attention",

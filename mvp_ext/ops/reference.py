@@ -33,6 +33,34 @@ def importance(
     return (example.abs() if kind == "taylor" else example.square()).sum(0)
 
 
+def merge(
+    base: Sequence[Tensor],
+    voters: Sequence[Sequence[Tensor]],
+    voter_rows: Sequence[Sequence[Tensor | None]],
+    voter_cols: Sequence[Sequence[Tensor | None]],
+    weights: Tensor,
+    rows: Sequence[Tensor | None],
+    cols: Sequence[Tensor | None],
+) -> list[Tensor]:
+    merged = []
+    for p, full in enumerate(base):
+        accumulator = torch.float64 if full.dtype is torch.float64 else torch.float32
+        total = torch.zeros_like(full, dtype=accumulator)
+        weighted = torch.zeros_like(full, dtype=accumulator)
+        for v, weight in enumerate(weights.to(torch.float32).tolist()):
+            if weight == 0:
+                continue
+            here = (voter_rows[v][p],), (voter_cols[v][p],)
+            wide, kept = torch.zeros_like(total), torch.zeros_like(total)
+            unpack([voters[v][p].to(accumulator)], [wide], *here)
+            unpack([torch.ones_like(voters[v][p], dtype=accumulator)], [kept], *here)
+            total += weight * kept
+            weighted += weight * wide
+        mean = torch.where(total > 0, weighted / total, full.to(accumulator)).to(full.dtype)
+        merged += pack([mean], [rows[p]], [cols[p]])
+    return merged
+
+
 def meta_vote(
     masks: Tensor,
     weights: Tensor | None = None,

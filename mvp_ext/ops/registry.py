@@ -232,6 +232,44 @@ unpack = _define(
 )
 
 
+def _merge_fake(
+    base: list[Tensor],
+    voters: list[Tensor],
+    voter_rows: list[Tensor | None],
+    voter_cols: list[Tensor | None],
+    weights: Tensor,
+    rows: list[Tensor | None],
+    cols: list[Tensor | None],
+) -> list[Tensor]:
+    return _pack_fake(base, rows, cols)
+
+
+def _merge_cpu(
+    base: list[Tensor],
+    voters: list[Tensor],
+    voter_rows: list[Tensor | None],
+    voter_cols: list[Tensor | None],
+    weights: Tensor,
+    rows: list[Tensor | None],
+    cols: list[Tensor | None],
+) -> list[Tensor]:
+    full = [_dense(t) for t in base]
+    merged = _pack_fake(full, rows, cols)
+    forms = [torch.channels_last if _is_channels_last(t) else torch.contiguous_format for t in full]
+    parts = [v.contiguous(memory_format=forms[at % len(base)]) for at, v in enumerate(voters)]
+    threads = torch.get_num_threads()
+    native().merge_cpu(full, parts, voter_rows, voter_cols, weights.tolist(), rows, cols, merged, threads)
+    return merged
+
+
+merge = _define(
+    "merge(Tensor[] base, Tensor[] voters, Tensor?[] voter_rows, Tensor?[] voter_cols, Tensor weights,"
+    " Tensor?[] rows, Tensor?[] cols) -> Tensor[]",
+    fake=_merge_fake,
+    cpu=_merge_cpu,
+)
+
+
 def _pruned_linear_output(
     x: Tensor, weight: Tensor, out_index: Tensor | None, out_block: int, residual: Tensor | None
 ) -> Tensor:
