@@ -1,3 +1,87 @@
-"""Meta-Vote Pruning: many small vision models from one large one, by a vote of its pruned versions."""
+"""Meta-Vote Pruning: many small vision models from one large one, by a vote of its pruned versions.
+
+zoo = mvp_ext.Zoo("zoo/")
+result = mvp_ext.prune(model, task, zoo=zoo, keep=0.3, neighbours=5, steps=60)
+result.save("small.safetensors")
+zoo.add(result)
+"""
 
 __version__ = "0.1.0"
+
+from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, save_pruned
+from mvp_ext.model.mask import Mask
+from mvp_ext.model.structure import Structure, UnsupportedModelError, find_structure
+from mvp_ext.model.surgery import expand_state, masked_model, prune_model
+from mvp_ext.model.timm_compat import create_model
+from mvp_ext.ops import (
+    Vote,
+    importance,
+    kept_units,
+    merge,
+    meta_vote,
+    pack,
+    pruned_attention,
+    pruned_conv2d,
+    pruned_linear,
+    residual_add,
+    unpack,
+)
+from mvp_ext.pruning.backbone import Backbone, Preprocessing, load_backbone
+from mvp_ext.pruning.build import build_universal, build_zoo
+from mvp_ext.pruning.data import ImageData, load_data
+from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.pretrain import pretrain
+from mvp_ext.pruning.prune import METHODS, prune
+from mvp_ext.pruning.result import Result
+from mvp_ext.pruning.scores import CRITERIA, score_units
+from mvp_ext.pruning.tasks import Task, TaskData, sample_tasks
+from mvp_ext.pruning.training import Recipe
+from mvp_ext.pruning.vote import VoteOptions
+from mvp_ext.pruning.zoo import Zoo, ZooEntry, ZooError
+
+__all__ = [
+    "CRITERIA",
+    "METHODS",
+    "Backbone",
+    "ImageData",
+    "Mask",
+    "Preprocessing",
+    "PrunedCheckpoint",
+    "Recipe",
+    "Result",
+    "Schedule",
+    "Structure",
+    "Task",
+    "TaskData",
+    "UnsupportedModelError",
+    "Vote",
+    "VoteOptions",
+    "Zoo",
+    "ZooEntry",
+    "ZooError",
+    "build_universal",
+    "build_zoo",
+    "create_model",
+    "expand_state",
+    "find_structure",
+    "importance",
+    "kept_units",
+    "load_backbone",
+    "load_data",
+    "load_pruned",
+    "masked_model",
+    "merge",
+    "meta_vote",
+    "pack",
+    "pretrain",
+    "prune",
+    "prune_model",
+    "pruned_attention",
+    "pruned_conv2d",
+    "pruned_linear",
+    "residual_add",
+    "sample_tasks",
+    "save_pruned",
+    "score_units",
+    "unpack",
+]

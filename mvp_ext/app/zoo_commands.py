@@ -49,6 +49,9 @@ def build(
     universal: Annotated[
         bool, typer.Option(help="Also one pruned model of all tasks, at the zoo's whole cost.")
     ] = True,
+    universal_steps: Annotated[
+        int | None, typer.Option(help="Its optimizer steps. Default: as many as the whole zoo took.")
+    ] = None,
     seed: options.Seed = 0,
     threads: options.Threads = None,
 ) -> None:
@@ -76,7 +79,7 @@ def build(
     with progress_bar("zoo") as progress:
         build_zoo(backbone, drawn, opened, progress=progress, **common)  # type: ignore[arg-type]
         if universal:
-            build_universal(backbone, drawn, opened, progress=progress, **common)  # type: ignore[arg-type]
+            build_universal(backbone, drawn, opened, steps=universal_steps, progress=progress, **common)  # type: ignore[arg-type]
     cost = zoo_cost(opened.entries())
     say(
         f"{zoo}: {cost['entries']} entries, mean accuracy {100 * (cost['accuracy'] or 0):.1f} %, "
