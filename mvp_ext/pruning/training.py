@@ -49,7 +49,7 @@ class Recipe:
 
     learning_rate: float = 5e-4
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    batch_size: int = 64
+    batch_size: int = 32
     weight_decay: float = 0.01
     distillation: float = 4.0
     crop: float = 0.125
