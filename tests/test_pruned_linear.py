@@ -311,6 +311,8 @@ X, W = torch.zeros(3, 4), torch.zeros(6, 4)
         ((X, W, None, torch.tensor([[0]])), {}, ValueError, "out_index: expected 1 dimensions"),
         ((X, W, None, torch.tensor([6])), {}, ValueError, r"out_index: expected values in \[0, 6\), got 6"),
         ((X, W, None, torch.tensor([-1])), {}, ValueError, r"out_index: expected values in \[0, 6\), got -1"),
+        ((X.double(), W.double(), None, torch.tensor([0, 6])), {}, ValueError, r"out_index: .*\), got 6"),
+        ((X.double(), W.double(), None, torch.tensor([0, -2])), {}, ValueError, r"out_index: .*\), got -2"),
         ((X, W, None, torch.tensor([3])), {"out_block": 2}, ValueError, r"values in \[0, 3\), got 3"),
         (
             (X[:, :1], W, None, None, torch.tensor([4])),

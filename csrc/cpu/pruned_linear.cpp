@@ -33,8 +33,9 @@ constexpr int kWidth = kVecs * kLanes;
 // With few rows of x a wider tile keeps the fused multiply-adds in flight.
 constexpr int kWideRows = kLanes == 16 ? 4 : 2;
 constexpr int kWideVecs = 6;
-// From here on packing a panel costs less than what it saves (measured at K = 384 and 768, kept 0.5 to 1).
-constexpr int64_t kDotRows = 7;
+// With more rows of x, packing a panel costs less than it saves (measured at 384 to 1536 inputs, kept 0.5 to
+// 1, on both AVX2 and AVX-512).
+constexpr int64_t kDotRows = 4;
 constexpr int64_t kSumBlock = 128;
 // 512 rows of x make packing a panel about 1/50 of the work on it; they need not stay in L2.
 constexpr int64_t kBlockRows = 512;

@@ -298,29 +298,63 @@ def _library_rows(dtype: torch.dtype) -> int:
     if dtype is torch.float64:
         return 0  # the kernel adds in float32
     if dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return 32  # the library has bf16 dot products, the kernel widens to float32
-    return 8 if build_info()["cpu_isa"] == "baseline" and dtype is torch.float32 else 1 << 62
+        return 17  # the library has bf16 dot products, the kernel widens to float32
+    return 5 if build_info()["cpu_isa"] == "baseline" and dtype is torch.float32 else 1 << 62
+
+
+def _kept_rows(tensor: Tensor, rows: Tensor, block: int) -> Tensor:
+    if block == 1:
+        return tensor.index_select(0, rows)
+    return tensor.unflatten(0, (-1, block)).index_select(0, rows).flatten(0, 1)
+
+
+def _kept_part(
+    weight: Tensor, rows: Tensor | None, cols: Tensor | None, row_block: int, col_block: int
+) -> Tensor:
+    """weight[rows][:, cols], by whichever way is fastest for its layout."""
+    if not weight.is_contiguous() and weight.t().is_contiguous():
+        return _kept_part(weight.t(), cols, rows, col_block, row_block).t()
+    if rows is not None:
+        weight = _kept_rows(weight, rows, row_block)
+    if cols is not None and col_block > 1:
+        return weight.reshape(weight.shape[0], -1, col_block).index_select(1, cols).flatten(1)
+    return weight if cols is None else _pack_cpu([weight], [None], [cols])[0]
 
 
 def _pruned_linear_library(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    rows: Tensor | None,
-    cols: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
     residual: Tensor | None,
 ) -> Tensor:
-    if rows is not None or cols is not None:
-        if weight.is_contiguous():
-            (weight,) = _pack_cpu([weight], [rows], [cols])
-        else:
-            weight = _pack_cpu([weight.t()], [cols], [rows])[0].t()
-    if rows is not None and bias is not None:
-        bias = bias.index_select(0, rows)
+    try:
+        if bias is not None and out_index is not None:
+            bias = _kept_rows(bias, out_index, out_block)
+        weight = _kept_part(weight, out_index, in_index, out_block, in_block)
+    except (
+        IndexError,
+        RuntimeError,
+        ValueError,
+    ):  # torch's messages name no argument; checking first costs more
+        _check_range("out_index", out_index, weight.shape[0] // out_block)
+        _check_range("in_index", in_index, weight.shape[1] // in_block)
+        raise
     y = F.linear(x, weight, bias)
     if residual is None:
         return y
-    return residual + y if rows is None else residual.index_add(-1, rows, y)
+    if out_index is None:
+        return residual + y
+    return residual.index_add(-1, positions(out_index, out_block), y)
+
+
+def _check_range(name: str, index: Tensor | None, size: int) -> None:
+    for unit in [] if index is None else index.tolist():
+        if not 0 <= unit < size:
+            raise ValueError(f"pruned_linear: {name}: expected values in [0, {size}), got {unit}")
 
 
 def _pruned_linear_cpu(
@@ -334,9 +368,7 @@ def _pruned_linear_cpu(
     residual: Tensor | None,
 ) -> Tensor:
     if x.numel() // (x.shape[-1] or 1) >= _library_rows(x.dtype):
-        rows = None if out_index is None else positions(out_index, out_block)
-        cols = None if in_index is None else positions(in_index, in_block)
-        return _pruned_linear_library(x, weight, bias, rows, cols, residual)
+        return _pruned_linear_library(x, weight, bias, out_index, in_index, out_block, in_block, residual)
     if 1 not in weight.stride():
         weight = weight.contiguous()
     if residual is None or out_index is None:

@@ -146,39 +146,78 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-template <size_t... I>
-inline Vec pick(Vec a, Vec b, std::index_sequence<I...>, int first) {
+// Lanes of a and b, numbered through, in the order that a rule of the result's lane gives.
+template <typename Rule, size_t... I>
+inline Vec pick(Vec a, Vec b, std::index_sequence<I...>) {
 #if defined(__clang__)
-  return first ? __builtin_shufflevector(a, b, int(I % 2 * kLanes + I / 2 + kLanes / 2)...)
-               : __builtin_shufflevector(a, b, int(I % 2 * kLanes + I / 2)...);
+  return __builtin_shufflevector(a, b, Rule::from(int(I))...);
 #else
   typedef int32_t Index __attribute__((vector_size(4 * kLanes)));
-  return first ? __builtin_shuffle(a, b, Index{int(I % 2 * kLanes + I / 2 + kLanes / 2)...})
-               : __builtin_shuffle(a, b, Index{int(I % 2 * kLanes + I / 2)...});
+  return __builtin_shuffle(a, b, Index{Rule::from(int(I))...});
 #endif
 }
+template <typename Rule>
+inline Vec pick(Vec a, Vec b) {
+  return pick<Rule>(a, b, std::make_index_sequence<kLanes>());
+}
 
-// The lanes of a and b in turn: of their lower halves, of their upper halves.
-inline Vec zip_low(Vec a, Vec b) { return pick(a, b, std::make_index_sequence<kLanes>(), 0); }
-inline Vec zip_high(Vec a, Vec b) { return pick(a, b, std::make_index_sequence<kLanes>(), 1); }
+// The lanes of a and b in turn, of their lower (Half = 0) or upper halves.
+template <int Half>
+struct Zip {
+  static constexpr int from(int i) { return i % 2 * kLanes + i / 2 + Half * kLanes / 2; }
+};
+// The same within each 128 bits, for units of Unit lanes.
+template <int Half, int Unit>
+struct ZipQuads {
+  static constexpr int from(int i) {
+    const int unit = i % 4 / Unit;
+    return i / 4 * 4 + i % Unit + (unit % 2 * kLanes) + (unit / 2 + Half * (2 / Unit)) * Unit;
+  }
+};
+// The even (Odd = 0) or odd 128 bits of a, then those of b.
+template <int Odd>
+struct Quads {
+  static constexpr int from(int i) { return i / 4 * 8 + Odd * 4 + i % 4; }
+};
 
-// kLanes × kLanes transpose. Zipping row i with row i + half rotates the address (row bits, lane bits) by one
-// bit, so log2(kLanes) rounds exchange rows and lanes.
+// kLanes × kLanes transpose: of the 4 × 4 blocks within 128 bits (one instruction a step on every x86), then
+// of the blocks. After the first two steps, vector 4g + c holds in quad q column 4q + c of the rows 4g to 4g
+// + 3.
 inline void transpose(Vec (&rows)[kLanes]) {
-  for (int round = 1; round < kLanes; round *= 2) {
-    Vec zipped[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) {
-      zipped[2 * i] = zip_low(rows[i], rows[i + kLanes / 2]);
-      zipped[2 * i + 1] = zip_high(rows[i], rows[i + kLanes / 2]);
-    }
-    for (int i = 0; i < kLanes; ++i) rows[i] = zipped[i];
+  Vec blocks[kLanes];
+  for (int g = 0; g < kLanes; g += 4) {
+    const Vec low[2] = {pick<ZipQuads<0, 1>>(rows[g], rows[g + 1]),
+                        pick<ZipQuads<0, 1>>(rows[g + 2], rows[g + 3])};
+    const Vec high[2] = {pick<ZipQuads<1, 1>>(rows[g], rows[g + 1]),
+                         pick<ZipQuads<1, 1>>(rows[g + 2], rows[g + 3])};
+    blocks[g] = pick<ZipQuads<0, 2>>(low[0], low[1]);
+    blocks[g + 1] = pick<ZipQuads<1, 2>>(low[0], low[1]);
+    blocks[g + 2] = pick<ZipQuads<0, 2>>(high[0], high[1]);
+    blocks[g + 3] = pick<ZipQuads<1, 2>>(high[0], high[1]);
+  }
+  for (int c = 0; c < 4; ++c) {
+#if defined(__AVX512F__)
+    const Vec even[2] = {pick<Quads<0>>(blocks[c], blocks[4 + c]),
+                         pick<Quads<0>>(blocks[8 + c], blocks[12 + c])};
+    const Vec odd[2] = {pick<Quads<1>>(blocks[c], blocks[4 + c]),
+                        pick<Quads<1>>(blocks[8 + c], blocks[12 + c])};
+    rows[c] = pick<Quads<0>>(even[0], even[1]);
+    rows[4 + c] = pick<Quads<0>>(odd[0], odd[1]);
+    rows[8 + c] = pick<Quads<1>>(even[0], even[1]);
+    rows[12 + c] = pick<Quads<1>>(odd[0], odd[1]);
+#elif defined(__AVX2__)
+    rows[c] = pick<Quads<0>>(blocks[c], blocks[4 + c]);
+    rows[4 + c] = pick<Quads<1>>(blocks[c], blocks[4 + c]);
+#else
+    rows[c] = blocks[c];
+#endif
   }
 }
 
 // Lane i of the result is the sum of the lanes of v[i], in a fixed order.
 inline Vec sum_each(Vec (&v)[kLanes]) {
   for (int half = kLanes / 2; half >= 1; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = zip_low(v[i], v[i + half]) + zip_high(v[i], v[i + half]);
+    for (int i = 0; i < half; ++i) v[i] = pick<Zip<0>>(v[i], v[i + half]) + pick<Zip<1>>(v[i], v[i + half]);
   return v[0];
 }
 
