@@ -154,6 +154,9 @@ def _set_image_size(model: nn.Module, size: int) -> int:
         raise ValueError(f"image_size: expected at least 1, got {size}")
     set_input_size: Any = getattr(model, "set_input_size", None)
     if set_input_size is not None:
+        patch = max(getattr(getattr(model, "patch_embed", None), "patch_size", (1,)))
+        if size % patch:  # timm would leave out the pixels at the edge, without a word
+            raise ValueError(f"image_size: expected a multiple of the model's patch of {patch}, got {size}")
         set_input_size(img_size=(size, size))
     return size
 

@@ -7,16 +7,17 @@ from dataclasses import replace
 
 from torch import nn
 
+from mvp_ext.model.budget import kept_counts
 from mvp_ext.model.checkpoint import read_pruned, save_pruned
-from mvp_ext.model.structure import find_structure
+from mvp_ext.model.structure import Structure, find_structure
 from mvp_ext.pruning.backbone import Backbone
 from mvp_ext.pruning.iterative import Schedule, planned_steps
 from mvp_ext.pruning.prune import prune, universal_path
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.tasks import Task
 from mvp_ext.pruning.training import Recipe
-from mvp_ext.pruning.zoo import Zoo
-from mvp_ext.pruning.zoo_entry import BackboneIdentity
+from mvp_ext.pruning.zoo import Zoo, ZooError
+from mvp_ext.pruning.zoo_entry import BackboneIdentity, ZooEntry
 
 Progress = Callable[[str, int, int], None]  # (what is being made, steps done, steps in all)
 
@@ -41,12 +42,17 @@ def build_zoo(
 
     Returns:
         The results made by this call.
+
+    Raises:
+        ZooError: the zoo is of another backbone, or has one of the tasks with another number of units kept.
     """
     backbone, schedule = Backbone.wrap(model), schedule or Schedule()
-    zoo.bind(BackboneIdentity.of(backbone.model, find_structure(backbone.model, scope)))
+    structure = find_structure(backbone.model, scope)
+    zoo.bind(BackboneIdentity.of(backbone.model, structure))
     results = []
     for task in tasks:
         if task.name in zoo:
+            _check_same_budget(zoo[task.name], structure, keep, align, schedule)
             continue
         result = prune(
             backbone,
@@ -118,6 +124,20 @@ def build_universal(
     extra = {"keep": keep, "classes": list(classes), "result": result.summary()}
     save_pruned(result.model, path, mask=result.mask, structure=result.structure, extra=extra)
     return result
+
+
+def _check_same_budget(
+    entry: ZooEntry, structure: Structure, keep: float, align: int, schedule: Schedule
+) -> None:
+    """An entry of another budget is not what was asked for, and must not be passed over as if it were."""
+    if schedule.global_ranking:
+        return  # its counts follow from its scores
+    expected = kept_counts(structure, keep, align)
+    if tuple(entry.mask.kept.values()) != expected:
+        raise ZooError(
+            f"build_zoo: entry {entry.name!r} was made with keep {entry.keep:.4g} of all units, not {keep:.4g} "
+            f"(expected {sum(expected)} units, got {sum(entry.mask.kept.values())}); remove it or use another zoo"
+        )
 
 
 def _named(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:

@@ -35,6 +35,7 @@ from mvp_ext.pruning.vote import (
     weight_prior,
 )
 from mvp_ext.pruning.zoo import Zoo, ZooError
+from mvp_ext.pruning.zoo_entry import BackboneIdentity
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
@@ -69,6 +70,10 @@ class _Job:
             raise ZooError(
                 f"prune: method {method!r} needs a zoo; got none. Build one with build_zoo or `mvp-ext zoo build`"
             )
+        with (
+            self.cost.timed()
+        ):  # entries of other dense weights have the same shapes: they would merge into nonsense
+            self.zoo.check(BackboneIdentity.of(self.backbone.model, self.structure))
         return self.zoo
 
 

@@ -104,6 +104,10 @@ class Zoo:
         """
         self._index.record(backbone.to_meta())
 
+    def check(self, backbone: BackboneIdentity) -> None:
+        """ZooError where the recorded identity is another one; what is not recorded fits. Records nothing."""
+        self._index.check(backbone.to_meta())
+
     def entries(self, fingerprint: str | None = None) -> list[ZooEntry]:
         """All usable entries, by name. Damaged and missing ones are left out, each with a warning.
 

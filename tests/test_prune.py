@@ -1,0 +1,411 @@
+"""From a backbone and a task to a small model, by every method; zoos that are built, interrupted and gone on with."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from digits import digits_task, tiny_backbone
+from torch import nn
+
+from mvp_ext.model.budget import kept_counts
+from mvp_ext.model.checkpoint import load_pruned
+from mvp_ext.model.mask import Mask
+from mvp_ext.model.structure import UnsupportedModelError, find_structure
+from mvp_ext.pruning.backbone import Preprocessing
+from mvp_ext.pruning.batches import to_batch
+from mvp_ext.pruning.build import build_universal, build_zoo
+from mvp_ext.pruning.iterative import Schedule, planned_steps
+from mvp_ext.pruning.pretrain import pretrain
+from mvp_ext.pruning.prune import METHODS, prune, universal_path
+from mvp_ext.pruning.training import Recipe, reestimate_statistics
+from mvp_ext.pruning.vote import VoteOptions
+from mvp_ext.pruning.zoo import Zoo, ZooError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RECIPE = Recipe(batch_size=8, precision="float32")
+SCHEDULE = Schedule(share=0.5, steps_per_round=1, final_steps=2)
+BUILD = {"keep": 0.5, "schedule": SCHEDULE, "recipe": RECIPE}
+TASKS = [digits_task((3, 4, 5), "b", seed=1), digits_task((0, 1, 6), "a", seed=2)]
+CASES = [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads"), ("test_vit", "heads+mlp")]
+
+
+def sensible_backbone(name="test_resnet"):
+    """With statistics of real images, so that features say something."""
+    torch.manual_seed(0)
+    backbone = tiny_backbone(name)
+    reestimate_statistics(
+        backbone.model, digits_task().data.train_images, backbone.preprocessing, precision="float32"
+    )
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return sensible_backbone()
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request, tmp_path_factory):
+    """A backbone, a scope, and a zoo of two tasks with their universal model."""
+    name, scope = request.param
+    backbone = sensible_backbone(name)
+    zoo = Zoo(tmp_path_factory.mktemp(name) / "zoo")
+    build_zoo(backbone, TASKS, zoo, scope=scope, **BUILD)
+    build_universal(backbone, TASKS, zoo, scope=scope, **BUILD)
+    return backbone, scope, zoo
+
+
+def make(backbone, task=None, **options):
+    options = {"keep": 0.5, "steps": 2, "recipe": RECIPE, "schedule": SCHEDULE, **options}
+    return prune(backbone, task or digits_task(), **options)
+
+
+def states_equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+# ---- every method, end to end
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(case, method, tmp_path):
+    backbone, scope, zoo = case
+    dense = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    structure = find_structure(backbone.model, scope)
+    calls, task = [], digits_task()
+    result = make(
+        backbone,
+        task,
+        method=method,
+        scope=scope,
+        zoo=zoo,
+        evaluate_at=(2,),
+        on_step=lambda done, total: calls.append((done, total)),
+    )
+    # the shapes are those of the mask, the mask those of the budget
+    expected = structure.units_per_layer if method == "dense" else kept_counts(structure, 0.5)
+    assert tuple(result.mask.kept.values()) == expected
+    assert find_structure(result.model, scope).units_per_layer == expected
+    # numbers
+    total = planned_steps(structure, 0.5, 8, replace(SCHEDULE, final_steps=2)) if method == "ifp" else 2
+    assert calls == [(done, total) for done in range(1, total + 1)]
+    assert result.cost.steps == total
+    assert (result.cost.score_flops > 0) == (method in ("ifp", "one_shot"))
+    assert (result.cost.similarity_flops > 0) == (method == "mvp")
+    assert result.cost.train_flops > 0
+    assert result.cost.refit_flops > 0
+    assert result.neighbours == sorted(result.neighbours, key=lambda n: (-n[1], n[0]))  # nearest first
+    assert {name for name, _ in result.neighbours} == ({"a", "b"} if method == "mvp" else set())
+    assert [point.step for point in result.history] == [2]
+    json.dumps(result.summary())
+    # accuracy is that of the model as it is, on the test images, to the last answer
+    data, p = task.split(), result.preprocessing
+    images = to_batch(data.test_images, p.size, p.mean, p.std)
+    with torch.no_grad():
+        answers = result.model(images)
+    assert result.accuracy == pytest.approx(float((answers.argmax(1) == data.test_labels).double().mean()))
+    assert not result.model.training
+    # saved and loaded, it computes the same
+    result.save(tmp_path / "small.safetensors")
+    loaded = load_pruned(tmp_path / "small.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded.model(images), answers)
+    assert loaded.mask == result.mask
+    assert loaded.extra["result"]["accuracy"] == result.accuracy
+    assert loaded.extra["class_names"] == ["0", "1", "2"]
+    again = loaded.extra["preprocessing"]
+    assert Preprocessing(again["size"], tuple(again["mean"]), tuple(again["std"])) == p
+    # and the backbone is as it was
+    assert states_equal(backbone.model.state_dict(), dense)
+
+
+def test_results_join_the_zoo_and_vote(backbone, tmp_path):
+    zoo = Zoo(tmp_path / "zoo")
+    first = make(backbone, digits_task((0, 1, 2), "first"), method="ifp")
+    entry = zoo.add(first)
+    assert (entry.name, entry.accuracy, entry.steps) == ("first", first.accuracy, first.cost.steps)
+    assert entry.mask == first.mask
+    assert entry.cost["train_flops"] == first.cost.train_flops
+    second = make(backbone, digits_task((0, 1, 2), "second"), zoo=zoo, steps=0)
+    assert [name for name, _ in second.neighbours] == ["first"]
+    assert second.mask == first.mask
+    zoo.add(second)
+    third = make(backbone, digits_task((0, 1, 3), "third"), zoo=zoo, neighbours=1)
+    assert len(third.neighbours) == 1
+    with pytest.raises(ZooError, match="there already is an entry 'second'"):
+        zoo.add(second)
+
+
+def test_a_tasks_own_entry_never_votes(backbone, tmp_path):
+    zoo = Zoo(tmp_path / "zoo")
+    for name in ("mine", "other"):
+        zoo.add(make(backbone, digits_task(name=name), method="random", steps=0))
+    assert [n for n, _ in make(backbone, digits_task(name="mine"), zoo=zoo).neighbours] == ["other"]
+    zoo.remove("other")
+    with pytest.raises(ZooError, match=r"expected at least one entry to vote.*\['mine'\]"):
+        make(backbone, digits_task(name="mine"), zoo=zoo)
+
+
+@pytest.mark.parametrize("method", ["mvp", "ifp", "random"])
+def test_the_seed_decides_everything(backbone, method, tmp_path):
+    zoo = Zoo(tmp_path / "zoo")
+    for task in TASKS if method == "mvp" else []:
+        zoo.add(make(backbone, task, method="random", steps=0))
+    results = []
+    for seed, global_seed in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(global_seed)
+        vote = VoteOptions(rule="sample")
+        results.append(make(backbone, zoo=zoo, method=method, seed=seed, vote=vote))
+    assert results[0].mask == results[1].mask
+    assert states_equal(results[0].model.state_dict(), results[1].model.state_dict())
+    assert not states_equal(results[0].model.state_dict(), results[2].model.state_dict())
+
+
+def test_history_changes_nothing(backbone):
+    plain = make(backbone, method="random", steps=3)
+    watched = make(backbone, method="random", steps=3, evaluate_at=(0, 1, 3))
+    assert states_equal(plain.model.state_dict(), watched.model.state_dict())
+    assert [point.step for point in watched.history] == [0, 1, 3]
+    assert watched.history[-1].refit_accuracy == watched.accuracy
+    assert watched.history[-1].accuracy == watched.trained_accuracy
+
+
+def test_keep_one_is_the_dense_model(backbone):
+    full, dense = make(backbone, method="random", keep=1.0), make(backbone, method="dense")
+    assert full.mask == dense.mask == Mask.full(full.structure)
+    assert states_equal(full.model.state_dict(), dense.model.state_dict())
+
+
+def test_the_ridge_head_finds_what_is_there(backbone):
+    """Real digits, a random network: far better than the chance of one in three."""
+    assert make(backbone, method="dense", steps=0).accuracy > 0.7
+    assert make(backbone, method="random", steps=0).accuracy > 0.55
+
+
+def test_latency(backbone):
+    measured = make(backbone, method="random", steps=0).latency((1, 2), seconds=0.02)
+    assert 0 < measured.at(1).p10_ms <= measured.at(1).median_ms
+    assert measured.at(2).throughput > 0
+
+
+# ---- zoos
+
+
+def contents(zoo):
+    """Name → what an entry holds, without what differs from one build to the next (the clock)."""
+    return {
+        entry.name: (
+            entry.mask,
+            entry.accuracy,
+            {k: v for k, v in entry.cost.items() if k != "seconds"},
+            entry.task,
+            entry.read().state,
+            entry.read().extra,
+        )
+        for entry in zoo.entries()
+    }
+
+
+def assert_same_zoo(a, b):
+    a, b = contents(a), contents(b)
+    assert a.keys() == b.keys()
+    for name, (*described, state, extra) in a.items():
+        assert described == [*b[name][:-2]]
+        assert states_equal(state, b[name][-2])
+        assert states_equal(extra, b[name][-1])
+
+
+def test_an_interrupted_build_goes_on_and_ends_the_same(backbone, tmp_path):
+    whole, parts = Zoo(tmp_path / "whole"), Zoo(tmp_path / "parts")
+    assert [r.task.name for r in build_zoo(backbone, TASKS, whole, **BUILD)] == ["b", "a"]
+    assert set(whole["b"].read().extra) >= {"class_means", "temperature", "head_weight", "head_bias"}
+
+    def stop(name, done, total):
+        if name == "a" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_zoo(backbone, TASKS, parts, progress=stop, **BUILD)
+    assert [entry.name for entry in parts.entries()] == ["b"]
+    assert parts.verify() == []
+    seen = set()
+    made = build_zoo(
+        backbone, TASKS, parts, progress=lambda name, done, total: seen.add((name, total)), **BUILD
+    )
+    assert [result.task.name for result in made] == ["a"]
+    assert {name for name, _ in seen} == {"a"}
+    assert_same_zoo(whole, parts)
+    assert build_zoo(backbone, TASKS, parts, **BUILD) == []
+    # the order of the tasks does not matter either
+    reversed_zoo = Zoo(tmp_path / "reversed")
+    build_zoo(backbone, TASKS[::-1], reversed_zoo, **BUILD)
+    assert_same_zoo(whole, reversed_zoo)
+
+
+def test_a_damaged_entry_is_built_again(backbone, tmp_path):
+    zoo = Zoo(tmp_path / "zoo")
+    build_zoo(backbone, TASKS, zoo, **BUILD)
+    before = contents(zoo)["a"]
+    path = zoo["a"].path
+    path.write_bytes(path.read_bytes()[:-7])
+    assert [result.task.name for result in build_zoo(backbone, TASKS, zoo, **BUILD)] == ["a"]
+    assert states_equal(contents(zoo)["a"][-2], before[-2])
+
+
+def test_universal(backbone, tmp_path):
+    """One model of all classes; made once; for its keep only; in as many steps as the entries took."""
+    zoo = Zoo(tmp_path / "zoo")
+    build_zoo(backbone, TASKS, zoo, **BUILD)
+    result = build_universal(backbone, TASKS, zoo, **BUILD)
+    assert result.cost.steps == sum(entry.steps for entry in zoo.entries())
+    stored = load_pruned(universal_path(zoo))
+    assert stored.extra["keep"] == 0.5
+    assert stored.extra["classes"] == [0, 1, 3, 4, 5, 6]
+    assert stored.mask == result.mask
+    assert zoo.verify() == []
+    assert build_universal(backbone, TASKS, zoo, **BUILD) is None
+    assert make(backbone, zoo=zoo, method="universal").mask == result.mask
+    with pytest.raises(ZooError, match=r"with keep 0\.25, got .* with keep 0\.5"):
+        make(backbone, zoo=zoo, method="universal", keep=0.25)
+    other = build_universal(backbone, TASKS, zoo, **{**BUILD, "keep": 0.25})
+    assert load_pruned(universal_path(zoo)).mask == other.mask
+
+
+def test_an_interrupted_universal_goes_on(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("mvp_ext.pruning.iterative.SAVE_EVERY", 2)
+    zoos = [Zoo(tmp_path / name) for name in ("whole", "parts")]
+
+    def stop(name, done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    options = {**BUILD, "steps": 7}
+    whole = build_universal(backbone, TASKS, zoos[0], **options)
+    with pytest.raises(KeyboardInterrupt):
+        build_universal(backbone, TASKS, zoos[1], progress=stop, **options)
+    assert not universal_path(zoos[1]).exists()
+    seen = []
+    resumed = build_universal(
+        backbone, TASKS, zoos[1], progress=lambda name, done, total: seen.append((done, total)), **options
+    )
+    assert seen[0][0] > 1
+    assert seen[-1] == (7, 7)
+    assert states_equal(whole.model.state_dict(), resumed.model.state_dict())
+
+
+def test_the_zoo_of_another_backbone(backbone, tmp_path):
+    zoo = Zoo(tmp_path / "zoo")
+    build_zoo(backbone, TASKS[:1], zoo, **BUILD)
+    vit = sensible_backbone("test_vit")
+    with pytest.raises(ZooError, match="of another backbone"):
+        build_zoo(vit, TASKS, zoo, **BUILD)
+    with pytest.raises(ZooError, match="of another backbone"):
+        make(vit, zoo=zoo)
+    with pytest.raises(ZooError, match="of another backbone"):
+        make(backbone, zoo=zoo, scope="all")
+    retrained = sensible_backbone()
+    with torch.no_grad():
+        retrained.model.layer1[0].conv1.weight.mul_(1.01)
+    with pytest.raises(ZooError, match="weights"):
+        build_zoo(retrained, TASKS, zoo, **BUILD)
+    with pytest.raises(ZooError, match="weights"):
+        make(retrained, zoo=zoo)
+    assert [entry.name for entry in zoo.entries()] == ["b"]
+
+
+def test_entries_of_another_keep_are_not_passed_over_in_silence(backbone, tmp_path):
+    zoo = Zoo(tmp_path / "zoo")
+    build_zoo(backbone, TASKS[:1], zoo, **BUILD)
+    with pytest.raises(ZooError, match=r"entry 'b' was made with keep 0\..* of all units, not 0\.25"):
+        build_zoo(backbone, TASKS[:1], zoo, **{**BUILD, "keep": 0.25})
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.0001, float("nan"), math.inf])
+def test_keep_outside_its_range(backbone, keep):
+    with pytest.raises(ValueError, match=r"keep: expected a ratio in \(0, 1\]"):
+        make(backbone, method="random", keep=keep)
+
+
+def test_unknown_method_and_negative_steps(backbone):
+    with pytest.raises(ValueError, match="method: expected one of mvp, .*, ifp, got 'magic'"):
+        make(backbone, method="magic")
+    with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
+        make(backbone, method="random", steps=-1)
+    with pytest.raises(ValueError, match="neighbours: expected at least 1, got 0"):
+        make(backbone, neighbours=0)
+
+
+def test_a_task_of_one_class(backbone):
+    data = replace(digits_task().split(), class_names=("0",))
+    with pytest.raises(ValueError, match="expected at least 2 classes, got 1"):
+        make(backbone, data, method="random")
+
+
+def test_a_class_without_training_images(backbone):
+    data = digits_task().split()
+    some = data.train_labels != 1
+    data = replace(data, train_images=data.train_images[some], train_labels=data.train_labels[some])
+    with pytest.raises(ValueError, match=r"images of all 3 classes, got counts \[12, 0, 12\]"):
+        make(backbone, data, method="random")
+
+
+@pytest.mark.parametrize("method", ["mvp", "universal"])
+def test_no_zoo_or_an_empty_one(backbone, method, tmp_path):
+    with pytest.raises(ZooError, match=f"method '{method}' needs a zoo; got none"):
+        make(backbone, method=method)
+    message = "at least one entry to vote, got none" if method == "mvp" else "needs .*universal.safetensors"
+    with pytest.raises(ZooError, match=message):
+        make(backbone, method=method, zoo=Zoo(tmp_path / "empty"))
+
+
+def test_models_that_cannot_be_cut(backbone):
+    with pytest.raises(TypeError, match="expected a timm model"):
+        make(nn.Sequential(nn.Linear(2, 2)), method="random")
+    with pytest.raises(ValueError, match="scope: expected one of"):
+        make(backbone, method="random", scope="everything")
+    with pytest.raises(ValueError, match="scope 'heads' is for the family 'vit'"):
+        make(backbone, method="random", scope="heads")
+    odd = sensible_backbone()
+    odd.model.layer1[0].conv1 = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+    with pytest.raises(UnsupportedModelError, match=r"layer1\.0\.conv1: expected groups = 1"):
+        make(odd, method="random")
+
+
+# ---- pre-training
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_pretrain(name):
+    data, calls = digits_task().data, []
+    made = []
+    for _ in range(2):
+        model = tiny_backbone(name).model
+        made.append(
+            pretrain(
+                model,
+                data,
+                steps=3,
+                image_size=32,
+                recipe=RECIPE,
+                on_step=lambda done, total: calls.append((done, total)),
+            )
+        )
+    backbone, accuracy, cost = made[0]
+    assert calls[:3] == [(1, 3), (2, 3), (3, 3)]
+    assert backbone.classes == data.class_names
+    pixels = data.train_images.double() / 255
+    assert backbone.preprocessing.mean == pytest.approx(pixels.mean((0, 1, 2)).tolist(), abs=1e-5)
+    assert backbone.preprocessing.std == pytest.approx(pixels.flatten(0, 2).std(0).tolist(), abs=1e-4)
+    assert 0 <= accuracy <= 1
+    assert cost.steps == 3
+    assert states_equal(backbone.model.state_dict(), made[1][0].model.state_dict())
+    assert not backbone.model.training
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        pretrain(model, data, steps=0, image_size=32)
