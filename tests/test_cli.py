@@ -225,7 +225,7 @@ MISTAKES = {
     "bench --model mobilenetv3_small_050": "MobileNetV3",
     "bench --model test_resnet --keep 1.5": "keep: expected a",
     "bench --model test_resnet --scope heads": "scope",
-    "bench --model test_resnet --small {backbone}": "backbone.safetensors",
+    "bench --model test_resnet --pruned {backbone}": "backbone.safetensors",
     "pretrain --model test_resnet --data no/such/folder": "no/such/folder",
     "pretrain --model test_resnet --steps 0": "steps: expected at least 1",
     "compare --arm magic --zoo {zoo} --model {backbone}": "--arm: expected one of",

@@ -308,7 +308,7 @@ def bench(
     ] = None,
     scope: options.Scope = None,
     align: options.Align = 8,
-    small: Annotated[list[Path] | None, Option(help="Also a saved pruned model (repeatable).")] = None,
+    pruned: Annotated[list[Path] | None, Option(help="Also a saved pruned model (repeatable).")] = None,
     against_torch_pruning: Annotated[
         bool, Option(help="Also the same shapes made by Torch-Pruning.")
     ] = False,
@@ -331,7 +331,7 @@ def bench(
     others = pruned_copies(dense, keeps, scope=scope, align=align)
     if against_torch_pruning:
         others |= _made_by_torch_pruning(dense, others, keeps, scope, align, shape)
-    for path in small or ():
+    for path in pruned or ():
         others[path.name] = load_pruned(path).model
     result = run_bench(
         dense.to(device),
