@@ -155,6 +155,7 @@ def test_demo_is_the_whole_job(tmp_path: Path, monkeypatch: Any) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "flatters voting" in page
     assert "chance" in page
+    assert "another size or seed" in run(f"demo --quick --seed 1 --out {tmp_path}", code=2).stderr
 
 
 def test_bench_saves_what_it_prints(tmp_path: Path) -> None:
@@ -209,6 +210,7 @@ MISTAKES = {
     "zoo build --zoo {zoo} --model {other} --tasks 4": "expected",
     "zoo build --zoo {home} --model {backbone}": "is not a zoo and not empty",
     "zoo build --zoo {zoo} --model {backbone} --classes-per-task 11": "classes",
+    "zoo build --zoo {zoo} --model {backbone} --tasks 3 --classes-per-task 4": "is of another task",
     "prune": "which task? Give either --classes",
     "prune --classes 1,2 --zoo no/such/zoo": "no zoo at",
     "prune --classes 1,2 --method random": "which weights? Give --weights FILE",

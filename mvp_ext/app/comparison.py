@@ -59,7 +59,8 @@ class Comparison:
         neighbours, similarity: of MVP's vote.
         schedule: of iterative pruning from scratch, and the criterion of one-shot pruning.
         arms: name → method of ``prune``; the first is the one at issue.
-        rates: method → learning rate; others use the family's. One rate for all would favour whoever it suits.
+        recipe: how every arm is trained; None: the model family's.
+        rates: method → learning rate, where it is another. One rate for all would favour whoever it suits.
         batches, seconds: batch sizes at which latency is measured, and for how long each model.
         seed: of everything random; task i uses ``seed + i``.
     """
@@ -72,6 +73,7 @@ class Comparison:
     similarity: str = "leep"
     schedule: Schedule = field(default_factory=Schedule)
     arms: Mapping[str, str] = field(default_factory=lambda: dict(ARMS))
+    recipe: Recipe | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
     batches: tuple[int, ...] = (1, 32)
     seconds: float = 1.0
@@ -92,9 +94,9 @@ class Comparison:
         total = self.all_steps(method, structure)
         return tuple(sorted({0, *(math.ceil(total * share) for share in (0.17, 0.5, 1.0))}))
 
-    def recipe(self, method: str, model: nn.Module) -> Recipe:
-        family = Recipe.for_model(model)
-        return family.with_rate(self.rates.get(method, family.learning_rate))
+    def recipe_of(self, method: str, model: nn.Module) -> Recipe:
+        recipe = self.recipe or Recipe.for_model(model)
+        return recipe.with_rate(self.rates.get(method, recipe.learning_rate))
 
 
 def compare(
@@ -282,7 +284,7 @@ def _run(
         method=method,
         scope=options.scope,
         align=options.align,
-        recipe=options.recipe(method, backbone.model),
+        recipe=options.recipe_of(method, backbone.model),
         schedule=options.schedule,
         vote=VoteOptions(neighbours=options.neighbours, similarity=options.similarity),
         seed=options.seed + position,

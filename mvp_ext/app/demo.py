@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mvp_ext.pruning.data import ImageData, load_data
 from mvp_ext.pruning.iterative import Schedule
 from mvp_ext.pruning.pretrain import pretrain
 from mvp_ext.pruning.tasks import sample_tasks
+from mvp_ext.pruning.training import Recipe
 from mvp_ext.pruning.zoo import Zoo
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
@@ -31,17 +33,18 @@ class DemoSize:
 
     model: str = "resnet18"
     image_size: int = 32
-    pretrain_steps: int = 120
+    pretrain_steps: int = 60
     zoo_tasks: int = 10
     held_out_tasks: int = 5
+    batch_size: int = 32
     classes_per_task: int = 5
-    max_train: int | None = 20
-    keep: float = 0.2
-    steps: int = 30
+    max_train: int | None = 20  # few images a class: with all of them every arm is at the top
+    keep: float = 0.1
+    steps: int = 20
     neighbours: int = 5
     seconds: float = 1.0
     schedule: Schedule = field(
-        default_factory=lambda: Schedule(share=0.25, steps_per_round=5, final_steps=60)
+        default_factory=lambda: Schedule(share=0.25, steps_per_round=3, final_steps=40)
     )
     seed: int = 0
 
@@ -63,7 +66,11 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar) -> dict[str, Any]:
 
     Returns:
         Results in the format of ``results.py``.
+
+    Raises:
+        ValueError: ``out`` holds a demo of another size or seed, whose parts must not be mixed with this one's.
     """
+    _check_folder(size, out)
     data = load_data("digits")
     backbone = _backbone(size, data, out, bar)
     zoo = Zoo(out / "zoo")
@@ -77,18 +84,17 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar) -> dict[str, Any]:
         exclude=tasks,
         max_train_per_class=size.max_train,
     )
+    recipe = replace(Recipe.for_model(backbone.model), batch_size=size.batch_size)
+    common: dict[str, Any] = {
+        "keep": size.keep,
+        "schedule": size.schedule,
+        "recipe": recipe,
+        "seed": size.seed,
+    }
     with bar("2. zoo") as progress:
-        common: dict[str, Any] = {"keep": size.keep, "schedule": size.schedule, "seed": size.seed}
         build_zoo(backbone, tasks, zoo, progress=progress, **common)
         build_universal(backbone, tasks, zoo, progress=progress, **common)
-    options = Comparison(
-        keep=size.keep,
-        steps=size.steps,
-        neighbours=size.neighbours,
-        schedule=size.schedule,
-        seconds=size.seconds,
-        seed=size.seed,
-    )
+    options = Comparison(steps=size.steps, neighbours=size.neighbours, seconds=size.seconds, **common)
     with bar("3. held-out tasks") as progress:
         return compare(
             backbone,
@@ -105,8 +111,19 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar) -> dict[str, Any]:
         )
 
 
+def _check_folder(size: DemoSize, out: Path) -> None:
+    path, asked = out / "demo.json", json.loads(json.dumps(asdict(size)))
+    if not path.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+    elif json.loads(path.read_text(encoding="utf-8")) != asked:
+        raise ValueError(
+            f"{out} holds a demo of another size or seed: give another --out, or remove that folder"
+        )
+
+
 def _backbone(size: DemoSize, data: ImageData, out: Path, bar: Bar) -> Backbone:
-    path = out / f"backbone-{size.model}-{size.image_size}-{size.pretrain_steps}-{size.seed}.safetensors"
+    path = out / "backbone.safetensors"
     if path.exists():
         return load_backbone(path)
     torch.manual_seed(size.seed)  # the weights that training starts from
@@ -120,7 +137,6 @@ def _backbone(size: DemoSize, data: ImageData, out: Path, bar: Bar) -> Backbone:
             seed=size.seed,
             on_step=lambda done, total: progress(size.model, done, total),
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     backbone.save(path)
     say(f"backbone: {100 * accuracy:.1f} % on all ten digits after {seconds_text(cost.seconds)}")
     return backbone

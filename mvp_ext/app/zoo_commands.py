@@ -63,7 +63,15 @@ def build(
     backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std)
     drawn = options.tasks_of(options.data_of(data), tasks, classes_per_task, task_seed, "zoo", max_train)
     opened = Zoo(zoo)
-    have = sum(task.name in opened for task in drawn)
+    have = 0
+    for task in drawn:
+        if task.name in opened:
+            have += 1
+            if opened[task.name].task.get("fingerprint") != task.fingerprint:
+                raise ValueError(
+                    f"{zoo}: entry {task.name!r} is of another task than the one asked for (other data, seed, classes "
+                    "a task or images a class); give another --zoo"
+                )
     if have:
         say(f"{have} of {tasks} entries are there already")
     schedule = options.schedule_of(steps, steps_per_round, share, criterion)
