@@ -207,7 +207,7 @@ MISTAKES = {
     "zoo list no/such/zoo": "no zoo at no/such/zoo; build one first",
     "zoo verify no/such/zoo": "no zoo at",
     "zoo show zoo-009 {zoo}": "no entry 'zoo-009'",
-    "zoo build --zoo {zoo} --model {other} --tasks 4": "expected",
+    "zoo build --zoo {zoo} --model {other} --tasks 4 --classes-per-task 3 --max-train 12": "another backbone",
     "zoo build --zoo {home} --model {backbone}": "is not a zoo and not empty",
     "zoo build --zoo {zoo} --model {backbone} --classes-per-task 11": "classes",
     "zoo build --zoo {zoo} --model {backbone} --tasks 3 --classes-per-task 4": "is of another task",
@@ -270,7 +270,7 @@ def test_ctrl_c(monkeypatch: Any, home: Path) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(zoo_commands, "build_zoo", interrupted)
-    result = run(f"zoo build --zoo {home}/zoo --model {home}/backbone.safetensors", code=130)
+    result = run(f"zoo build --zoo {home}/zoo --model {home}/backbone.safetensors {BUILD}", code=130)
     assert "goes on from there" in result.stderr
 
 
