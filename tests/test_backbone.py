@@ -104,7 +104,7 @@ def test_by_name():
     assert outputs(backbone).shape == (2, 7)
     declared = Preprocessing.of(backbone.model)
     assert backbone.preprocessing == Preprocessing(48, (0.1, 0.2, 0.3), declared.std)
-    with pytest.raises(ValueError, match="no model named 'test_resnot'; close names: .*test_resnet"):
+    with pytest.raises(ValueError, match=r"no model named 'test_resnot'; close names: .*test_resnet"):
         load_backbone("test_resnot")
     with pytest.raises(ValueError, match="image_size: expected at least 1, got 0"):
         load_backbone("test_resnet", image_size=0)
@@ -172,7 +172,7 @@ def test_wrap():
     backbone = Backbone.wrap(model)
     assert backbone.model is model
     assert Backbone.wrap(backbone) is backbone
-    with pytest.raises(TypeError, match="expected a timm model .*, got Linear"):
+    with pytest.raises(TypeError, match=r"expected a timm model .*, got Linear"):
         Backbone.wrap(nn.Linear(2, 2))
     json.dumps(backbone.describe())
 

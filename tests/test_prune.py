@@ -334,7 +334,7 @@ def test_keep_outside_its_range(backbone, keep):
 
 
 def test_unknown_method_and_negative_steps(backbone):
-    with pytest.raises(ValueError, match="method: expected one of mvp, .*, ifp, got 'magic'"):
+    with pytest.raises(ValueError, match=r"method: expected one of mvp, .*, ifp, got 'magic'"):
         make(backbone, method="magic")
     with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
         make(backbone, method="random", steps=-1)
