@@ -1,0 +1,111 @@
+"""pack and unpack: a whole model with its AdamW state (parameters, both moments, normalisation statistics).
+
+Peers: ``index_select`` once or twice a tensor (``clone`` where nothing is cut), which is what one writes; back:
+``index_copy_``, or an assignment where both ends are cut. The limit is the speed of ``copy_`` over the packed bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from harness import Bench
+from models import Cut, cut_model
+from torch import Tensor
+
+from mvp_ext.ops import pack, unpack
+
+SELECT, ASSIGN = "index_select per tensor", "index_copy_ per tensor"
+
+
+def select(cut: Cut) -> list[Tensor]:
+    packed = []
+    for tensor, rows, cols in zip(cut.tensors, cut.rows, cut.cols, strict=True):
+        part = tensor if rows is None else tensor.index_select(0, rows)
+        part = part if cols is None else part.index_select(1, cols)
+        packed.append(part.clone() if part is tensor else part)
+    return packed
+
+
+def assign(cut: Cut, packed: list[Tensor]) -> None:
+    for part, out, rows, cols in zip(packed, cut.tensors, cut.rows, cut.cols, strict=True):
+        if rows is not None and cols is not None:
+            out[rows[:, None], cols] = part
+        elif rows is not None:
+            out.index_copy_(0, rows, part)
+        elif cols is not None:
+            out.index_copy_(1, cols, part)
+        else:
+            out.copy_(part)
+
+
+def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def add_case(
+    bench: Bench, name: str, cut: Cut, *, floor: float = 1.0, limit_floor: float | None = None
+) -> None:
+    def ours() -> list[Tensor]:
+        return pack(cut.tensors, cut.rows, cut.cols)
+
+    def check() -> None:
+        assert_equal(ours(), select(cut))
+
+    bench.case(
+        name,
+        ours,
+        {SELECT: lambda: select(cut)},
+        floors={SELECT: floor},
+        check=check,
+        moved=2 * cut.packed_bytes,
+        limit="copy",
+        limit_floor=limit_floor,
+    )
+
+
+def add_way_back(bench: Bench, name: str, cut: Cut) -> None:
+    packed = [torch.ones_like(t) for t in select(cut)]
+
+    def ours() -> None:
+        unpack(packed, cut.tensors, cut.rows, cut.cols)
+
+    def check() -> None:
+        ours()
+        got = [t.clone() for t in cut.tensors]
+        assign(cut, packed)
+        assert_equal(got, cut.tensors)
+
+    bench.case(
+        f"unpack: {name}", ours, {ASSIGN: lambda: assign(cut, packed)}, floors={ASSIGN: 1.0}, check=check,
+        moved=2 * cut.packed_bytes, limit="copy",
+    )  # fmt: skip
+
+
+def main() -> None:
+    bench = Bench("pack")
+    models = [
+        ("resnet18", "inner", 0.5),
+        ("resnet18", "inner", 0.25),
+        ("deit_small_patch16_224", "heads+mlp", 0.5),
+        ("deit_small_patch16_224", "heads", 0.5),
+    ]
+    for model, scope, keep in models:
+        name = f"{model} {scope} keep {keep}"
+        full = cut_model(model, scope, keep, optimizer_states=2)
+        add_case(bench, f"{name}, with AdamW state", full, floor=1.5, limit_floor=0.6)
+        add_way_back(bench, f"{name}, with AdamW state", full)
+        add_case(bench, f"{name}, only what is cut", cut_model(model, scope, keep, only_cut=True))
+    add_case(bench, "test_resnet inner keep 0.5 (tiny)", cut_model("test_resnet", "inner", 0.5))
+    add_case(bench, "test_vit heads+mlp keep 0.5 (tiny)", cut_model("test_vit", "heads+mlp", 0.5))
+    weight, index = torch.randn(1024, 1024), torch.arange(0, 1024, 2)
+    add_case(bench, "one weight, rows", Cut([weight], [index], [None]))
+    add_case(bench, "one weight, columns", Cut([weight], [None], [index]))
+    add_case(bench, "one weight, columns, bf16", Cut([weight.bfloat16()], [None], [index]))
+    add_case(
+        bench, "one weight, random order of columns", Cut([weight], [None], [index[torch.randperm(512)]])
+    )
+    add_case(bench, "one bias of 64", Cut([torch.randn(64)], [index[:32]], [None]))
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
