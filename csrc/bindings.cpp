@@ -128,6 +128,11 @@ PYBIND11_MODULE(_C, m) {
     info["openmp"] = _OPENMP;
     info["cpu_isa"] = name_of(isa);
     info["cpu_isa_detected"] = name_of(detect_isa());
+#if defined(MVP_HAVE_AVX512)
+    info["cpu_bf16_pairs"] = isa == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+    info["cpu_bf16_pairs"] = false;
+#endif
 #ifdef MVP_WITH_CUDA
     info["cuda"] = true;
     info["cuda_archs"] = MVP_CUDA_ARCHS;

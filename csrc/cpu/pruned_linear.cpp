@@ -1,22 +1,26 @@
 // y[m, j] = Σ_k x[m, k] · W[out_j, in_k] + b[out_j]      out = residual, with y added at the columns out_j
 //
-// out_j and in_k are the kept rows and columns of the FULL weight; no compact copy of it is made. Three ways,
-// chosen by choose_path() from the number of rows M and the weight's layout:
-//   dot      M small, W row-major: a tile of x rows × W rows keeps one vector accumulator a pair, walks along
-//   the kept
-//            columns and sums the lanes at the end. Columns are read as whole vectors that cover the kept
-//            ones; the others are masked to zero.
-//   direct   M small, W input-major (a transposed view): outer products; each kept input is one contiguous
-//   row of W. packed   the rest: the panel of W for 32 outputs is packed to f32 [K][32] (kept rows transposed
-//   in registers) and
-//            multiplied with up to kBlockRows rows of x before the next one is packed: 1–5 % of the time from
-//            M = 200 on.
-// Threads: contiguous ranges of (block of x rows, group of outputs). Accumulator: f32, in ascending k for one
-// output in one lane order, so a result does not depend on the number of threads. Bytes: kept rows of W once
-// for every block of x rows; x once for every 32 outputs (from L2); out once.
+// out_j and in_k are the kept rows and columns of the FULL weight; no compact copy of it is made. There are
+// three ways, chosen by choose_path() from the number of rows M and the weight's layout.
+//
+// dot: M small, W row-major. A tile of x rows × W rows keeps one vector accumulator a pair, walks along the
+// kept columns and sums the lanes at the end. Columns are read as whole vectors that cover the kept ones; the
+// others are masked to zero.
+//
+// direct: M small, W input-major (a transposed view). Outer products; each kept input is one contiguous row.
+//
+// packed: the rest. The panel of W for 32 outputs is packed to f32 [K][32], kept rows transposed in
+// registers, and multiplied with up to kBlockRows rows of x before the next one is packed: 1–5 % of the time
+// from M = 200 on. Where the machine multiplies pairs of bf16, pairs stay as they are.
+//
+// Threads: contiguous ranges of (block of x rows, group of outputs). Accumulator: f32, in an order that does
+// not depend on the number of threads. Bytes: the kept rows of W once for every block of x rows; x once for
+// every 32 outputs (from L2); out once.
 #include <algorithm>
 #include <memory>
+#include <utility>
 
+#include "linear_tiles.h"
 #include "mvp/check.h"
 #include "mvp/ops.h"
 #include "mvp/simd.h"
@@ -25,27 +29,13 @@ namespace mvp::MVP_ISA {
 namespace {
 
 constexpr char kOp[] = "pruned_linear";
-// Accumulators of the outer-product tile: kRows × kVecs of 32 (AVX-512) or 16 registers, the rest holds
-// operands. At most kLanes rows: x is packed a vector of rows at a time.
-constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
-constexpr int kVecs = 2;
-constexpr int kWidth = kVecs * kLanes;
-// With few rows of x a wider tile keeps the fused multiply-adds in flight.
-constexpr int kWideRows = kLanes == 16 ? 4 : 2;
-constexpr int kWideVecs = 6;
 // With more rows of x, packing a panel costs less than it saves (measured at 384 to 1536 inputs, kept 0.5 to
 // 1, on both AVX2 and AVX-512).
 constexpr int64_t kDotRows = 4;
-constexpr int64_t kSumBlock = 128;
 // 512 rows of x make packing a panel about 1/50 of the work on it; they need not stay in L2.
 constexpr int64_t kBlockRows = 512;
 // Below this many multiply-adds the work is done before a second thread has started (~3 µs).
 constexpr int64_t kThreadWork = 1 << 16;
-
-// Kept inputs [first, first + count) lie in the kLanes columns of the weight that start at `base`.
-struct Chunk {
-  int64_t base, first, count;
-};
 
 template <typename T>
 struct Problem {
@@ -121,28 +111,6 @@ void finish(const Problem<T>& p, const float* sums, int64_t m, int64_t first, in
   }
 }
 
-// ---- dot: sums[r, c] = Σ over chunks of x[r] · w[c], R × C accumulators
-// --------------------------------------------
-
-template <typename T, int R, int C, bool Masked>
-inline void dot_tile(const float* const* x, const T* const* w, const Problem<T>& p, const Bits* mask,
-                     float* sums) {
-  static_assert(R * C == kLanes, "one accumulator a lane of the result");
-  Vec sum[kLanes] = {};
-  const int64_t n = static_cast<int64_t>(p.chunks.size());
-  for (int64_t c = 0; c < n; ++c) {
-    const int64_t base = p.chunks[c].base;
-    Vec xs[R];
-    for (int r = 0; r < R; ++r) xs[r] = load(x[r] + c * kLanes);
-    for (int j = 0; j < C; ++j) {
-      Vec ws = load(w[j] + base);
-      if (Masked) ws = bit_cast<Vec>(bit_cast<Bits>(ws) & mask[c]);
-      for (int r = 0; r < R; ++r) sum[r * C + j] = fma(xs[r], ws, sum[r * C + j]);
-    }
-  }
-  store(sums, sum_each(sum));
-}
-
 template <typename T, int R, bool Masked>
 void dot_rows(const Problem<T>& p, const float* x, const Bits* mask, int threads) {
   constexpr int C = kLanes / R;
@@ -158,7 +126,7 @@ void dot_rows(const Problem<T>& p, const float* x, const Bits* mask, int threads
       const float* xs[R];
       float sums[kLanes];
       for (int r = 0; r < R; ++r) xs[r] = x + std::min(m + r, p.rows - 1) * width;
-      dot_tile<T, R, C, Masked>(xs, w, p, mask, sums);
+      dot_tile<T, R, C, Masked>(xs, w, p.chunks, mask, sums);
       for (int r = 0; r < R && m + r < p.rows; ++r) finish(p, sums + r * C, m + r, first, count);
     }
   }
@@ -204,51 +172,15 @@ void run_dot(const Problem<T>& p, int threads) {
   whole ? run(std::false_type{}) : run(std::true_type{});
 }
 
-// ---- direct and packed: sums[R][V vectors] = Σ_k x[k][R] ⊗ w[k][V vectors]
-// ------------------------------------------
-
-// `offset`: where row k of w starts; null where rows follow each other. Sums of kSumBlock inputs are added up
-// in memory: one running sum over all inputs would lose more digits than a BLAS does.
-template <typename T, int R, int V>
-void outer_tile(const float* x, const T* w, const int64_t* offset, int64_t inputs, float* sums) {
-  for (int64_t start = 0; start == 0 || start < inputs; start += kSumBlock) {
-    Vec sum[R][V] = {};
-    const int64_t end = std::min(inputs, start + kSumBlock);
-    for (int64_t k = start; k < end; ++k) {
-      const T* row = w + (offset ? offset[k] : k * V * kLanes);
-      Vec ws[V];
-      for (int v = 0; v < V; ++v) ws[v] = load(row + v * kLanes);
-      for (int r = 0; r < R; ++r) {
-        const Vec xs = broadcast(x[k * R + r]);
-        for (int v = 0; v < V; ++v) sum[r][v] = fma(xs, ws[v], sum[r][v]);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) {
-        float* to = sums + (r * V + v) * kLanes;
-        store(to, start ? load(to) + sum[r][v] : sum[r][v]);
-      }
-  }
-}
-
-static_assert(kRows <= kLanes && kWideRows <= kLanes);
-
-template <typename T>
-using OuterTile = void (*)(const float*, const T*, const int64_t*, int64_t, float*);
-
-template <typename T, int V, size_t... R>
-OuterTile<T> choose_tile(int64_t rows, std::index_sequence<R...>) {
-  static constexpr OuterTile<T> tiles[] = {&outer_tile<T, R + 1, V>...};
-  return tiles[rows - 1];
-}
-
-// Rows [first, first + count) of x as f32 [K][count]. Writes kLanes - count floats past its end.
-template <typename T>
+// Rows [first, first + count) of x as f32 [K][count]. Writes kLanes - count floats past its end. `Unit`: what
+// x and the weight are made of; T, or float where pairs of T are moved as 32 bits.
+template <typename Unit, typename T>
 void pack_x(const Problem<T>& p, int64_t first, int64_t count, float* to) {
+  const Unit* all = reinterpret_cast<const Unit*>(p.x);
   for (int64_t k = 0; k < p.inputs; k += kLanes) {
     const int64_t n = std::min<int64_t>(kLanes, p.inputs - k);
     Vec rows[kLanes] = {};
-    for (int64_t r = 0; r < count; ++r) rows[r] = load(p.x + (first + r) * p.inputs + k, n);
+    for (int64_t r = 0; r < count; ++r) rows[r] = load(all + (first + r) * p.inputs + k, n);
     transpose(rows);
     for (int64_t i = 0; i < n; ++i) store(to + (k + i) * count, rows[i]);
   }
@@ -256,8 +188,9 @@ void pack_x(const Problem<T>& p, int64_t first, int64_t count, float* to) {
 
 // The kept inputs of outputs [first, first + kWidth) as f32 [K][kWidth]; past the last output: the last one
 // again.
-template <typename T>
+template <typename Unit, typename T>
 void pack_panel(const Problem<T>& p, int64_t first, float* panel) {
+  const Unit* weight = reinterpret_cast<const Unit*>(p.weight);
   int64_t output[kWidth];
   for (int i = 0; i < kWidth; ++i) output[i] = p.output[std::min(first + i, p.outputs - 1)];
   for (int v = 0; v < kVecs; ++v) {
@@ -267,7 +200,7 @@ void pack_panel(const Problem<T>& p, int64_t first, float* panel) {
       for (const Chunk& chunk : p.chunks) {
         Vec rows[kLanes];
         for (int i = 0; i < kLanes; ++i)
-          rows[i] = load(p.weight + outputs[i] * p.output_stride + chunk.base, p.columns - chunk.base);
+          rows[i] = load(weight + outputs[i] * p.output_stride + chunk.base, p.columns - chunk.base);
         transpose(rows);
         if (chunk.count == kLanes) {
           for (int i = 0; i < kLanes; ++i) store(to + (chunk.first + i) * kWidth, rows[i]);
@@ -279,8 +212,8 @@ void pack_panel(const Problem<T>& p, int64_t first, float* panel) {
     } else {
       const bool run = is_run(outputs, kLanes);
       for (int64_t k = 0; k < p.inputs; ++k) {
-        const T* row = p.weight + p.input[k] * p.input_stride;
-        T part[kLanes];
+        const Unit* row = weight + p.input[k] * p.input_stride;
+        Unit part[kLanes];
         if (!run)
           for (int i = 0; i < kLanes; ++i) part[i] = row[outputs[i]];
         store(to + k * kWidth, load(run ? row + outputs[0] : part));
@@ -289,15 +222,15 @@ void pack_panel(const Problem<T>& p, int64_t first, float* panel) {
   }
 }
 
-template <typename T>
-void run_packed(const Problem<T>& p, int threads) {
+template <typename Unit, typename T, typename ChooseTile>
+void run_packed(const Problem<T>& p, ChooseTile choose, int threads) {
   const int64_t panels = (p.outputs + kWidth - 1) / kWidth;
   const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
   const int64_t block_rows = (p.rows + blocks - 1) / blocks;
 #pragma omp parallel num_threads(threads)
   {
-    const auto x = std::make_unique<float[]>(block_rows * p.inputs + kLanes);
-    const auto panel = std::make_unique<float[]>(p.inputs * kWidth);
+    const std::unique_ptr<float[]> x(new float[block_rows * p.inputs + kLanes]);
+    const std::unique_ptr<float[]> panel(new float[p.inputs * kWidth]);
     int64_t current = -1;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < blocks * panels; ++item) {
@@ -308,20 +241,52 @@ void run_packed(const Problem<T>& p, int threads) {
       const auto begin = [&](int64_t t) { return t * rows / tiles; };
       if (block != current)
         for (int64_t t = 0; t < tiles; ++t)
-          pack_x(p, start + begin(t), begin(t + 1) - begin(t), x.get() + begin(t) * p.inputs);
+          pack_x<Unit>(p, start + begin(t), begin(t + 1) - begin(t), x.get() + begin(t) * p.inputs);
       current = block;
-      pack_panel(p, first, panel.get());
+      pack_panel<Unit>(p, first, panel.get());
       const int64_t count = std::min<int64_t>(kWidth, p.outputs - first);
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t height = begin(t + 1) - begin(t);
         float sums[kRows * kWidth];
-        choose_tile<float, kVecs>(height, std::make_index_sequence<kRows>())(
-            x.get() + begin(t) * p.inputs, panel.get(), nullptr, p.inputs, sums);
+        choose(height)(x.get() + begin(t) * p.inputs, panel.get(), nullptr, p.inputs, sums);
         for (int64_t r = 0; r < height; ++r) finish(p, sums + r * kWidth, start + begin(t) + r, first, count);
       }
     }
   }
 }
+
+template <typename T>
+void run_packed(const Problem<T>& p, int threads) {
+  const auto choose = [](int64_t rows) {
+    return choose_tile<float, kVecs>(rows, std::make_index_sequence<kRows>());
+  };
+  run_packed<T>(p, choose, threads);
+}
+
+#if defined(MVP_HAVE_PAIRS)
+// Inputs 2i and 2i + 1 as one: true if the kept inputs and the weight's layout let them.
+bool pair_inputs(Problem<Bf16>& p) {
+  bool fits = p.input_stride == 1 && p.inputs % 2 == 0 && p.columns % 2 == 0 && p.output_stride % 2 == 0;
+  for (int64_t k = 0; fits && k < p.inputs; k += 2)
+    fits = p.input[k] % 2 == 0 && p.input[k + 1] == p.input[k] + 1;
+  if (!fits) return false;
+  for (int64_t k = 0; k < p.inputs / 2; ++k) p.input[k] = p.input[2 * k] / 2;
+  p.inputs /= 2;
+  p.columns /= 2;
+  p.output_stride /= 2;
+  p.input.resize(p.inputs);
+  p.chunks = find_chunks(p.input, p.columns);
+  return true;
+}
+
+void run_packed(Problem<Bf16>& p, int threads) {
+  if (!have_pairs() || !pair_inputs(p)) return run_packed<Bf16>(std::as_const(p), threads);
+  const auto choose = [](int64_t rows) {
+    return choose_pair_tile<kVecs>(rows, std::make_index_sequence<kRows>());
+  };
+  run_packed<float>(p, choose, threads);
+}
+#endif
 
 template <typename T>
 void run_direct(const Problem<T>& p, int threads) {
@@ -330,7 +295,7 @@ void run_direct(const Problem<T>& p, int threads) {
   const OuterTile<T> tile = wide ? choose_tile<T, kWideVecs>(p.rows, std::make_index_sequence<kWideRows>())
                                  : choose_tile<T, kVecs>(p.rows, std::make_index_sequence<kRows>());
   std::vector<float> x(p.rows * p.inputs + kLanes);
-  pack_x(p, 0, p.rows, x.data());
+  pack_x<T>(p, 0, p.rows, x.data());
   std::vector<int64_t> offset(p.inputs);
   for (int64_t k = 0; k < p.inputs; ++k) offset[k] = p.input[k] * p.input_stride;
   const int64_t panels = (p.outputs + width - 1) / width;

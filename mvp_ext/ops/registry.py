@@ -292,14 +292,23 @@ def _pruned_linear_fake(
     return _pruned_linear_output(x, weight, out_index, out_block, residual)
 
 
+_NEVER = 1 << 62
+
+
 @functools.cache
-def _library_rows(dtype: torch.dtype) -> int:
-    """From this many rows of x on, cutting the weight and the library's GEMM beat the kernel. Measured."""
+def _library_rows(dtype: torch.dtype, pairs: bool) -> int:
+    """From this many rows of x on, cutting the weight and the library's GEMM beat the kernel. Measured.
+
+    ``pairs``: the kernel could take kept inputs two by two.
+    """
     if dtype is torch.float64:
         return 0  # the kernel adds in float32
+    info = build_info()
     if dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return 17  # the library has bf16 dot products, the kernel widens to float32
-    return 5 if build_info()["cpu_isa"] == "baseline" and dtype is torch.float32 else 1 << 62
+        # Like the library, the kernel has the machine's dot product of bf16 pairs, but only for pairs that lie side
+        # by side in the weight; elsewhere it widens to float32.
+        return _NEVER if pairs and info["cpu_bf16_pairs"] else 17
+    return 5 if dtype is torch.float32 and info["cpu_isa"] == "baseline" else _NEVER
 
 
 def _kept_rows(tensor: Tensor, rows: Tensor, block: int) -> Tensor:
@@ -367,7 +376,12 @@ def _pruned_linear_cpu(
     in_block: int,
     residual: Tensor | None,
 ) -> Tensor:
-    if x.numel() // (x.shape[-1] or 1) >= _library_rows(x.dtype):
+    pairs = (
+        weight.stride(1) == 1
+        and (in_index is None or in_block % 2 == 0)
+        and weight.shape[1] % 2 == 0 == weight.stride(0) % 2
+    )
+    if x.numel() // (x.shape[-1] or 1) >= _library_rows(x.dtype, pairs):
         return _pruned_linear_library(x, weight, bias, out_index, in_index, out_block, in_block, residual)
     if 1 not in weight.stride():
         weight = weight.contiguous()

@@ -47,7 +47,8 @@ inline To bit_cast(From from) {
   return to;
 }
 
-inline Vec broadcast(float value) { return Vec{} + value; }
+// Minus, not plus: x − 0 is x for every x, so the compiler drops it; −0 + 0 is not.
+inline Vec broadcast(float value) { return value - Vec{}; }
 
 inline Vec load(const float* p) {
   Vec v;

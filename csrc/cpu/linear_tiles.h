@@ -1,0 +1,124 @@
+// The inner loops of pruned_linear: each fills one tile of the result from operands that lie as it wants
+// them.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "mvp/simd.h"
+
+namespace mvp::MVP_ISA {
+namespace {
+
+// Accumulators of the outer-product tile: kRows × kVecs of 32 (AVX-512) or 16 registers, the rest holds
+// operands. At most kLanes rows: x is packed a vector of rows at a time.
+constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
+constexpr int kVecs = 2;
+constexpr int kWidth = kVecs * kLanes;
+// With few rows of x a wider tile keeps the fused multiply-adds in flight.
+constexpr int kWideRows = kLanes == 16 ? 4 : 2;
+constexpr int kWideVecs = 6;
+static_assert(kRows <= kLanes && kWideRows <= kLanes);
+// Sums of this many inputs are added up in memory: one running sum over all inputs would lose more digits
+// than a BLAS does.
+constexpr int64_t kSumBlock = 128;
+
+// Kept inputs [first, first + count) lie in the kLanes columns of the weight that start at `base`.
+struct Chunk {
+  int64_t base, first, count;
+};
+
+// sums[r, c] = Σ over the chunks of x[r] · w[c], with R × C accumulators, the lanes added up at the end. x[r]
+// holds the chunks one after the other; `mask` clears the columns of a chunk that are not kept.
+template <typename T, int R, int C, bool Masked>
+inline void dot_tile(const float* const* x, const T* const* w, const std::vector<Chunk>& chunks,
+                     const Bits* mask, float* sums) {
+  static_assert(R * C == kLanes, "one accumulator a lane of the result");
+  Vec sum[kLanes] = {};
+  const int64_t n = static_cast<int64_t>(chunks.size());
+  for (int64_t c = 0; c < n; ++c) {
+    const int64_t base = chunks[c].base;
+    Vec xs[R];
+    for (int r = 0; r < R; ++r) xs[r] = load(x[r] + c * kLanes);
+    for (int j = 0; j < C; ++j) {
+      Vec ws = load(w[j] + base);
+      if (Masked) ws = bit_cast<Vec>(bit_cast<Bits>(ws) & mask[c]);
+      for (int r = 0; r < R; ++r) sum[r * C + j] = fma(xs[r], ws, sum[r * C + j]);
+    }
+  }
+  store(sums, sum_each(sum));
+}
+
+// sums[R][V vectors] = Σ_k x[k][R] ⊗ w[k][V vectors]. `offset`: where row k of w starts; null where rows
+// follow each other.
+template <typename T, int R, int V>
+void outer_tile(const float* x, const T* w, const int64_t* offset, int64_t inputs, float* sums) {
+  for (int64_t start = 0; start == 0 || start < inputs; start += kSumBlock) {
+    Vec sum[R][V] = {};
+    const int64_t end = std::min(inputs, start + kSumBlock);
+    for (int64_t k = start; k < end; ++k) {
+      const T* row = w + (offset ? offset[k] : k * V * kLanes);
+      Vec ws[V];
+      for (int v = 0; v < V; ++v) ws[v] = load(row + v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const Vec xs = broadcast(x[k * R + r]);
+        for (int v = 0; v < V; ++v) sum[r][v] = fma(xs, ws[v], sum[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        float* to = sums + (r * V + v) * kLanes;
+        store(to, start ? load(to) + sum[r][v] : sum[r][v]);
+      }
+  }
+}
+
+template <typename T>
+using OuterTile = void (*)(const float*, const T*, const int64_t*, int64_t, float*);
+
+template <typename T, int V, size_t... R>
+OuterTile<T> choose_tile(int64_t rows, std::index_sequence<R...>) {
+  static constexpr OuterTile<T> tiles[] = {&outer_tile<T, R + 1, V>...};
+  return tiles[rows - 1];
+}
+
+#if defined(__AVX512F__)
+#define MVP_HAVE_PAIRS 1
+// The same for inputs that come as pairs of bf16 in 32 bits, with the machine's dot product of pairs: twice
+// the speed, and half the bytes. Not part of this build's instruction set: ask have_pairs() first.
+template <int R, int V>
+__attribute__((target("avx512bf16"))) void pair_tile(const float* x, const float* w, const int64_t*,
+                                                     int64_t inputs, float* sums) {
+  for (int64_t start = 0; start == 0 || start < inputs; start += kSumBlock) {
+    Vec sum[R][V] = {};
+    const int64_t end = std::min(inputs, start + kSumBlock);
+    for (int64_t k = start; k < end; ++k) {
+      __m512bh ws[V];
+      for (int v = 0; v < V; ++v) ws[v] = bit_cast<__m512bh>(load(w + (k * V + v) * kLanes));
+      for (int r = 0; r < R; ++r) {
+        const auto xs = bit_cast<__m512bh>(_mm512_set1_ps(x[k * R + r]));
+        for (int v = 0; v < V; ++v) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], xs, ws[v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        float* to = sums + (r * V + v) * kLanes;
+        store(to, start ? load(to) + sum[r][v] : sum[r][v]);
+      }
+  }
+}
+
+template <int V, size_t... R>
+OuterTile<float> choose_pair_tile(int64_t rows, std::index_sequence<R...>) {
+  static constexpr OuterTile<float> tiles[] = {&pair_tile<R + 1, V>...};
+  return tiles[rows - 1];
+}
+
+inline bool have_pairs() {
+  static const bool have = __builtin_cpu_supports("avx512bf16");
+  return have;
+}
+#endif
+
+}  // namespace
+}  // namespace mvp::MVP_ISA
