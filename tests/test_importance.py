@@ -1,11 +1,8 @@
 """importance against its reference in float64, for every layout, type and awkward size."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from isa import OLDER, run_on
 
 from mvp_ext.ops import importance, reference, registry
 
@@ -181,19 +178,6 @@ def test_compile():
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(a, grad), step(a, grad))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_other_instruction_sets(isa):
-    program = (
-        "import torch, tests.test_importance as t\n"
-        "for dtype in t.DTYPES:\n"
-        "    t.test_images((2, 33, 19, 21), dtype)\n"
-        "    t.test_tokens((3, 65, 66), dtype)\n"
-        "    t.test_views(dtype)\n"
-        "t.test_by_hand()\n"
-    )
-    environment = {**os.environ, "MVP_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_on(isa, __file__, "test_images or test_tokens or test_views or by_hand")

@@ -4,12 +4,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from isa import OLDER, run_on
 from torch import Tensor
 
 from mvp_ext.ops import merge, pack, reference
@@ -218,8 +215,6 @@ def test_errors(changes: dict, error: type[Exception], message: str) -> None:
         merge(**{**arguments, **changes})
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_other_instruction_sets(isa: str) -> None:
-    tests = [f"{__file__}::test_shapes", f"{__file__}::test_mixed_dtypes_and_layouts"]
-    environment = {**os.environ, "MVP_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], check=True, env=environment, timeout=120)
+    run_on(isa, __file__, "test_shapes or mixed_dtypes")

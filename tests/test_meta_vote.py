@@ -1,12 +1,10 @@
 """meta_vote against its reference, to the last bit: votes, masks, indices and the sampled noise."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from isa import OLDER, run_on
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mvp_ext.ops import kept_units, meta_vote, reference, registry
@@ -296,19 +294,6 @@ def test_compile():
     assert all(torch.equal(a, b) for a, b in zip(compiled, step(masks, weights, prior), strict=True))
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_other_instruction_sets(isa):
-    """The other builds of the kernel, which this CPU would not choose, give the same bits."""
-    program = (
-        "import torch, tests.test_meta_vote as t\n"
-        "for temperature in (None, 0.5):\n"
-        "    for name in ('primes', 'around a vector', 'resnet18'):\n"
-        "        t.test_equals_reference(t.LAYERS[name], 5, 3, temperature)\n"
-        "t.test_ties_go_to_the_prior_then_to_the_lower_unit()\n"
-    )
-    environment = {**os.environ, "MVP_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run_on(isa, __file__, "equals_reference or ties_go")

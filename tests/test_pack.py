@@ -4,12 +4,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from isa import OLDER, run_on
 from torch import Tensor
 
 from mvp_ext.ops import pack, reference, unpack
@@ -217,11 +214,6 @@ def test_unpack_errors_write_nothing(
     assert not out.any()
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", OLDER)
 def test_other_instruction_sets(isa: str) -> None:
-    tests = (
-        f"{__file__}::test_all_shapes_of_one_dtype[torch.float32]",
-        f"{__file__}::test_any_order_and_repeats",
-    )
-    environment = {**os.environ, "MVP_CPU_ISA": isa}
-    subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], check=True, env=environment, timeout=120)
+    run_on(isa, __file__, "all_shapes_of_one_dtype or any_order")

@@ -1,11 +1,8 @@
 """pruned_linear against its reference: every path of the kernel, layouts, dtypes, gradients, errors."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from isa import OLDER, run_on
 from pruned_helpers import BY_NAME, FLOATS, assert_as_exact_as_torch, draw_index, generator, to
 
 from mvp_ext.ops import pruned_linear, reference, registry
@@ -273,14 +270,9 @@ def test_compile():
     torch.testing.assert_close(ours, w.grad)
 
 
-def test_other_instruction_sets():
-    """The same tests with the kernels of older machines."""
-    script = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"
-    chosen = "(equals_reference and (f32 or row-major-f16)) or tile or keep or rounding"
-    for isa in ("baseline", "avx2"):
-        command = [sys.executable, "-c", script, "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-        done = subprocess.run(command, env={**os.environ, "MVP_CPU_ISA": isa}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:]
+@pytest.mark.parametrize("isa", OLDER)
+def test_other_instruction_sets(isa):
+    run_on(isa, __file__, "(equals_reference and (f32 or row-major-f16)) or tile or keep or rounding")
 
 
 X, W = torch.zeros(3, 4), torch.zeros(6, 4)
