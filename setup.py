@@ -40,7 +40,11 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
         ]
-        args += [f"-D{name}={os.environ[name]}" for name in ("MVP_USE_CUDA", "MVP_CUDA_ARCHS") if name in os.environ]
+        args += [
+            f"-D{name}={os.environ[name]}"
+            for name in ("MVP_USE_CUDA", "MVP_CUDA_ARCHS")
+            if name in os.environ
+        ]
         args += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *args], check=True)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 2))

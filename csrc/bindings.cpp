@@ -1,4 +1,5 @@
-// The only file that knows Python: tensors in as views (duck-typed, so no torch header), nothing out, GIL released.
+// The only file that knows Python: tensors in as views (duck-typed, so no torch header), nothing out, GIL
+// released.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,9 +16,11 @@ namespace {
 struct TorchTypes {
   PyObject* dtype[8];
   TorchTypes() {
-    static const char* names[8] = {"float32", "float16", "bfloat16", "float64", "int32", "int64", "uint8", "bool"};
+    static const char* names[8] = {"float32", "float16", "bfloat16", "float64",
+                                   "int32",   "int64",   "uint8",    "bool"};
     py::module_ torch = py::module_::import("torch");
-    for (int i = 0; i < 8; ++i) dtype[i] = py::object(torch.attr(names[i])).release().ptr();  // kept for the process's life
+    for (int i = 0; i < 8; ++i)
+      dtype[i] = py::object(torch.attr(names[i])).release().ptr();  // kept for the process's life
   }
   static const TorchTypes& get() {
     static const TorchTypes types;
@@ -75,17 +78,21 @@ enum class Isa { baseline, avx2, avx512 };
 
 Isa detect_isa() {
 #if defined(MVP_HAVE_AVX512)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
     return Isa::avx512;
 #endif
 #if defined(MVP_HAVE_AVX2)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return Isa::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    return Isa::avx2;
 #endif
   return Isa::baseline;
 }
 
-const char* name_of(Isa isa) { return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline"; }
+const char* name_of(Isa isa) {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+}
 
 // MVP_CPU_ISA may lower what was detected (to test the other builds), never raise it.
 Isa choose_isa() {
