@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from mvp_ext.ops import registry
+from mvp_ext.ops import registry_packing as registry
 from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor
 
 _INDEX_TYPES = (torch.int64, torch.int32)
+_MOVABLE = frozenset(
+    dtype for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and not dtype.is_complex and "q" not in str(dtype) and "bits" not in str(dtype)
+)  # fmt: skip
 Indices = Sequence[Tensor | None]
 
 
@@ -133,7 +137,7 @@ def _check(
     rows: list[Tensor | None],
     cols: list[Tensor | None],
     *,
-    dtypes: Sequence[torch.dtype] | None = None,
+    dtypes: Collection[torch.dtype] = _MOVABLE,
     device: torch.device | None = None,
     lists: tuple[str, str] = ("rows", "cols"),
 ) -> None:
@@ -145,21 +149,38 @@ def _check(
             )
     seen: set[int] = set()  # the tensors of a model share few index tensors
     for p, (tensor, r, c) in enumerate(zip(tensors, rows, cols, strict=True)):
-        check_tensor(op, f"{name}[{p}]", tensor, dtypes=dtypes, device=device)
+        # A model has hundreds of tensors, most of them tiny: one expression for what is fine, words for what is not.
+        if not (
+            isinstance(tensor, Tensor)
+            and tensor.layout is torch.strided
+            and 0 < tensor.ndim <= 6
+            and (c is None or tensor.ndim > 1)
+            and tensor.dtype in dtypes
+            and (device is None or tensor.device == device)
+        ):
+            _explain(op, f"{name}[{p}]", tensor, c is not None, dtypes, device)
         device = tensor.device
-        if tensor.ndim == 0 or (tensor.ndim == 1 and c is not None):
-            need = 1 if c is None else 2
-            raise ValueError(
-                f"{op}: {name}[{p}]: expected at least {need} dimensions, got {tuple(tensor.shape)}"
-            )
-        if tensor.is_complex() or tensor.ndim > 6:
-            raise TypeError(
-                f"{op}: {name}[{p}]: expected a real dtype and at most 6 dimensions, got {tensor.dtype}, {tensor.ndim}"
-            )
         for argument, index in zip(lists, (r, c), strict=True):
             if index is not None and id(index) not in seen:
                 seen.add(id(index))
                 check_tensor(op, f"{argument}[{p}]", index, ndim=1, dtypes=_INDEX_TYPES, device=device)
+
+
+def _explain(
+    op: str,
+    name: str,
+    tensor: object,
+    has_columns: bool,
+    dtypes: Collection[torch.dtype],
+    device: torch.device | None,
+) -> None:
+    tensor = check_tensor(op, name, tensor, device=device)
+    if dtypes is not _MOVABLE:
+        check_tensor(op, name, tensor, dtypes=tuple(dtypes))
+    elif tensor.dtype not in dtypes:
+        raise TypeError(f"{op}: {name}: expected a real dtype of at most 8 bytes, got {tensor.dtype}")
+    least = 2 if has_columns else 1
+    raise ValueError(f"{op}: {name}: expected {least} to 6 dimensions, got shape {tuple(tensor.shape)}")
 
 
 def _check_shape(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvp_ext.ops import registry
+from mvp_ext.ops import registry, registry_packing
 from mvp_ext.ops.blocks import positions, put_back
 from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor
 
@@ -273,7 +273,7 @@ def _cut(tensor: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> T
         return tensor
     if _needs_grad(tensor):
         return _Cut.apply(tensor, out_index, in_index)
-    return registry.pack([tensor], [out_index], [in_index])[0]
+    return registry_packing.pack([tensor], [out_index], [in_index])[0]
 
 
 class _Cut(torch.autograd.Function):
@@ -281,7 +281,7 @@ class _Cut(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> Tensor:
         ctx.save_for_backward(out_index, in_index)
         ctx.shape = tensor.shape
-        return registry.pack([tensor], [out_index], [in_index])[0]
+        return registry_packing.pack([tensor], [out_index], [in_index])[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -1,15 +1,13 @@
-"""Schemas, fakes and device implementations of every op, in one place.
+"""Schemas, fakes and device implementations of every op (those on whole models: ``registry_packing.py``).
 
-``torch.library.Library`` is used directly (``custom_op`` costs about three times as much a call). An op here trusts its
-arguments: checks are in ``checks.py``, made by the public functions of ``functional.py``. Outputs are allocated here,
-kernels only fill them.
+An op here trusts its arguments: checks are in ``checks.py``, made by the public functions of ``functional.py``. Outputs
+are allocated here, kernels only fill them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,39 +15,8 @@ from torch.nn import functional as F
 
 from mvp_ext.ops._native import build_info, native
 from mvp_ext.ops.blocks import positions
-
-_library = torch.library.Library("mvp_ext", "DEF")
-
-
-def _define(
-    schema: str, *, fake: Callable[..., Any], cpu: Callable[..., Any], cuda: Callable[..., Any] | None = None
-) -> Any:
-    """Register one op; returns its callable overload. Without ``cuda`` a CUDA tensor gets an error, no fallback."""
-    name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, cpu, "CPU")
-    _library.impl(name, cuda or _without_cuda(name), "CUDA")
-    torch.library.register_fake(f"mvp_ext::{name}", fake, lib=_library)
-    return getattr(torch.ops.mvp_ext, name).default
-
-
-def nobody_listens() -> bool:
-    """No mode, transform or profiler would see a call of an op: its kernel may be called directly."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.autograd._profiler_enabled()
-    )
-
-
-def _without_cuda(name: str) -> Callable[..., Any]:
-    def raise_(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            f"{name}: expected CPU tensors, got CUDA tensors, and this build of mvp_ext has no CUDA kernel for it. "
-            "Move the tensors with .cpu(), or use mvp_ext.ops.reference on the GPU."
-        )
-
-    return raise_
+from mvp_ext.ops.define import define, nobody_listens
+from mvp_ext.ops.registry_packing import is_channels_last, pack_cpu
 
 
 def _importance_fake(a: Tensor, grad: Tensor | None, kind: str, dim: int, units: int) -> Tensor:
@@ -64,7 +31,7 @@ def _importance_cpu(a: Tensor, grad: Tensor | None, kind: str, dim: int, units: 
     return scores
 
 
-importance_op = _define(
+importance_op = define(
     "importance(Tensor a, Tensor? grad, str kind, int dim, int units) -> Tensor",
     fake=_importance_fake,
     cpu=_importance_cpu,
@@ -117,7 +84,7 @@ def _meta_vote_cpu(
     return outputs
 
 
-meta_vote_op = _define(
+meta_vote_op = define(
     "meta_vote(Tensor masks, Tensor? weights, Tensor? prior, int[] layers, int[] kept, float? temperature, int seed)"
     " -> (Tensor mask, Tensor index, Tensor votes)",
     fake=_meta_vote_fake,
@@ -139,135 +106,6 @@ def meta_vote(
     if not torch.compiler.is_compiling() and nobody_listens() and type(masks) is Tensor and masks.is_cpu:
         return _meta_vote_cpu(masks, weights, prior, layers, kept, temperature, seed)
     return meta_vote_op(masks, weights, prior, layers, kept, temperature, seed)
-
-
-def packed_shape(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> list[int]:
-    shape = list(tensor.shape)
-    if rows is not None:
-        shape[0] = rows.shape[0]
-    if cols is not None:
-        shape[1] = cols.shape[0]
-    return shape
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    return (
-        tensor.ndim == 4
-        and not tensor.is_contiguous()
-        and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """In one of the two layouts that the kernels of whole models know: contiguous or channels_last."""
-    return tensor if tensor.is_contiguous() or _is_channels_last(tensor) else tensor.contiguous()
-
-
-def _empty_packed(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
-    form = torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
-    shape = packed_shape(tensor, rows, cols)
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=form)
-
-
-_MOVED_AS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
-_KERNEL_DTYPES = {
-    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool,
-}  # fmt: skip
-
-
-def _as_bits(tensor: Tensor) -> Tensor:
-    """For kernels that only move elements: a dtype that they know, of the same size."""
-    return tensor if tensor.dtype in _KERNEL_DTYPES else tensor.view(_MOVED_AS[tensor.itemsize])
-
-
-def _pack_fake(tensors: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]) -> list[Tensor]:
-    return [_empty_packed(t, r, c) for t, r, c in zip(tensors, rows, cols, strict=True)]
-
-
-def _pack_cpu(tensors: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]) -> list[Tensor]:
-    packed = _pack_fake(tensors, rows, cols)
-    native().pack_cpu(
-        [_as_bits(_dense(t)) for t in tensors],
-        rows,
-        cols,
-        [_as_bits(t) for t in packed],
-        torch.get_num_threads(),
-    )
-    return packed
-
-
-pack = _define(
-    "pack(Tensor[] tensors, Tensor?[] rows, Tensor?[] cols) -> Tensor[]", fake=_pack_fake, cpu=_pack_cpu
-)
-
-
-def _unpack_fake(
-    packed: list[Tensor], out: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]
-) -> None:
-    return None
-
-
-def _unpack_cpu(
-    packed: list[Tensor], out: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]
-) -> None:
-    full = [_dense(t) for t in out]
-    parts = [
-        p.contiguous(memory_format=torch.channels_last if _is_channels_last(f) else torch.contiguous_format)
-        for p, f in zip(packed, full, strict=True)
-    ]
-    native().unpack_cpu(
-        [_as_bits(p) for p in parts], rows, cols, [_as_bits(f) for f in full], torch.get_num_threads()
-    )
-    for target, written in zip(out, full, strict=True):
-        if written is not target:
-            target.copy_(written)
-        else:  # the kernel wrote behind autograd's back: whoever saved this tensor must notice
-            torch.autograd.graph.increment_version(target)
-
-
-unpack = _define(
-    "unpack(Tensor[] packed, Tensor(a!)[] out, Tensor?[] rows, Tensor?[] cols) -> ()",
-    fake=_unpack_fake,
-    cpu=_unpack_cpu,
-)
-
-
-def _merge_fake(
-    base: list[Tensor],
-    voters: list[Tensor],
-    voter_rows: list[Tensor | None],
-    voter_cols: list[Tensor | None],
-    weights: Tensor,
-    rows: list[Tensor | None],
-    cols: list[Tensor | None],
-) -> list[Tensor]:
-    return _pack_fake(base, rows, cols)
-
-
-def _merge_cpu(
-    base: list[Tensor],
-    voters: list[Tensor],
-    voter_rows: list[Tensor | None],
-    voter_cols: list[Tensor | None],
-    weights: Tensor,
-    rows: list[Tensor | None],
-    cols: list[Tensor | None],
-) -> list[Tensor]:
-    full = [_dense(t) for t in base]
-    merged = _pack_fake(full, rows, cols)
-    forms = [torch.channels_last if _is_channels_last(t) else torch.contiguous_format for t in full]
-    parts = [v.contiguous(memory_format=forms[at % len(base)]) for at, v in enumerate(voters)]
-    threads = torch.get_num_threads()
-    native().merge_cpu(full, parts, voter_rows, voter_cols, weights.tolist(), rows, cols, merged, threads)
-    return merged
-
-
-merge = _define(
-    "merge(Tensor[] base, Tensor[] voters, Tensor?[] voter_rows, Tensor?[] voter_cols, Tensor weights,"
-    " Tensor?[] rows, Tensor?[] cols) -> Tensor[]",
-    fake=_merge_fake,
-    cpu=_merge_cpu,
-)
 
 
 def _pruned_linear_output(
@@ -327,7 +165,7 @@ def _kept_part(
         weight = _kept_rows(weight, rows, row_block)
     if cols is not None and col_block > 1:
         return weight.reshape(weight.shape[0], -1, col_block).index_select(1, cols).flatten(1)
-    return weight if cols is None else _pack_cpu([weight], [None], [cols])[0]
+    return weight if cols is None else pack_cpu([weight], [None], [cols])[0]
 
 
 def _pruned_linear_library(
@@ -405,7 +243,7 @@ def _pruned_linear_cpu(
     return out
 
 
-pruned_linear_op = _define(
+pruned_linear_op = define(
     "pruned_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? out_index, Tensor? in_index, int out_block,"
     " int in_block, Tensor? residual) -> Tensor",
     fake=_pruned_linear_fake,
@@ -431,7 +269,7 @@ def pruned_linear(
 
 
 def _residual_form(residual: Tensor, dim: int) -> torch.memory_format:
-    return torch.channels_last if dim == 1 and _is_channels_last(residual) else torch.contiguous_format
+    return torch.channels_last if dim == 1 and is_channels_last(residual) else torch.contiguous_format
 
 
 def _residual_add_fake(
@@ -473,7 +311,7 @@ def _residual_add_cpu(
     return out
 
 
-residual_add_op = _define(
+residual_add_op = define(
     "residual_add(Tensor residual, Tensor y, Tensor? index, Tensor? scale, Tensor? shift, bool relu, int dim)"
     " -> Tensor",
     fake=_residual_add_fake,

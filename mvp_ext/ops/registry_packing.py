@@ -1,0 +1,163 @@
+"""Schemas, fakes and device implementations of the ops on all tensors of a model: merge, pack, unpack.
+
+The kernels know two layouts, contiguous and channels_last (whose columns are innermost). What has another is copied.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mvp_ext.ops._native import native
+from mvp_ext.ops.define import define
+
+Indices = list[Tensor | None]
+
+
+def packed_shape(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> list[int]:
+    shape = list(tensor.shape)
+    if rows is not None:
+        shape[0] = rows.shape[0]
+    if cols is not None:
+        shape[1] = cols.shape[0]
+    return shape
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    return (
+        tensor.ndim == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """In one of the two layouts that the kernels of whole models know: contiguous or channels_last."""
+    return tensor if tensor.is_contiguous() or is_channels_last(tensor) else tensor.contiguous()
+
+
+def _empty_packed(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    form = torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
+    shape = packed_shape(tensor, rows, cols)
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=form)
+
+
+_MOVED_AS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
+_KERNEL_DTYPES = {
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool,
+}  # fmt: skip
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    """For kernels that only move elements: a dtype that they know, of the same size."""
+    return tensor if tensor.dtype in _KERNEL_DTYPES else tensor.view(_MOVED_AS[tensor.itemsize])
+
+
+def _pack_fake(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tensor]:
+    return [_empty_packed(t, r, c) for t, r, c in zip(tensors, rows, cols, strict=True)]
+
+
+# Up to this many elements a tensor, torch's own call costs less than an output and a place in the kernel's list.
+_SMALL = 2048
+
+
+def _pack_small(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    if rows is not None:
+        tensor = tensor.index_select(0, rows)
+        return tensor if cols is None else tensor.index_select(1, cols)
+    return (
+        tensor.clone(memory_format=torch.contiguous_format) if cols is None else tensor.index_select(1, cols)
+    )
+
+
+def pack_cpu(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tensor]:
+    packed: list[Tensor] = []
+    large: list[int] = []
+    try:
+        for p, tensor in enumerate(tensors):
+            if tensor.numel() > _SMALL or not tensor.is_contiguous():
+                large.append(p)
+                packed.append(_empty_packed(tensor, rows[p], cols[p]))
+            else:
+                packed.append(_pack_small(tensor, rows[p], cols[p]))
+    except (IndexError, RuntimeError):  # an index out of range: the kernel's error names it
+        large, packed = list(range(len(tensors))), _pack_fake(tensors, rows, cols)
+    if large:
+        native().pack_cpu(
+            [_as_bits(_dense(tensors[p])) for p in large],
+            [rows[p] for p in large],
+            [cols[p] for p in large],
+            [_as_bits(packed[p]) for p in large],
+            torch.get_num_threads(),
+        )
+    return packed
+
+
+pack = define(
+    "pack(Tensor[] tensors, Tensor?[] rows, Tensor?[] cols) -> Tensor[]", fake=_pack_fake, cpu=pack_cpu
+)
+
+
+def _unpack_fake(packed: list[Tensor], out: list[Tensor], rows: Indices, cols: Indices) -> None:
+    return None
+
+
+def _unpack_cpu(packed: list[Tensor], out: list[Tensor], rows: Indices, cols: Indices) -> None:
+    full = [_dense(t) for t in out]
+    parts = [
+        p.contiguous(memory_format=torch.channels_last if is_channels_last(f) else torch.contiguous_format)
+        for p, f in zip(packed, full, strict=True)
+    ]
+    native().unpack_cpu(
+        [_as_bits(p) for p in parts], rows, cols, [_as_bits(f) for f in full], torch.get_num_threads()
+    )
+    for target, written in zip(out, full, strict=True):
+        if written is not target:
+            target.copy_(written)
+        else:  # the kernel wrote behind autograd's back: whoever saved this tensor must notice
+            torch.autograd.graph.increment_version(target)
+
+
+unpack = define(
+    "unpack(Tensor[] packed, Tensor(a!)[] out, Tensor?[] rows, Tensor?[] cols) -> ()",
+    fake=_unpack_fake,
+    cpu=_unpack_cpu,
+)
+
+
+def _merge_fake(
+    base: list[Tensor],
+    voters: list[Tensor],
+    voter_rows: Indices,
+    voter_cols: Indices,
+    weights: Tensor,
+    rows: Indices,
+    cols: Indices,
+) -> list[Tensor]:
+    return _pack_fake(base, rows, cols)
+
+
+def _merge_cpu(
+    base: list[Tensor],
+    voters: list[Tensor],
+    voter_rows: Indices,
+    voter_cols: Indices,
+    weights: Tensor,
+    rows: Indices,
+    cols: Indices,
+) -> list[Tensor]:
+    full = [_dense(t) for t in base]
+    merged = _pack_fake(full, rows, cols)
+    forms = [torch.channels_last if is_channels_last(t) else torch.contiguous_format for t in full]
+    parts = [v.contiguous(memory_format=forms[at % len(base)]) for at, v in enumerate(voters)]
+    threads = torch.get_num_threads()
+    native().merge_cpu(full, parts, voter_rows, voter_cols, weights.tolist(), rows, cols, merged, threads)
+    return merged
+
+
+merge = define(
+    "merge(Tensor[] base, Tensor[] voters, Tensor?[] voter_rows, Tensor?[] voter_cols, Tensor weights,"
+    " Tensor?[] rows, Tensor?[] cols) -> Tensor[]",
+    fake=_merge_fake,
+    cpu=_merge_cpu,
+)
