@@ -162,7 +162,12 @@ def test_unknown_optimizer(data):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
 def test_every_precision_trains_and_keeps_float32_weights(backbone, data, precision):
-    trainer = make(backbone, data, recipe=replace(RECIPE, precision=precision))
+    larger = Backbone(
+        backbone.model, replace(backbone.preprocessing, size=64)
+    )  # at 32 a ResNet's last maps are one pixel
+    if hasattr(backbone.model, "patch_embed"):
+        larger = backbone
+    trainer = make(larger, data, recipe=replace(RECIPE, precision=precision))
     seen = []
     trainer.model.get_classifier().register_forward_hook(
         lambda module, inputs, output: seen.append(output.dtype) if module.training else None
@@ -376,3 +381,20 @@ def test_features_do_not_depend_on_mode_or_chunk(backbone, data, monkeypatch):
     with torch.no_grad():
         direct = forward_features(model.eval(), images_of(data, backbone))
     torch.testing.assert_close(whole, direct, rtol=1e-4, atol=1e-4)
+
+
+def test_one_pixel_maps_are_trained_in_float32():
+    """torch's bfloat16 convolution leaves weight gradients of taps that see only padding unwritten on the CPU."""
+    model = tiny_backbone().model
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and max(m.kernel_size) > 1]
+    smallest = []
+    handles = [
+        m.register_forward_pre_hook(lambda _, x: smallest.append(min(x[0].shape[-2:]))) for m in convolutions
+    ]
+    for size in (16, 32, 64):
+        smallest.clear()
+        model.eval()(torch.zeros(1, 3, size, size))
+        assert training._convolves_one_pixel(model, size) == (min(smallest) == 1)
+        assert training._convolves_one_pixel(model, size) == (size < 64)
+    for handle in handles:
+        handle.remove()

@@ -44,7 +44,9 @@ class Recipe:
         distillation: weight of ‖f − f_dense‖² / var f_dense beside the cross-entropy, where a teacher is given.
         crop: share of the side by which a training image may be shifted (reflection padding); 0 = never.
         flip: mirror half of the training images. None: as the data says (digits are never mirrored).
-        precision: "auto" (bfloat16 autocast where the processor computes in it), "bfloat16" or "float32".
+        precision: "auto" (bfloat16 autocast where the processor computes in it), "bfloat16" or "float32". On the CPU a
+            model whose wide convolutions get maps of one pixel is trained in float32 all the same: torch's bfloat16
+            weight gradient is wrong there.
     """
 
     learning_rate: float = 5e-4
@@ -115,6 +117,9 @@ class Trainer:
         self.model, self.data, self.preprocessing, self.recipe = model, data, preprocessing, recipe
         self.teacher, self.cost = teacher, cost if cost is not None else Cost()
         self.device = next(model.parameters()).device
+        self._precision = recipe.precision
+        if self.device.type == "cpu" and _convolves_one_pixel(model, preprocessing.size):
+            self._precision = "float32"
         self._generator = torch.Generator().manual_seed(seed)
         self._indices = shuffled_indices(len(data.train_labels), recipe.batch_size, sys.maxsize, seed)
         self._drawn = 0  # batches so far
@@ -207,7 +212,7 @@ class Trainer:
         self.model.eval()
 
     def _step(self, batch: Tensor, labels: Tensor, step: int) -> None:
-        with autocast(self.device, self.recipe.precision):
+        with autocast(self.device, self._precision):
             features = forward_features(self.model, batch)
             logits = self.model.get_classifier()(features)  # type: ignore[operator]
             loss = nn.functional.cross_entropy(logits.float(), labels)
@@ -221,6 +226,31 @@ class Trainer:
                 f"{self.recipe.learning_rate:g}; a smaller one may help"
             )
         self.optimizer.step()
+
+
+@torch.no_grad()
+def _convolves_one_pixel(model: nn.Module, size: int) -> bool:
+    """Whether a convolution wider than one pixel gets maps of one pixel's height or width.
+
+    Most of its taps then see nothing but padding. In bfloat16 torch's CPU convolution (oneDNN, seen with torch 2.13)
+    leaves those taps' weight gradient unwritten: whatever the memory held, NaN now and then, goes into the weights.
+    """
+    found = False
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal found
+        found = found or min(inputs[0].shape[-2:]) == 1
+
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
+    handles = [m.register_forward_pre_hook(look) for m in convolutions]
+    was_training = model.training
+    parameter = next(model.parameters())
+    model.eval()
+    model(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))
+    model.train(was_training)
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 @torch.no_grad()
