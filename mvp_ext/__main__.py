@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mvp_ext.app.environment import environment
+from mvp_ext.app.environment import environment, places
 
 
 def main() -> None:
-    facts = environment()
+    facts = environment() | places()
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:<{width}}  {value}")

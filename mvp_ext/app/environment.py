@@ -18,11 +18,14 @@ LIBRARIES = ("torchvision", "timm", "numpy", "safetensors", "scikit-learn", "mat
 
 
 def environment() -> dict[str, str]:
-    """Versions, build flags, CPU and GPU as text, in the order to print. Never raises for a part that is missing."""
+    """Versions, build flags, CPU and GPU as text, in the order to print; no paths, for it goes into result files.
+
+    Never raises for a part that is missing.
+    """
     return {
-        "mvp_ext": f"{mvp_ext.__version__} ({Path(mvp_ext.__file__).parent})",
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "platform": platform.platform(),
+        "mvp_ext": mvp_ext.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpu cores": f"{_usable_cores()} usable of {os.cpu_count()}, torch uses {torch.get_num_threads()}",
         "torch": f"{torch.__version__}, "
@@ -32,6 +35,11 @@ def environment() -> dict[str, str]:
         "gpu": "; ".join(gpu_names()) or "none that torch can use",
         "gpu driver": _driver_version() or "none",
     }
+
+
+def places() -> dict[str, str]:
+    """Where the package and its Python are."""
+    return {"mvp_ext in": str(Path(mvp_ext.__file__).parent), "python in": sys.executable}
 
 
 def cpu_name() -> str:
