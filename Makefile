@@ -61,6 +61,7 @@ lint: $(VENV)/.dependencies
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
+	$(BIN)/python scripts/readme_tables.py --check
 
 format: $(VENV)/.dependencies
 	$(BIN)/ruff check --fix .
