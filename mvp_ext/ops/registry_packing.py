@@ -57,11 +57,12 @@ def _pack_fake(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tens
     return [_empty_packed(t, r, c) for t, r, c in zip(tensors, rows, cols, strict=True)]
 
 
-# Up to this many elements a tensor, torch's own call costs less than an output and a place in the kernel's list.
+# Up to this many elements a tensor, torch's own call costs less than an output and a place in the kernel's list. And a cut
+# of rows alone is a plain copy of long runs, which torch does as fast while its output is still in the cache.
 _SMALL = 2048
 
 
-def _pack_small(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+def _pack_by_torch(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     if rows is not None:
         tensor = tensor.index_select(0, rows)
         return tensor if cols is None else tensor.index_select(1, cols)
@@ -75,11 +76,11 @@ def pack_cpu(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tensor
     large: list[int] = []
     try:
         for p, tensor in enumerate(tensors):
-            if tensor.numel() > _SMALL or not tensor.is_contiguous():
+            if (cols[p] is not None and tensor.numel() > _SMALL) or not tensor.is_contiguous():
                 large.append(p)
                 packed.append(_empty_packed(tensor, rows[p], cols[p]))
             else:
-                packed.append(_pack_small(tensor, rows[p], cols[p]))
+                packed.append(_pack_by_torch(tensor, rows[p], cols[p]))
     except (IndexError, RuntimeError):  # an index out of range: the kernel's error names it
         large, packed = list(range(len(tensors))), _pack_fake(tensors, rows, cols)
     if large:
