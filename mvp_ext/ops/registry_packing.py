@@ -57,8 +57,8 @@ def _pack_fake(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tens
     return [_empty_packed(t, r, c) for t, r, c in zip(tensors, rows, cols, strict=True)]
 
 
-# Up to this many elements a tensor, torch's own call costs less than an output and a place in the kernel's list. And a cut
-# of rows alone is a plain copy of long runs, which torch does as fast while its output is still in the cache.
+# Up to this many elements a tensor, torch's own call costs less than an output and a place in the kernel's list. And a
+# cut of rows alone is a plain copy of long runs, which torch does as fast while its output is still in the cache.
 _SMALL = 2048
 
 
