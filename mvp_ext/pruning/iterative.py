@@ -74,7 +74,7 @@ def scoring_batches(
             batches,
             seed=seed,
             image_shape=(3, size, size),
-            precision=trainer.recipe.precision,
+            precision=trainer.precision,
         )
     images = sum(len(labels) for _, labels in batches)
     cost.score_flops += BACKWARD_FACTOR * images * count_flops(trainer.model, (3, size, size))

@@ -100,7 +100,8 @@ class Teacher:
 class Trainer:
     """Trains one model on one task, in as many pieces as the caller likes; shapes may change between the pieces.
 
-    Everything random comes from ``seed``. ``cost`` is filled as the work goes.
+    Everything random comes from ``seed``. ``cost`` is filled as the work goes. ``precision`` is the recipe's,
+    or float32 where bfloat16 gradients would be wrong; whoever takes gradients of its model uses it too.
     """
 
     def __init__(
@@ -117,9 +118,9 @@ class Trainer:
         self.model, self.data, self.preprocessing, self.recipe = model, data, preprocessing, recipe
         self.teacher, self.cost = teacher, cost if cost is not None else Cost()
         self.device = next(model.parameters()).device
-        self._precision = recipe.precision
+        self.precision = recipe.precision
         if self.device.type == "cpu" and _convolves_one_pixel(model, preprocessing.size):
-            self._precision = "float32"
+            self.precision = "float32"
         self._generator = torch.Generator().manual_seed(seed)
         self._indices = shuffled_indices(len(data.train_labels), recipe.batch_size, sys.maxsize, seed)
         self._drawn = 0  # batches so far
@@ -212,7 +213,7 @@ class Trainer:
         self.model.eval()
 
     def _step(self, batch: Tensor, labels: Tensor, step: int) -> None:
-        with autocast(self.device, self._precision):
+        with autocast(self.device, self.precision):
             features = forward_features(self.model, batch)
             logits = self.model.get_classifier()(features)  # type: ignore[operator]
             loss = nn.functional.cross_entropy(logits.float(), labels)
