@@ -1,5 +1,4 @@
-// The only file that knows Python: tensors in as views (duck-typed, so no torch header), nothing out, GIL
-// released.
+// The native module: tensors in as views, nothing out, GIL released.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,70 +6,9 @@
 #include <string>
 
 #include "mvp/ops.h"
+#include "tensor_caster.h"
 
 namespace py = pybind11;
-
-namespace {
-
-// torch's dtype objects are singletons: compare by identity.
-struct TorchTypes {
-  PyObject* dtype[8];
-  TorchTypes() {
-    static const char* names[8] = {"float32", "float16", "bfloat16", "float64",
-                                   "int32",   "int64",   "uint8",    "bool"};
-    py::module_ torch = py::module_::import("torch");
-    for (int i = 0; i < 8; ++i)
-      dtype[i] = py::object(torch.attr(names[i])).release().ptr();  // kept for the process's life
-  }
-  static const TorchTypes& get() {
-    static const TorchTypes types;
-    return types;
-  }
-};
-
-}  // namespace
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<mvp::TensorView> {
-  PYBIND11_TYPE_CASTER(mvp::TensorView, const_name("torch.Tensor | None"));
-
-  bool load(handle source, bool) {
-    if (source.is_none()) {
-      value = mvp::TensorView{};
-      return true;
-    }
-    static PyObject* const data_ptr_name = PyUnicode_InternFromString("data_ptr");
-    static PyObject* const shape_name = PyUnicode_InternFromString("shape");
-    static PyObject* const stride_name = PyUnicode_InternFromString("stride");
-    static PyObject* const dtype_name = PyUnicode_InternFromString("dtype");
-    const auto call = [&](PyObject* name) {
-      return reinterpret_steal<object>(PyObject_CallMethodNoArgs(source.ptr(), name));
-    };
-    object dtype = reinterpret_steal<object>(PyObject_GetAttr(source.ptr(), dtype_name));
-    object shape = reinterpret_steal<object>(PyObject_GetAttr(source.ptr(), shape_name));
-    object stride = dtype && shape ? call(stride_name) : object();
-    object pointer = stride ? call(data_ptr_name) : object();
-    if (!pointer) throw error_already_set();
-    const Py_ssize_t ndim = PyTuple_GET_SIZE(shape.ptr());
-    if (ndim > mvp::kMaxDims) throw value_error("mvp_ext: a kernel takes at most 6 dimensions");
-    int code = 0;
-    const auto& types = TorchTypes::get();
-    while (code < 8 && types.dtype[code] != dtype.ptr()) ++code;
-    if (code == 8) throw type_error("mvp_ext: unsupported dtype " + std::string(str(dtype)));
-    value.dtype = static_cast<mvp::DType>(code);
-    value.ndim = static_cast<int32_t>(ndim);
-    for (Py_ssize_t d = 0; d < ndim; ++d) {
-      value.shape[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), d));
-      value.stride[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), d));
-    }
-    value.data = PyLong_AsVoidPtr(pointer.ptr());
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail
 
 namespace {
 

@@ -1,0 +1,71 @@
+// Tensors in as views: duck-typed, so no torch header. For files that define a pybind11 module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "mvp/tensor_view.h"
+
+namespace mvp {
+
+// torch's dtype objects are singletons: compare by identity.
+struct TorchTypes {
+  PyObject* dtype[8];
+  TorchTypes() {
+    static const char* names[8] = {"float32", "float16", "bfloat16", "float64",
+                                   "int32",   "int64",   "uint8",    "bool"};
+    pybind11::module_ torch = pybind11::module_::import("torch");
+    for (int i = 0; i < 8; ++i)
+      dtype[i] = pybind11::object(torch.attr(names[i])).release().ptr();  // kept for the process's life
+  }
+  static const TorchTypes& get() {
+    static const TorchTypes types;
+    return types;
+  }
+};
+
+}  // namespace mvp
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<mvp::TensorView> {
+  PYBIND11_TYPE_CASTER(mvp::TensorView, const_name("torch.Tensor | None"));
+
+  bool load(handle source, bool) {
+    if (source.is_none()) {
+      value = mvp::TensorView{};
+      return true;
+    }
+    static PyObject* const data_ptr_name = PyUnicode_InternFromString("data_ptr");
+    static PyObject* const shape_name = PyUnicode_InternFromString("shape");
+    static PyObject* const stride_name = PyUnicode_InternFromString("stride");
+    static PyObject* const dtype_name = PyUnicode_InternFromString("dtype");
+    const auto call = [&](PyObject* name) {
+      return reinterpret_steal<object>(PyObject_CallMethodNoArgs(source.ptr(), name));
+    };
+    object dtype = reinterpret_steal<object>(PyObject_GetAttr(source.ptr(), dtype_name));
+    object shape = reinterpret_steal<object>(PyObject_GetAttr(source.ptr(), shape_name));
+    object stride = dtype && shape ? call(stride_name) : object();
+    object pointer = stride ? call(data_ptr_name) : object();
+    if (!pointer) throw error_already_set();
+    const Py_ssize_t ndim = PyTuple_GET_SIZE(shape.ptr());
+    if (ndim > mvp::kMaxDims) throw value_error("mvp_ext: a kernel takes at most 6 dimensions");
+    int code = 0;
+    const auto& types = mvp::TorchTypes::get();
+    while (code < 8 && types.dtype[code] != dtype.ptr()) ++code;
+    if (code == 8) throw type_error("mvp_ext: unsupported dtype " + std::string(str(dtype)));
+    value.dtype = static_cast<mvp::DType>(code);
+    value.ndim = static_cast<int32_t>(ndim);
+    for (Py_ssize_t d = 0; d < ndim; ++d) {
+      value.shape[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), d));
+      value.stride[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), d));
+    }
+    value.data = PyLong_AsVoidPtr(pointer.ptr());
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
