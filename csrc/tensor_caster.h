@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 
+#include "mvp/dlpack.h"
 #include "mvp/tensor_view.h"
 
 namespace mvp {
@@ -26,6 +28,34 @@ struct TorchTypes {
   }
 };
 
+// torch.Tensor's, where this version of torch has one (2.10 or newer); else null. Ten times as fast as
+// attributes.
+inline const dlpack::ExchangeApi* exchange_api() {
+  static const dlpack::ExchangeApi* const api = [] {
+    const dlpack::ExchangeApi* found = nullptr;
+    const pybind11::object tensor = pybind11::module_::import("torch").attr("Tensor");
+    const pybind11::object capsule = pybind11::getattr(tensor, "__dlpack_c_exchange_api__", pybind11::none());
+    if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api"))
+      found =
+          static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    return found != nullptr && found->major == dlpack::kMajorVersion ? found : nullptr;
+  }();
+  return api;
+}
+
+// The DType of what a kernel can take, else −1.
+inline int dtype_of(const dlpack::Tensor& tensor) {
+  using namespace dlpack;
+  const auto is = [&](Code code, int bits) {
+    return tensor.code == code && tensor.bits == bits && tensor.lanes == 1;
+  };
+  const bool known[8] = {is(kFloat, 32), is(kFloat, 16), is(kBfloat, 16), is(kFloat, 64),
+                         is(kInt, 32),   is(kInt, 64),   is(kUInt, 8),    is(kBool, 8)};  // as in DType
+  for (int code = 0; code < 8; ++code)
+    if (known[code]) return code;
+  return -1;
+}
+
 }  // namespace mvp
 
 namespace pybind11::detail {
@@ -39,6 +69,25 @@ struct type_caster<mvp::TensorView> {
       value = mvp::TensorView{};
       return true;
     }
+    const mvp::dlpack::ExchangeApi* const api = mvp::exchange_api();
+    return api != nullptr ? read_fields(*api, source) : read_attributes(source);
+  }
+
+ private:
+  bool read_fields(const mvp::dlpack::ExchangeApi& api, handle source) {
+    mvp::dlpack::Tensor tensor;
+    if (api.read(source.ptr(), &tensor) != 0) throw error_already_set();
+    const int code = mvp::dtype_of(tensor);
+    if (code < 0 || tensor.ndim > mvp::kMaxDims) return read_attributes(source);  // knows what to say
+    value.dtype = static_cast<mvp::DType>(code);
+    value.ndim = tensor.ndim;
+    std::copy_n(tensor.shape, tensor.ndim, value.shape);
+    std::copy_n(tensor.strides, tensor.ndim, value.stride);
+    value.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    return true;
+  }
+
+  bool read_attributes(handle source) {
     static PyObject* const data_ptr_name = PyUnicode_InternFromString("data_ptr");
     static PyObject* const shape_name = PyUnicode_InternFromString("shape");
     static PyObject* const stride_name = PyUnicode_InternFromString("stride");

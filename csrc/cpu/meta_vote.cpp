@@ -246,30 +246,36 @@ void meta_vote_cpu(const TensorView& masks, const TensorView& weights, const Ten
 
   const int64_t tasks = targets * count;
   const bool parallel = threads > 1 && tasks > 1 && targets * units * (voters + 16) >= kParallelWork;
-#pragma omp parallel num_threads(threads) if (parallel)
+  const auto vote = [&](int64_t task, int32_t* keys) {
+    // Layer-major: a thread that does several targets of a layer finds its masks in the cache.
+    const Layer& layer = plan[static_cast<size_t>(task / targets)];
+    const int64_t t = task % targets, n = layer.units;
+    const bool* rows = masks.ptr<bool>() + layer.first_unit;
+    float* sum = votes.ptr<float>() + t * units + layer.first_unit;
+    if (weights.defined())
+      sum_votes(rows, voters, masks.stride[0], n, weights.ptr<float>() + t * voters, sum);
+    else
+      count_votes(rows, voters, masks.stride[0], n, sum);
+    if (temperature)
+      sample_keys(sum, n, layer.first_unit, static_cast<uint32_t>(t), static_cast<float>(*temperature),
+                  static_cast<uint64_t>(seed), keys);
+    else
+      for (int64_t u = 0; u < n; ++u) keys[u] = order_key(sum[u]);
+    const float* ranks = prior.defined() ? prior.ptr<float>() + layer.first_unit : nullptr;
+    if (ranks != nullptr && prior.ndim == 2) ranks += t * units;
+    choose(keys, ranks, n, layer.kept, mask.ptr<bool>() + t * units + layer.first_unit,
+           index.ptr<int32_t>() + t * first_kept + layer.first_kept);
+  };
+  if (!parallel) {  // a small vote takes no longer than OpenMP needs to run it on one thread
+    std::vector<int32_t> keys(static_cast<size_t>(largest));
+    for (int64_t task = 0; task < tasks; ++task) vote(task, keys.data());
+    return;
+  }
+#pragma omp parallel num_threads(threads)
   {
     std::vector<int32_t> keys(static_cast<size_t>(largest));
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) {
-      // Layer-major: a thread that does several targets of a layer finds its masks in the cache.
-      const Layer& layer = plan[static_cast<size_t>(task / targets)];
-      const int64_t t = task % targets, n = layer.units;
-      const bool* rows = masks.ptr<bool>() + layer.first_unit;
-      float* sum = votes.ptr<float>() + t * units + layer.first_unit;
-      if (weights.defined())
-        sum_votes(rows, voters, masks.stride[0], n, weights.ptr<float>() + t * voters, sum);
-      else
-        count_votes(rows, voters, masks.stride[0], n, sum);
-      if (temperature)
-        sample_keys(sum, n, layer.first_unit, static_cast<uint32_t>(t), static_cast<float>(*temperature),
-                    static_cast<uint64_t>(seed), keys.data());
-      else
-        for (int64_t u = 0; u < n; ++u) keys[static_cast<size_t>(u)] = order_key(sum[u]);
-      const float* ranks = prior.defined() ? prior.ptr<float>() + layer.first_unit : nullptr;
-      if (ranks != nullptr && prior.ndim == 2) ranks += t * units;
-      choose(keys.data(), ranks, n, layer.kept, mask.ptr<bool>() + t * units + layer.first_unit,
-             index.ptr<int32_t>() + t * first_kept + layer.first_kept);
-    }
+    for (int64_t task = 0; task < tasks; ++task) vote(task, keys.data());
   }
 }
 

@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 
+# Looked up once: small ops ask for them at every call.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_profiler_enabled = torch.autograd._profiler_enabled
+
 _library = torch.library.Library("mvp_ext", "DEF")
 
 
@@ -27,11 +32,7 @@ def define(
 
 def nobody_listens() -> bool:
     """No mode, transform or profiler would see a call of an op: its kernel may be called directly."""
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.autograd._profiler_enabled()
-    )
+    return _dispatch_modes() == 0 and _transforms() is None and not _profiler_enabled()
 
 
 def _without_cuda(name: str) -> Callable[..., Any]:

@@ -48,11 +48,11 @@ def _meta_vote_outputs(
     masks: Tensor, weights: Tensor | None, kept: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     lead = () if weights is None or weights.ndim == 1 else (weights.shape[0],)
-    units, device = masks.shape[1], masks.device
+    units = masks.shape[1]
     return (
-        torch.empty(*lead, units, dtype=torch.bool, device=device),
-        torch.empty(*lead, sum(kept), dtype=torch.int32, device=device),
-        torch.empty(*lead, units, dtype=torch.float32, device=device),
+        masks.new_empty(*lead, units),
+        masks.new_empty(*lead, sum(kept), dtype=torch.int32),
+        masks.new_empty(*lead, units, dtype=torch.float32),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,9 +46,7 @@ def kept_units(
         raise ValueError(f"kept_units: align: expected at least 1, got {align}")
     if isinstance(keep, float):
         _check_ratio(keep)
-        if align == 1:  # the usual case, quick: it is part of every vote
-            return tuple([int(keep * n + 0.5) or 1 for n in layers])
-        return tuple(_from_ratio(n, keep, align) for n in layers)
+        return _from_ratios(tuple(layers), keep, align)
     if isinstance(keep, (str, bytes)) or not isinstance(keep, Sequence):
         raise TypeError(f"kept_units: keep: expected a float or a sequence of floats or ints, got {keep!r}")
     if len(keep) != len(layers):
@@ -71,6 +70,11 @@ def _one(units: int, keep: float | int, align: int) -> int:
 def _check_ratio(keep: float) -> None:
     if not 0.0 < keep <= 1.0:  # false for NaN, too
         raise ValueError(f"kept_units: keep: expected a ratio in (0, 1], got {keep}")
+
+
+@functools.lru_cache(maxsize=256)  # it is part of every vote, and a model's layers do not change
+def _from_ratios(layers: tuple[int, ...], ratio: float, align: int) -> tuple[int, ...]:
+    return tuple(_from_ratio(units, ratio, align) for units in layers)
 
 
 def _from_ratio(units: int, ratio: float, align: int) -> int:
