@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from isa import OLDER, run_on
@@ -217,3 +220,14 @@ def test_unpack_errors_write_nothing(
 @pytest.mark.parametrize("isa", OLDER)
 def test_other_instruction_sets(isa: str) -> None:
     run_on(isa, __file__, "all_shapes_of_one_dtype or any_order")
+
+
+def test_tensors_are_read_without_dlpack_too() -> None:
+    """Versions of torch before 2.10 have no exchange API: then the fields are asked for as attributes."""
+    code = (
+        "import torch; torch.Tensor.__dlpack_c_exchange_api__ = None; from mvp_ext.ops import unpack;"
+        "out = torch.zeros(4, 6).t(); part = torch.ones(2, 4, requires_grad=True);"
+        "unpack([part], [out], [torch.tensor([1, 4])], [None]); print(out.sum(1).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[0.0, 4.0, 0.0, 0.0, 4.0, 0.0]"
