@@ -7,6 +7,9 @@
 
 #include "mvp/ops.h"
 #include "tensor_caster.h"
+#ifdef MVP_WITH_CUDA
+#include "cuda_bindings.h"
+#endif
 
 namespace py = pybind11;
 
@@ -65,6 +68,9 @@ PYBIND11_MODULE(_C, m) {
   def("pruned_linear_cpu", MVP_SELECT(isa, pruned_linear_cpu));
   def("residual_add_cpu", MVP_SELECT(isa, residual_add_cpu));
   def("unpack_cpu", MVP_SELECT(isa, unpack_cpu));
+#ifdef MVP_WITH_CUDA
+  mvp::def_cuda_ops(m);
+#endif
 
   m.def("build_info", [isa] {
     py::dict info;

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from emulator import emulated
 from tiny import tiny_model
 from torch import nn
 
@@ -14,6 +15,9 @@ from torch import nn
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "cuda: needs a CUDA device; skipped without one, unless MVP_REQUIRE_CUDA=1"
+    )
+    config.addinivalue_line(
+        "markers", "sanitize: its emulated kernels are also run under AddressSanitizer and UBSan"
     )
 
 
@@ -29,6 +33,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _seeded() -> None:
     """Every test starts from the same global seed, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "emulator", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where a test of an op puts its tensors. "emulator": on the CPU, and the CUDA kernels run there."""
+    if request.param == "emulator":
+        with emulated():
+            yield torch.device("cpu")
+    else:
+        yield torch.device(request.param)
 
 
 @pytest.fixture

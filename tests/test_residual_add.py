@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import move, skip_float64_on_gpu
+from emulator import emulated
 from isa import OLDER, run_on
 from torch import Tensor
 
@@ -48,11 +50,13 @@ def assert_close(got: Tensor, residual: Tensor, y: Tensor, index: Tensor | None,
         assert (got.double() - exact).abs().max() <= allowed
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shapes(dtype: torch.dtype) -> None:
+def test_shapes(dtype: torch.dtype, device: torch.device) -> None:
+    skip_float64_on_gpu(dtype, device)
     for shape, dim in CASES:
         for share in (0.0, 0.5, 1.0):
-            residual, y, index, scale, shift = inputs(shape, dim, dtype, share)
+            residual, y, index, scale, shift = move(device, *inputs(shape, dim, dtype, share))
             for activation in (None, "relu"):
                 for options in ({}, {"scale": scale, "shift": shift}, {"shift": shift}):
                     both = {"activation": activation, "dim": dim, **options}
@@ -61,13 +65,14 @@ def test_shapes(dtype: torch.dtype) -> None:
                         assert_close(residual_add(residual, y, None, **both), residual, y, None, **both)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts(dtype: torch.dtype) -> None:
+def test_layouts(dtype: torch.dtype, device: torch.device) -> None:
+    skip_float64_on_gpu(dtype, device)
     for shape in ((2, 33, 5, 3), (2, 64, 7, 7), (1, 16, 1, 1), (3, 1, 4, 4)):
-        residual, y, index, scale, shift = inputs(shape, 1, dtype)
-        shuffled = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(0))].to(
-            torch.int32
-        )
+        residual, y, index, scale, shift = move(device, *inputs(shape, 1, dtype))
+        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(0)).to(device)
+        shuffled = index[order].to(torch.int32)
         last = torch.channels_last
         wide = torch.cat([residual, residual], 3)[..., ::2]
         for stream in (
@@ -80,20 +85,21 @@ def test_layouts(dtype: torch.dtype) -> None:
                 for at in (index, shuffled):
                     for options in ({}, {"scale": scale.half(), "shift": shift, "activation": "relu"}):
                         assert_close(residual_add(stream, term, at, **options), stream, term, at, **options)
-    stream = torch.randn(2, 8, 3, 3).to(memory_format=last)
+    stream = torch.randn(2, 8, 3, 3, device=device).to(memory_format=last)
     assert residual_add(stream, stream, None).is_contiguous(memory_format=last)
     assert residual_add(stream.contiguous(), stream, None).is_contiguous()
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
-def test_special_values(form: torch.memory_format) -> None:
-    residual = torch.zeros(1, 40, 5, 5).to(memory_format=form)
+def test_special_values(form: torch.memory_format, device: torch.device) -> None:
+    residual = torch.zeros(1, 40, 5, 5, device=device).to(memory_format=form)
     residual[0, :, 0, 0], residual[0, :, 1, 1], residual[0, :, 2, 2] = (
         float("nan"),
         float("-inf"),
         float("inf"),
     )
-    y, index = torch.randn(1, 20, 5, 5).to(memory_format=form), torch.arange(0, 40, 2)
+    y = torch.randn(1, 20, 5, 5, device=device).to(memory_format=form)
+    index = torch.arange(0, 40, 2, device=device)
     y[0, 0, 3, 3] = float("nan")
     got = residual_add(residual, y, index, activation="relu")
     assert torch.equal(
@@ -101,10 +107,9 @@ def test_special_values(form: torch.memory_format) -> None:
         reference.residual_add(residual, y, index, activation="relu").nan_to_num(nan=-7),
     )
     # An infinite scale must not leak into the removed channels.
-    got = residual_add(
-        torch.zeros(1, 40, 5, 5).to(memory_format=form), y, index, scale=torch.full((20,), float("inf"))
-    )
-    assert torch.equal(got[:, 1::2], torch.zeros(1, 20, 5, 5))
+    scale = torch.full((20,), float("inf"), device=device)
+    got = residual_add(torch.zeros_like(residual), y, index, scale=scale)
+    assert torch.equal(got[:, 1::2], torch.zeros(1, 20, 5, 5, device=device))
 
 
 @pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
@@ -145,8 +150,8 @@ def test_gradients_of_some_inputs() -> None:
         assert not residual_add(residual.requires_grad_(), y, index).requires_grad
 
 
-def test_no_alias_and_deterministic() -> None:
-    residual, y, index, scale, shift = inputs((4, 64, 56, 56), 1, torch.float32)
+def test_no_alias_and_deterministic(device: torch.device) -> None:
+    residual, y, index, scale, shift = move(device, *inputs((4, 64, 56, 56), 1, torch.float32))
     for form in (torch.contiguous_format, torch.channels_last):
         residual = residual.to(memory_format=form)
         before = residual.clone()
@@ -174,6 +179,30 @@ def test_opcheck_and_compile() -> None:
     run(residual, expected).sum().backward()
     torch.testing.assert_close(compiled, run(residual, y))
     torch.testing.assert_close(leaf.grad, expected.grad)
+
+
+@pytest.mark.parametrize("schedule", range(1, 5))
+def test_schedules(schedule: int) -> None:
+    """In whatever order the threads of the CUDA kernels run."""
+    for shape, dim in (((2, 33, 5, 3), 1), ((3, 32, 7, 8), 1), ((5, 300), -1), ((5, 4, 64), -1)):
+        arguments = inputs(shape, dim, torch.float32)
+        with emulated(schedule):
+            got = residual_add(*arguments[:3], scale=arguments[3], shift=arguments[4], dim=dim)
+        assert torch.equal(got, residual_add(*arguments[:3], scale=arguments[3], shift=arguments[4], dim=dim))
+
+
+def test_what_a_gpu_does_not_take() -> None:
+    with (
+        emulated(),
+        pytest.raises(TypeError, match="residual: expected float32, float16 or bfloat16 on a GPU"),
+    ):
+        residual_add(R.double(), Y.double(), AT)
+    for index, message in (
+        (AT + 1, "index: a value out of range"),
+        (AT * 0, "index: a value that comes twice"),
+    ):
+        with emulated(), pytest.raises(RuntimeError, match=message):
+            residual_add(R, Y, index)
 
 
 R, Y, AT = torch.zeros(2, 4, 3, 3), torch.zeros(2, 2, 3, 3), torch.tensor([1, 3])

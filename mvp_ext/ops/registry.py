@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mvp_ext.ops import cuda
 from mvp_ext.ops._native import build_info, native
 from mvp_ext.ops.blocks import positions
 from mvp_ext.ops.define import define, nobody_listens
@@ -284,7 +285,7 @@ def _residual_add_fake(
     return torch.empty_like(residual, memory_format=_residual_form(residual, dim))
 
 
-def _residual_add_cpu(
+def _residual_add(
     residual: Tensor,
     y: Tensor,
     index: Tensor | None,
@@ -294,6 +295,8 @@ def _residual_add_cpu(
     dim: int,
 ) -> Tensor:
     form = _residual_form(residual, dim)
+    if cuda.runs(residual):
+        return cuda.residual_add(residual, y, index, scale, shift, relu, dim, form)
     residual = residual.contiguous(memory_format=form)
     out = torch.empty_like(residual, memory_format=form)
     accumulator = torch.float64 if residual.dtype is torch.float64 else torch.float32
@@ -315,7 +318,8 @@ residual_add_op = define(
     "residual_add(Tensor residual, Tensor y, Tensor? index, Tensor? scale, Tensor? shift, bool relu, int dim)"
     " -> Tensor",
     fake=_residual_add_fake,
-    cpu=_residual_add_cpu,
+    cpu=_residual_add,
+    cuda=_residual_add,
 )
 
 
@@ -329,11 +333,6 @@ def residual_add(
     dim: int,
 ) -> Tensor:
     """The op; its kernel directly where no one can tell the difference, as for ``meta_vote``."""
-    if (
-        not torch.compiler.is_compiling()
-        and nobody_listens()
-        and type(residual) is type(y) is Tensor
-        and residual.is_cpu
-    ):
-        return _residual_add_cpu(residual, y, index, scale, shift, relu, dim)
+    if not torch.compiler.is_compiling() and nobody_listens() and type(residual) is type(y) is Tensor:
+        return _residual_add(residual, y, index, scale, shift, relu, dim)
     return residual_add_op(residual, y, index, scale, shift, relu, dim)

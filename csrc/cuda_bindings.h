@@ -1,0 +1,16 @@
+// The CUDA kernels as functions of a Python module: of _C, and of the emulator's.
+#pragma once
+
+#include "mvp/cuda_ops.h"
+#include "tensor_caster.h"
+
+namespace mvp {
+
+inline void def_cuda_ops(pybind11::module_& m) {
+  const auto def = [&](const char* name, auto kernel) {
+    m.def(name, kernel, pybind11::call_guard<pybind11::gil_scoped_release>());
+  };
+  def("residual_add_cuda", &residual_add_cuda);
+}
+
+}  // namespace mvp

@@ -1,0 +1,25 @@
+"""For tests of ops that run on several backends (the fixture ``device``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mvp_ext.ops import cuda
+
+
+def on_gpu(device: torch.device) -> bool:
+    """The CUDA side of an op runs, be it on a GPU or in the emulator."""
+    return device.type == "cuda" or cuda.stand_in
+
+
+def skip_float64_on_gpu(dtype: torch.dtype, device: torch.device) -> None:
+    if dtype is torch.float64 and on_gpu(device):
+        pytest.skip("float64 is computed on the CPU only")
+
+
+def move(device: torch.device, *values: Any) -> tuple[Any, ...]:
+    """Tensors to the device, in their memory format; other values as they are."""
+    return tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in values)

@@ -1,0 +1,168 @@
+// Kernels of 64 threads that are wrong in one way each, beside the right ones. in and out: float32 [64].
+#include <string>
+
+#include "cuda/common.cuh"
+#include "faults.h"
+
+namespace mvp::cuda {
+namespace {
+
+constexpr int kThreads = 64;
+
+// out[i] = in[(i + 1) % 64] + in[(i + 63) % 64], through shared memory.
+template <bool kBarrier>
+__global__ void neighbours(const float* in, float* out) {
+  float* shared = dynamic_shared<float>();
+  const int i = threadIdx.x;
+  shared[i] = in[i];
+  if (kBarrier) __syncthreads();
+  out[i] = shared[(i + 1) % kThreads] + shared[(i + kThreads - 1) % kThreads];
+}
+
+// Twice around: the second write must wait for the first read.
+template <bool kBarrier>
+__global__ void two_rounds(const float* in, float* out) {
+  float* shared = dynamic_shared<float>();
+  const int i = threadIdx.x;
+  float sum = 0.0f;
+  for (int round = 0; round < 2; ++round) {
+    shared[i] = in[i] + static_cast<float>(round);
+    __syncthreads();
+    sum += shared[(i + 7) % kThreads];
+    if (kBarrier) __syncthreads();
+  }
+  out[i] = sum;
+}
+
+// Exchange within a warp through shared memory.
+template <bool kBarrier>
+__global__ void exchange_in_warp(const float* in, float* out) {
+  float* shared = dynamic_shared<float>();
+  const int i = threadIdx.x;
+  shared[i] = in[i];
+  if (kBarrier) __syncwarp();
+  out[i] = shared[i ^ 5];
+}
+
+template <bool kWait>
+__global__ void copy_through_shared(const float* in, float* out) {
+  float* shared = dynamic_shared<float>();
+  const int i = threadIdx.x;
+  if (i % 4 == 0) cp_async16(shared + i, in + i);
+  cp_async_commit();
+  if (kWait) cp_async_wait<0>();
+  __syncthreads();
+  out[i] = shared[i];
+  if (!kWait) cp_async_wait<0>();
+}
+
+// The wait leaves one group under way, and it is the one that is read.
+__global__ void wait_for_the_wrong_group(const float* in, float* out) {
+  float* shared = dynamic_shared<float>();
+  const int i = threadIdx.x;
+  if (i % 4 == 0) cp_async16(shared + i, in + i);
+  cp_async_commit();
+  cp_async_wait<1>();
+  __syncthreads();
+  out[i] = shared[i];
+  cp_async_wait<0>();
+}
+
+__global__ void barrier_for_some(const float* in, float* out) {
+  const int i = threadIdx.x;
+  out[i] = in[i];
+  if (i < 40) __syncthreads();
+}
+
+__global__ void barriers_in_two_places(const float* in, float* out) {
+  const int i = threadIdx.x;
+  if (i < 32) {
+    out[i] = in[i];
+    __syncthreads();
+  } else {
+    __syncthreads();
+    out[i] = in[i];
+  }
+}
+
+__global__ void shuffle_for_some(const float* in, float* out) {
+  const int i = threadIdx.x;
+  out[i] = in[i];
+  if (i % 32 < 20) out[i] = __shfl_xor_sync(kAllLanes, in[i], 1);
+}
+
+__global__ void misaligned(const float* in, float* out) {
+  if (threadIdx.x == 0) store16(out, load16(in + 1));
+}
+
+__global__ void beyond_shared(const float* in, float* out) {
+  float* shared = dynamic_shared<float>();
+  const int i = threadIdx.x;
+  shared[i + 1] = in[i];
+  __syncthreads();
+  out[i] = shared[i + 1];
+}
+
+__global__ void beyond_global(const float* in, float* out) {
+  const int i = threadIdx.x;
+  out[i] = in[i + 1];
+}
+
+__global__ void unwaited_copies(const float* in, float*) {
+  if (threadIdx.x == 0) cp_async16(dynamic_shared<float>(), in);
+}
+
+// d[16×8] = a[16×16] · b[16×8] from bf16 values in `in`: a then b, row-major; loaded by ldmatrix.
+__global__ void matrix_product(const float* in, float* out) {
+  auto* shared = dynamic_shared<Bf16>();
+  for (int i = threadIdx.x; i < 16 * 16 + 16 * 8; i += 32) shared[i] = from_float<Bf16>(in[i]);
+  __syncwarp();
+  const int lane = static_cast<int>(threadIdx.x);
+  uint32_t a[4], pair[4];
+  ldmatrix_x4(a, shared + (lane % 16) * 16 + lane / 16 * 8);
+  // Two 8×8 halves of b; lanes 16 to 31 repeat them.
+  ldmatrix_x4_trans(pair, shared + 256 + (lane % 16) * 8);
+  const uint32_t b[2] = {pair[0], pair[1]};
+  float d[4] = {};
+  mma_m16n8k16<Bf16>(d, a, b);
+  for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
+}
+
+}  // namespace
+}  // namespace mvp::cuda
+
+namespace mvp {
+
+void run_faulty_kernel(const std::string& name, const TensorView& in, const TensorView& out) {
+  using namespace cuda;
+  const std::pair<const char*, void (*)(const float*, float*)> kernels[] = {
+      {"neighbours", &neighbours<true>},
+      {"neighbours without barrier", &neighbours<false>},
+      {"two rounds", &two_rounds<true>},
+      {"two rounds without barrier", &two_rounds<false>},
+      {"exchange in warp", &exchange_in_warp<true>},
+      {"exchange in warp without barrier", &exchange_in_warp<false>},
+      {"copy", &copy_through_shared<true>},
+      {"copy without wait", &copy_through_shared<false>},
+      {"copy with too weak a wait", &wait_for_the_wrong_group},
+      {"barrier for some", &barrier_for_some},
+      {"barriers in two places", &barriers_in_two_places},
+      {"shuffle for some", &shuffle_for_some},
+      {"misaligned", &misaligned},
+      {"beyond shared", &beyond_shared},
+      {"beyond global", &beyond_global},
+      {"unwaited copies", &unwaited_copies},
+      {"matrix product", &matrix_product},
+  };
+  for (const auto& [known, kernel] : kernels)
+    if (name == known) {
+      const bool one_warp = name == "matrix product";
+      const Shape shape{dim3(1), dim3(one_warp ? 32 : kThreads),
+                        one_warp ? 384 * sizeof(Bf16) : kThreads * sizeof(float)};
+      return launch("a test kernel", DType::f32, Queue(0, 0), shape, kernel, in.ptr<float>(),
+                    out.ptr<float>());
+    }
+  throw std::invalid_argument("no kernel is named " + name);
+}
+
+}  // namespace mvp
