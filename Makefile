@@ -16,11 +16,12 @@ PACKAGE := pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(shell find mvp_e
 	\( -name '*.py' -o -name '*.typed' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null)
 CPP := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null)
 
-.PHONY: help install develop demo test lint format wheel info clean
+.PHONY: help install develop demo test lint ptxas format wheel info clean
 help:
 	@echo "make demo     install, then the main job on real images; leaves runs/demo/report.html"
 	@echo "make test     install, then the test suite against the installed package"
 	@echo "make lint     ruff, clang-format, mypy"
+	@echo "make ptxas    compile the CUDA kernels with nvcc; no warning, no spill, no local memory"
 	@echo "make develop  an editable install in $(VENV) (rebuild the kernels by running it again)"
 	@echo "make info     versions, build flags, devices;   make wheel, make format, make clean"
 
@@ -62,6 +63,9 @@ lint: $(VENV)/.dependencies
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/python scripts/readme_tables.py --check
+
+ptxas: $(VENV)/.dependencies
+	$(BIN)/python scripts/check_ptxas.py
 
 format: $(VENV)/.dependencies
 	$(BIN)/ruff check --fix .

@@ -59,13 +59,12 @@ struct Affine {
     if (position >= 0 && problem.shift != nullptr) shift = problem.shift[position];
   }
   Affine() = default;
+  // Product and sum round one by one, as on the CPU.
+  template <typename T>
+  __device__ __forceinline__ float apply(T y) const {
+    return __fadd_rn(__fmul_rn(to_float(y), scale), shift);
+  }
 };
-
-// The products and sums round one by one, as on the CPU.
-template <typename T>
-__device__ __forceinline__ float add_term(float stream, T y, Affine affine) {
-  return stream + __fadd_rn(__fmul_rn(to_float(y), affine.scale), affine.shift);
-}
 
 __device__ __forceinline__ float activate(float x, bool relu) {
   return relu && x < 0.0f ? 0.0f : x;  // NaN is not below zero
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) add_planes(const __grid_constant__ P
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         float sum = to_float(stream.at[i]);
-        if (from >= 0) sum = add_term(sum, term.at[i], affine);
+        if (from >= 0) sum += affine.apply(term.at[i]);
         stream.at[i] = from_float<T>(activate(sum, problem.relu));
       }
       store16(out + first, stream);
@@ -110,25 +109,34 @@ __global__ void __launch_bounds__(kThreads) add_planes(const __grid_constant__ P
       if (whole) {
         stream = load16_once(residual + first);
       } else {
+#pragma unroll
         for (int i = 0; i < kVector; ++i)
           if (first + i < total) stream.at[i] = residual[first + i];
       }
-      for (int i = 0; i < kVector && first + i < total; ++i) {
-        float sum = to_float(stream.at[i]);
-        if (from >= 0) sum = add_term(sum, y[y_offset()], affine);
-        stream.at[i] = from_float<T>(activate(sum, problem.relu));
+      // All loads of y first, so that they are under way together. −0 is what changes nothing when it is
+      // added.
+      float term[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const bool here = first + i < total;
+        term[i] = -0.0f;
+        if (here && from >= 0) term[i] = affine.apply(y[y_offset()]);
         if (++at == inner) {
           at = 0;
           if (++channel == channels) channel = 0, ++example;
-          if (i + 1 < kVector && first + i + 1 < total) {
+          if (here) {
             from = position[channel];
             affine = Affine(problem, from);
           }
         }
       }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        stream.at[i] = from_float<T>(activate(to_float(stream.at[i]) + term[i], problem.relu));
       if (whole) {
         store16(out + first, stream);
       } else {
+#pragma unroll
         for (int i = 0; i < kVector; ++i)
           if (first + i < total) out[first + i] = stream.at[i];
       }
@@ -168,7 +176,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       float sum = to_float(stream.at[i]);
-      if (from[i] >= 0) sum = add_term(sum, y[from[i]], affine[i]);
+      if (from[i] >= 0) sum += affine[i].apply(y[from[i]]);
       stream.at[i] = from_float<T>(activate(sum, problem.relu));
     }
     if constexpr (kVector > 1)
