@@ -48,7 +48,8 @@ def draw(shape, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize(
     "shape",
     [
-        (1, 1, 1, 1), (2, 3, 1, 1), (3, 17, 7, 7), (2, 31, 3, 1), (2, 32, 1, 5), (2, 33, 8, 8), (1, 5, 37, 41),
+        (1, 1, 1, 1), (2, 3, 1, 1), (3, 17, 7, 7), (9, 70, 7, 7), (2, 40, 14, 14), (17, 67, 2, 1),
+        (2, 31, 3, 1), (2, 32, 1, 5), (2, 33, 8, 8), (1, 5, 37, 41),
         (4, 64, 56, 56), (2, 16, 112, 112), (1, 2, 300, 300),
     ],
 )  # fmt: skip
@@ -111,6 +112,22 @@ def test_special_values_stay_in_their_unit(value, layout):
     for kind in KINDS:
         finite = importance(a, grad, kind=kind).isfinite()
         assert finite.tolist() == [True] * 32 + [False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_stay_in_their_row(dtype):
+    """Rows of channels without gaps share registers, and what follows the last one is not read."""
+    a, grad = (torch.cat([x, torch.full((2, 70), NAN, dtype=dtype)]) for x in draw((20, 70), dtype))
+    for length in (1, 3, 7):
+        channels = 70 // length
+        view = lambda x: x[:20, : channels * length].unflatten(1, (channels, length))  # noqa: E731, B023
+        for marked in (0, channels // 2, channels - 1):
+            x = a.clone()
+            view(x)[3, marked] = NAN
+            for kind in KINDS:
+                finite = importance(view(x), view(grad), kind=kind).isfinite()
+                assert finite.tolist() == [c != marked for c in range(channels)], (length, kind)
+        assert_close(view(a), view(grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -180,4 +197,4 @@ def test_compile():
 
 @pytest.mark.parametrize("isa", OLDER)
 def test_other_instruction_sets(isa):
-    run_on(isa, __file__, "test_images or test_tokens or test_views or by_hand")
+    run_on(isa, __file__, "test_images or test_tokens or test_views or special_values or by_hand")

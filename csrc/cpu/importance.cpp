@@ -4,13 +4,14 @@
 //   s[b, u] = Σ over the positions and the unit's channels of a·g          (activation: of |a|)
 //   taylor  Σ_b |s|      taylor2  Σ_b s²      activation  Σ_b s / number of elements of a unit
 //
-// Bytes: a and g once. A first pass sums positions into partial [B, chunks, C], a second, small one sums
-// those in a fixed order. The first is cut into pieces that do not depend on the number of threads, so
-// neither does a bit of the result. Accumulators are float32 vectors in two levels (a fold every kFold
-// terms), from the partial sums on double; float64 input is summed in double throughout. Two layouts are
-// fast: positions contiguous (NCHW: a row a channel) and channels contiguous (channels_last, [B, n, C]).
+// Bytes: a and g once. A first pass sums positions into partial [B, chunks, C], a second, small one the
+// batch, slab by slab, in a fixed order. Both are cut into pieces that do not depend on the number of
+// threads, so neither does a bit of the result. Accumulators are float32 vectors in two levels (a fold every
+// kFold terms), from the partial sums on double; float64 input is summed in double throughout. Two layouts
+// are fast: positions contiguous (NCHW: a row a channel) and channels contiguous (channels_last, [B, n, C]).
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <type_traits>
 
 #include "mvp/check.h"
@@ -23,18 +24,95 @@ namespace {
 constexpr int64_t kParallelElements = 1 << 17;  // below, a fork costs more than it saves
 constexpr int64_t kFold = 64;                   // terms in the lower level of a sum
 constexpr int64_t kChunk = 1024;                // positions in one piece of work, channels contiguous
+constexpr int64_t kSlab = 8;                    // examples whose scores are added up by one thread
+constexpr int kTile = kLanes;      // running sums that stay in registers: half of those there are
+constexpr int64_t kShortRow = 32;  // vectors
+
+// What one load brings, as vectors of floats. A load fills a register: of bfloat16 it holds two vectors'
+// worth, the even and the odd elements, which a shift and a mask take apart. Sums do not care which is which.
+template <typename T>
+constexpr int kParts = std::is_same_v<T, Bf16> ? 2 : 1;
+template <typename T>
+constexpr int64_t kStep = kParts<T> * kLanes;  // elements of a block
+
+template <typename T>
+struct Block {
+  Vec part[kParts<T>];
+};
+
+template <typename T>
+inline Block<T> load_block(const T* p) {
+  return {{load(p)}};
+}
+inline Block<Bf16> load_block(const Bf16* p) {
+  Bits pairs;
+  std::memcpy(&pairs, p, sizeof pairs);
+#if defined(__AVX512F__)
+  asm("" : "+v"(pairs));  // or the compiler loads it twice
+#endif
+  return {{bit_cast<Vec>(pairs << 16), bit_cast<Vec>(pairs & 0xffff0000u)}};
+}
+
+template <typename T>
+inline Block<T> load_block(const T* p, int64_t n) {
+  return {{load(p, n)}};
+}
+inline Block<Bf16> load_block(const Bf16* p, int64_t n) {
+  Bf16 all[kStep<Bf16>] = {};
+  std::memcpy(all, p, static_cast<size_t>(n) * sizeof(Bf16));
+  return load_block(all);
+}
+
+template <typename T>
+inline Block<T> operator+(Block<T> x, const Block<T>& y) {
+  for (int k = 0; k < kParts<T>; ++k) x.part[k] += y.part[k];
+  return x;
+}
+
+// Elements of `first` before the n-th, of `others` from it on. Selected, not weighted: NaN stays in its row.
+template <typename T>
+inline Block<T> join(int64_t n, const Block<T>& first, const Block<T>& others) {
+  Block<T> joined;
+  for (int k = 0; k < kParts<T>; ++k)
+    joined.part[k] = join((n + kParts<T> - 1 - k) / kParts<T>, first.part[k], others.part[k]);
+  return joined;
+}
+
+template <typename T>
+inline void store_block(float* p, const Block<T>& block, int64_t n) {
+  if constexpr (kParts<T> == 1) {
+    store(p, block.part[0], n);
+  } else {
+    const int64_t first = std::min<int64_t>(n, kLanes);
+    store(p, pick<Zip<0>>(block.part[0], block.part[1]), first);
+    store(p + first, pick<Zip<1>>(block.part[0], block.part[1]), n - first);
+  }
+}
+
+template <typename T>
+inline Vec combine(const Block<T>& block) {
+  Vec sum = block.part[0];
+  for (int k = 1; k < kParts<T>; ++k) sum += block.part[k];
+  return sum;
+}
 
 // What is summed: a·g, or |a|.
 template <typename T>
 struct Product {
+  using Element = T;
   const T *a, *g;
   Product at(int64_t offset_a, int64_t offset_g) const { return {a + offset_a, g + offset_g}; }
-  Vec first(int64_t i) const { return load(a + i) * load(g + i); }
-  Vec add(int64_t i, Vec sum) const { return fma(load(a + i), load(g + i), sum); }
-  Vec first_some(int64_t i, int64_t n) const { return load(a + i, n) * load(g + i, n); }
+  Block<T> add(int64_t i, Block<T> sum) const { return add(load_block(a + i), load_block(g + i), sum); }
+  Block<T> some(int64_t i, int64_t n) const { return add(load_block(a + i, n), load_block(g + i, n), {}); }
   template <typename Sum>
   Sum one(int64_t offset_a, int64_t offset_g) const {
     return static_cast<Sum>(to_float(a[offset_a])) * static_cast<Sum>(to_float(g[offset_g]));
+  }
+
+ private:
+  static Block<T> add(const Block<T>& x, const Block<T>& y, Block<T> sum) {
+    for (int k = 0; k < kParts<T>; ++k) sum.part[k] = fma(x.part[k], y.part[k], sum.part[k]);
+    return sum;
   }
 };
 
@@ -44,18 +122,22 @@ inline double Product<double>::one<double>(int64_t offset_a, int64_t offset_g) c
   return a[offset_a] * g[offset_g];
 }
 
-inline Vec magnitude(Vec v) { return bit_cast<Vec>(bit_cast<Bits>(v) & 0x7fffffffu); }
-
 template <typename T>
 struct Magnitude {
+  using Element = T;
   const T* a;
   Magnitude at(int64_t offset_a, int64_t) const { return {a + offset_a}; }
-  Vec first(int64_t i) const { return magnitude(load(a + i)); }
-  Vec add(int64_t i, Vec sum) const { return sum + magnitude(load(a + i)); }
-  Vec first_some(int64_t i, int64_t n) const { return magnitude(load(a + i, n)); }
+  Block<T> add(int64_t i, Block<T> sum) const { return sum + magnitude(load_block(a + i)); }
+  Block<T> some(int64_t i, int64_t n) const { return magnitude(load_block(a + i, n)); }
   template <typename Sum>
   Sum one(int64_t offset_a, int64_t) const {
     return std::abs(static_cast<Sum>(to_float(a[offset_a])));
+  }
+
+ private:
+  static Block<T> magnitude(Block<T> x) {
+    for (Vec& part : x.part) part = bit_cast<Vec>(bit_cast<Bits>(part) & 0x7fffffffu);
+    return x;
   }
 };
 
@@ -129,112 +211,149 @@ struct Problem {
   }
 };
 
+inline int64_t count_slabs(const Problem& x) { return (x.batch.size + kSlab - 1) / kSlab; }
+inline int64_t count_chunks(const Problem& x) { return (x.positions + kChunk - 1) / kChunk; }
+
 inline bool both_contiguous(const Dim& dim) { return dim.a == 1 && dim.g == 1; }
 
-// Sum of a contiguous row, still spread over the lanes.
+// sums[r], still spread over the lanes: row r of `count` rows of n elements that follow each other. They are
+// read as one stream of whole blocks, whose loads stay as aligned as the first is; where one row ends and the
+// next begins within a block, its lanes are divided.
 template <typename Terms>
-inline Vec sum_row(Terms row, int64_t n) {
-  Vec total{};
-  int64_t i = 0;
-  while (n - i >= 4 * kLanes) {
-    const int64_t end = std::min(i + kFold * kLanes, n);
-    Vec s0 = row.first(i), s1 = row.first(i + kLanes), s2 = row.first(i + 2 * kLanes),
-        s3 = row.first(i + 3 * kLanes);
-    for (i += 4 * kLanes; i + 4 * kLanes <= end; i += 4 * kLanes) {
-      s0 = row.add(i, s0);
-      s1 = row.add(i + kLanes, s1);
-      s2 = row.add(i + 2 * kLanes, s2);
-      s3 = row.add(i + 3 * kLanes, s3);
+inline void sum_adjacent(Terms terms, int64_t n, int64_t count, Vec* sums) {
+  using T = typename Terms::Element;
+  constexpr int64_t step = kStep<T>;
+  Block<T> rest{};  // of the block before `at`: what belongs to the next row
+  int64_t at = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t end = (r + 1) * n;
+    Block<T> total = rest;
+    while (end - at >= 4 * step) {
+      const int64_t fold = std::min(at + kFold * step, end);
+      Block<T> s0{}, s1{}, s2{}, s3{};
+      for (; at + 4 * step <= fold; at += 4 * step) {
+        s0 = terms.add(at, s0);
+        s1 = terms.add(at + step, s1);
+        s2 = terms.add(at + 2 * step, s2);
+        s3 = terms.add(at + 3 * step, s3);
+      }
+      total = total + ((s0 + s1) + (s2 + s3));
     }
-    total += (s0 + s1) + (s2 + s3);
+    for (; at + step <= end; at += step) total = terms.add(at, total);
+    if (at == end) {
+      rest = {};
+    } else if (at > end) {  // the row began in the block where it ends
+      total = join(end - (at - step), rest, {});
+      rest = join(end - (at - step), {}, rest);
+    } else {
+      if (at + step <= count * n) {
+        total = join(end - at, terms.add(at, total), total);
+        rest = join(end - at, {}, terms.add(at, {}));
+      } else {
+        const Block<T> last = terms.some(at, count * n - at);
+        total = join(end - at, total + last, total);
+        rest = join(end - at, {}, last);
+      }
+      at += step;
+    }
+    sums[r] = combine(total);
   }
-  for (; i + kLanes <= n; i += kLanes) total = row.add(i, total);
-  if (i == n) return total;
-  if (n < kLanes) return row.first_some(0, n);
-  // The last vector of the row again, without the lanes that are counted already.
-  Bits lane;
-  for (int l = 0; l < kLanes; ++l) lane[l] = static_cast<uint32_t>(l);
-  const Bits is_new = bit_cast<Bits>(lane >= static_cast<uint32_t>(kLanes - (n - i)));
-  return total + bit_cast<Vec>(bit_cast<Bits>(row.first(n - kLanes)) & is_new);
 }
 
-// Positions contiguous: kLanes rows at a time, so that their lanes are summed together. partial [B, C].
+// Positions contiguous: a block of rows at a time, so that the lanes of kLanes sums are added up together,
+// and so that rows without gaps end with a whole block. partial [B, C].
 template <typename Terms>
-void sum_rows(Terms terms, const Problem& x, float* partial, int threads) {
-  const int64_t channels = x.channel.size, groups = (channels + kLanes - 1) / kLanes;
+void sum_rows(Terms terms, const Problem& x, float* partial) {
+  constexpr int64_t step = kStep<typename Terms::Element>;
+  const int64_t channels = x.channel.size, groups = (channels + step - 1) / step;
   const int64_t length = x.position[x.rank - 1].size, rows = x.positions / length;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  const bool adjacent = rows == 1 && x.channel.a == length && x.channel.g == length;
+#pragma omp for schedule(static)
   for (int64_t item = 0; item < x.batch.size * groups; ++item) {
-    const int64_t b = item / groups, first = item % groups * kLanes,
-                  count = std::min<int64_t>(kLanes, channels - first);
-    Vec sums[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const Terms channel =
-          terms.at(b * x.batch.a + (first + i) * x.channel.a, b * x.batch.g + (first + i) * x.channel.g);
-      if (rows == 1) {
-        sums[i] = sum_row(channel, length);
-        continue;
+    const int64_t b = item / groups, first = item % groups * step, count = std::min(step, channels - first);
+    const Terms group = terms.at(b * x.batch.a + first * x.channel.a, b * x.batch.g + first * x.channel.g);
+    Vec sums[step];
+    std::fill(sums + count, sums + step, Vec{});
+    if (adjacent) {
+      sum_adjacent(group, length, count, sums);
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const Terms channel = group.at(i * x.channel.a, i * x.channel.g);
+        Cursor row(x.position, x.rank - 1, 0);
+        sums[i] = Vec{};
+        for (int64_t r = 0; r < rows; ++r, row.next()) {
+          Vec sum;
+          sum_adjacent(channel.at(row.a, row.g), length, 1, &sum);
+          sums[i] += sum;
+        }
       }
-      Cursor row(x.position, x.rank - 1, 0);
-      for (int64_t r = 0; r < rows; ++r, row.next()) sums[i] += sum_row(channel.at(row.a, row.g), length);
     }
-    store(partial + b * channels + first, sum_each(sums), count);
+    for (int64_t i = 0; i < count; i += kLanes)
+      store(partial + b * channels + first + i, sum_each(sums + i), std::min<int64_t>(kLanes, count - i));
   }
 }
 
-// Channels contiguous: a piece is kChunk positions of one example, added row by row to running sums that stay
-// in L1. Short rows go in pairs, or the next would wait for the sums that the last has just stored; long ones
-// do not, since one stream of memory is read faster than two. partial [B, chunks, C].
+// Adds the blocks [i, i + width) of n positions to their running sums, which stay in registers meanwhile.
+template <int width, typename Terms>
+inline void add_positions(Terms terms, const int64_t* at_a, const int64_t* at_g, int64_t n, int64_t i,
+                          Block<typename Terms::Element>* running) {
+  Block<typename Terms::Element> sums[width];
+  for (int w = 0; w < width; ++w) sums[w] = running[i + w];
+  for (int64_t p = 0; p < n; ++p) {
+    const Terms here = terms.at(at_a[p], at_g[p]);
+    for (int w = 0; w < width; ++w) sums[w] = here.add((i + w) * kStep<typename Terms::Element>, sums[w]);
+  }
+  for (int w = 0; w < width; ++w) running[i + w] = sums[w];
+}
+
+// Channels contiguous: a piece is kChunk positions of one example, added to running sums. Short rows are
+// taken many at once, some channels after the other, so that sums stay in registers; long ones one by one,
+// their sums in L1, since one stream of memory is read faster than many pieces. partial [B, chunks, C].
 template <typename Terms>
-void sum_columns(Terms terms, const Problem& x, float* partial, int threads) {
-  const int64_t channels = x.channel.size, chunks = (x.positions + kChunk - 1) / kChunk;
-  const int64_t whole = channels / kLanes * kLanes, rest = channels - whole;
-  const bool short_rows = channels < 16 * kLanes;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    std::vector<float> running(static_cast<size_t>(channels));
-    float* const lower = running.data();
+void sum_columns(Terms terms, const Problem& x, float* partial) {
+  using T = typename Terms::Element;
+  constexpr int64_t step = kStep<T>;
+  const int64_t channels = x.channel.size, chunks = count_chunks(x);
+  const int64_t blocks = channels / step, rest = channels % step;
+  const int64_t together = blocks * kParts<T> <= kShortRow ? kFold : 1;
+  std::vector<Block<T>> lower(static_cast<size_t>(blocks + 1)), upper(static_cast<size_t>(blocks + 1));
+  int64_t at_a[kFold], at_g[kFold];
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < x.batch.size * chunks; ++item) {
-      const int64_t b = item / chunks, begin = item % chunks * kChunk,
-                    end = std::min(begin + kChunk, x.positions);
-      const Terms example = terms.at(b * x.batch.a, b * x.batch.g);
-      Cursor position(x.position, x.rank, begin);
-      const auto take = [&] {
-        const Terms here = example.at(position.a, position.g);
-        position.next();
-        return here;
-      };
-      float* const upper = partial + item * channels;
-      std::fill_n(upper, channels, 0.0f);
-      for (int64_t fold = begin; fold < end; fold += kFold) {
-        const int64_t fold_end = std::min(fold + kFold, end);
-        std::fill_n(lower, channels, 0.0f);
-        int64_t p = fold;
-        for (; short_rows && p + 2 <= fold_end; p += 2) {
-          const Terms p0 = take(), p1 = take();
-          for (int64_t c = 0; c < whole; c += kLanes)
-            store(lower + c, load(lower + c) + p1.add(c, p0.first(c)));
-          if (rest > 0) {
-            const Vec two = p0.first_some(whole, rest) + p1.first_some(whole, rest);
-            store(lower + whole, load(lower + whole, rest) + two, rest);
-          }
-        }
-        for (; p < fold_end; ++p) {
-          const Terms p0 = take();
-          for (int64_t c = 0; c < whole; c += kLanes) store(lower + c, p0.add(c, load(lower + c)));
-          if (rest > 0) store(lower + whole, load(lower + whole, rest) + p0.first_some(whole, rest), rest);
-        }
-        for (int64_t c = 0; c < channels; ++c) upper[c] += lower[c];
+  for (int64_t item = 0; item < x.batch.size * chunks; ++item) {
+    const int64_t b = item / chunks, begin = item % chunks * kChunk,
+                  end = std::min(begin + kChunk, x.positions);
+    const Terms example = terms.at(b * x.batch.a, b * x.batch.g);
+    Cursor position(x.position, x.rank, begin);
+    std::fill(upper.begin(), upper.end(), Block<T>{});
+    for (int64_t fold = begin; fold < end; fold += kFold) {
+      const int64_t n = std::min(kFold, end - fold);
+      for (int64_t p = 0; p < n; ++p, position.next()) at_a[p] = position.a, at_g[p] = position.g;
+      std::fill(lower.begin(), lower.end(), Block<T>{});
+      for (int64_t p = 0; p < n; p += together) {
+        int64_t i = 0;
+        const auto add = [&](auto width) {
+          for (; i + width <= blocks; i += width)
+            add_positions<width>(example, at_a + p, at_g + p, std::min(together, n - p), i, lower.data());
+        };
+        add(std::integral_constant<int, kTile / kParts<T>>());
+        add(std::integral_constant<int, kTile / 2 / kParts<T>>());
+        add(std::integral_constant<int, kTile / 4 / kParts<T>>());
+        add(std::integral_constant<int, 1>());
       }
+      for (int64_t p = 0; rest > 0 && p < n; ++p)
+        lower[blocks] = lower[blocks] + example.at(at_a[p], at_g[p]).some(blocks * step, rest);
+      for (size_t i = 0; i < lower.size(); ++i) upper[i] = upper[i] + lower[i];
     }
+    float* const sums = partial + item * channels;
+    for (int64_t i = 0; i < blocks; ++i) store_block(sums + i * step, upper[i], step);
+    if (rest > 0) store_block(sums + blocks * step, upper[blocks], rest);
   }
 }
 
 // Any strides. partial [B, C].
 template <typename Sum, typename Terms>
-void sum_strided(Terms terms, const Problem& x, Sum* partial, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+void sum_strided(Terms terms, const Problem& x, Sum* partial) {
+#pragma omp for schedule(static)
   for (int64_t item = 0; item < x.batch.size * x.channel.size; ++item) {
     const int64_t b = item / x.channel.size, c = item % x.channel.size;
     const Terms channel = terms.at(b * x.batch.a + c * x.channel.a, b * x.batch.g + c * x.channel.g);
@@ -270,55 +389,69 @@ inline double sum_some(const Sum* terms, int64_t n) {
 
 enum class Kind { taylor, taylor2, activation };
 
+// by_slab [slabs, units], a slab being kSlab examples: so the threads that have made the partial sums also
+// read them (about), and what goes from core to core is small.
 template <Kind kKind, typename Sum>
-void sum_batch(const Sum* partial, const Problem& x, int64_t chunks, const TensorView& scores) {
-  const int64_t channels = x.channel.size, units = scores.shape[0], width = channels / units;
-  std::vector<double> score(static_cast<size_t>(units)), example(static_cast<size_t>(units));
-  const auto add_example = [&](const auto* sums) {
-    for (int64_t u = 0; u < units; ++u) {
-      const double sum = static_cast<double>(sums[u]);
-      score[static_cast<size_t>(u)] += kKind == Kind::taylor2 ? sum * sum : std::abs(sum);
+void sum_slabs(const Sum* partial, const Problem& x, int64_t chunks, int64_t units, double* by_slab) {
+  const int64_t channels = x.channel.size, width = channels / units;
+  std::vector<double> example(static_cast<size_t>(units));
+#pragma omp for schedule(static)
+  for (int64_t slab = 0; slab < count_slabs(x); ++slab) {
+    double* const score = by_slab + slab * units;
+    std::fill_n(score, units, 0.0);
+    const auto add_example = [&](const auto* sums) {
+      for (int64_t u = 0; u < units; ++u) {
+        const double sum = static_cast<double>(sums[u]);
+        score[u] += kKind == Kind::taylor2 ? sum * sum : std::abs(sum);
+      }
+    };
+    for (int64_t b = slab * kSlab; b < std::min((slab + 1) * kSlab, x.batch.size); ++b) {
+      const Sum* const sums = partial + b * chunks * channels;
+      if (chunks == 1 && width == 1) {
+        add_example(sums);
+        continue;
+      }
+      std::fill(example.begin(), example.end(), 0.0);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk)
+        for (int64_t u = 0; u < units; ++u)
+          example[static_cast<size_t>(u)] += sum_some(sums + chunk * channels + u * width, width);
+      add_example(example.data());
     }
-  };
-  for (int64_t b = 0; b < x.batch.size; ++b, partial += chunks * channels) {
-    if (chunks == 1 && width == 1) {
-      add_example(partial);
-      continue;
-    }
-    std::fill(example.begin(), example.end(), 0.0);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      for (int64_t u = 0; u < units; ++u)
-        example[static_cast<size_t>(u)] += sum_some(partial + chunk * channels + u * width, width);
-    add_example(example.data());
   }
-  const double divisor =
-      kKind == Kind::activation ? static_cast<double>(x.batch.size * x.positions * width) : 1.0;
-  for (int64_t u = 0; u < units; ++u)
-    scores.ptr<Sum>()[u] = static_cast<Sum>(score[static_cast<size_t>(u)] / divisor);
+}
+
+// Memory for a thread to write first.
+template <typename T>
+std::unique_ptr<T[]> allocate(int64_t n) {
+  return std::unique_ptr<T[]>(new T[static_cast<size_t>(n)]);
 }
 
 template <Kind kKind, typename T, typename Terms>
 void run(Terms terms, const Problem& x, const TensorView& scores, int threads) {
   using Sum = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  const auto allocate = [&](int64_t chunks) {
-    return std::vector<Sum>(static_cast<size_t>(x.batch.size * chunks * x.channel.size));
-  };
-  if constexpr (!std::is_same_v<T, double>) {
-    if (x.rank > 0 && both_contiguous(x.position[x.rank - 1])) {
-      std::vector<float> partial = allocate(1);
-      sum_rows(terms, x, partial.data(), threads);
-      return sum_batch<kKind>(partial.data(), x, 1, scores);
+  constexpr bool vectors = !std::is_same_v<T, double>;
+  const int64_t channels = x.channel.size, units = scores.shape[0], slabs = count_slabs(x);
+  const bool in_rows = vectors && x.rank > 0 && both_contiguous(x.position[x.rank - 1]);
+  const bool in_columns = vectors && !in_rows && both_contiguous(x.channel);
+  const int64_t chunks = in_columns ? count_chunks(x) : 1;
+  const auto partial = allocate<Sum>(x.batch.size * chunks * channels);
+  const auto by_slab = allocate<double>(slabs * units);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if constexpr (vectors) {
+      if (in_rows) sum_rows(terms, x, partial.get());
+      if (in_columns) sum_columns(terms, x, partial.get());
     }
-    if (both_contiguous(x.channel)) {
-      const int64_t chunks = (x.positions + kChunk - 1) / kChunk;
-      std::vector<float> partial = allocate(chunks);
-      sum_columns(terms, x, partial.data(), threads);
-      return sum_batch<kKind>(partial.data(), x, chunks, scores);
-    }
+    if (!in_rows && !in_columns) sum_strided(terms, x, partial.get());
+    sum_slabs<kKind>(partial.get(), x, chunks, units, by_slab.get());
   }
-  std::vector<Sum> partial = allocate(1);
-  sum_strided(terms, x, partial.data(), threads);
-  sum_batch<kKind>(partial.data(), x, 1, scores);
+  const double divisor =
+      kKind == Kind::activation ? static_cast<double>(x.batch.size * x.positions * (channels / units)) : 1.0;
+  for (int64_t u = 0; u < units; ++u) {
+    double score = 0;
+    for (int64_t slab = 0; slab < slabs; ++slab) score += by_slab[slab * units + u];
+    scores.ptr<Sum>()[u] = static_cast<Sum>(score / divisor);
+  }
 }
 
 template <typename T>

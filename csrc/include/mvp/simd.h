@@ -121,6 +121,12 @@ inline Vec load(const T* p, int64_t n) {
   return load(part);
 }
 
+#if defined(__AVX512F__)
+inline Vec load(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(n >= kLanes ? 0xffff : (1u << n) - 1), p);
+}
+#endif
+
 template <typename T>
 inline void store(T* p, Vec v, int64_t n) {
   if (n >= kLanes) return store(p, v);
@@ -135,6 +141,18 @@ inline float to_float(T value) {
   return load(part)[0];
 }
 inline float to_float(float value) { return value; }
+
+// Lanes of `first` before lane n, of `others` from it on.
+inline Vec join(int64_t n, Vec first, Vec others) {
+#if defined(__AVX512F__)
+  return _mm512_mask_mov_ps(others, static_cast<__mmask16>((1u << n) - 1), first);
+#else
+  Bits lane;
+  for (int l = 0; l < kLanes; ++l) lane[l] = static_cast<uint32_t>(l);
+  const Bits is_first = bit_cast<Bits>(lane < static_cast<uint32_t>(n));
+  return bit_cast<Vec>((bit_cast<Bits>(first) & is_first) | (bit_cast<Bits>(others) & ~is_first));
+#endif
+}
 
 // a · b + c, fused where the machine can (the build has contraction off).
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -215,11 +233,16 @@ inline void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// Lane i of the result is the sum of the lanes of v[i], in a fixed order.
-inline Vec sum_each(Vec (&v)[kLanes]) {
-  for (int half = kLanes / 2; half >= 1; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = pick<Zip<0>>(v[i], v[i + half]) + pick<Zip<1>>(v[i], v[i + half]);
-  return v[0];
+// Lane i of the result is the sum of the lanes of v[i], in a fixed order: of n vectors, those n / 2 apart are
+// brought into one. By recursion, not a loop, so that all of it happens in registers.
+template <int n = kLanes, int step = 1>
+inline Vec sum_each(const Vec* v) {
+  if constexpr (n == 1) {
+    return *v;
+  } else {
+    const Vec a = sum_each<n / 2, 2 * step>(v), b = sum_each<n / 2, 2 * step>(v + step);
+    return pick<Zip<0>>(a, b) + pick<Zip<1>>(a, b);
+  }
 }
 
 }  // namespace
