@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
@@ -52,6 +53,25 @@ Isa choose_isa() {
 #define MVP_SELECT(isa, op) (&mvp::baseline::op)
 #endif
 
+bool is_floating(mvp::DType dtype) {
+  return dtype == mvp::DType::f32 || dtype == mvp::DType::f16 || dtype == mvp::DType::bf16 ||
+         dtype == mvp::DType::f64;
+}
+
+// See surely_alike in mvp_ext/ops/checks.py.
+bool alike(py::handle tensor, py::handle other, py::handle index, int64_t dim) {
+  mvp::TensorView a, b, list;
+  if (!mvp::read_plain(tensor, a) || !mvp::read_plain(other, b)) return false;
+  if (!is_floating(a.dtype) || a.dtype != b.dtype || a.ndim != b.ndim || dim < -a.ndim || dim >= a.ndim)
+    return false;
+  if (!index.is_none()) {
+    if (!mvp::read_plain(index, list) || list.ndim != 1) return false;
+    if (list.dtype != mvp::DType::i64 && list.dtype != mvp::DType::i32) return false;
+    a.shape[dim < 0 ? dim + a.ndim : dim] = list.shape[0];
+  }
+  return std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -72,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
   mvp::def_cuda_ops(m);
 #endif
 
+  m.def("alike", &alike);
   m.def("build_info", [isa] {
     py::dict info;
     info["compiler"] = MVP_COMPILER;

@@ -56,6 +56,33 @@ inline int dtype_of(const dlpack::Tensor& tensor) {
   return -1;
 }
 
+// False where a kernel cannot take the tensor: its dtype, or too many dimensions.
+inline bool view_of(const dlpack::Tensor& tensor, TensorView& view) {
+  const int code = dtype_of(tensor);
+  if (code < 0 || tensor.ndim > kMaxDims) return false;
+  view.dtype = static_cast<DType>(code);
+  view.ndim = tensor.ndim;
+  std::copy_n(tensor.shape, tensor.ndim, view.shape);
+  std::copy_n(tensor.strides, tensor.ndim, view.stride);
+  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return true;
+}
+
+// Whether `source` is a torch.Tensor itself (no subclass), strided, on the CPU and of a known dtype; then
+// `view` is what it is. False also where torch has no exchange API.
+inline bool read_plain(pybind11::handle source, TensorView& view) {
+  static const pybind11::handle type =
+      pybind11::object(pybind11::module_::import("torch").attr("Tensor")).release();
+  const dlpack::ExchangeApi* const api = exchange_api();
+  if (api == nullptr || pybind11::type::handle_of(source).ptr() != type.ptr()) return false;
+  dlpack::Tensor tensor;
+  if (api->read(source.ptr(), &tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return tensor.device_type == dlpack::kCpu && view_of(tensor, view);
+}
+
 }  // namespace mvp
 
 namespace pybind11::detail {
@@ -77,14 +104,7 @@ struct type_caster<mvp::TensorView> {
   bool read_fields(const mvp::dlpack::ExchangeApi& api, handle source) {
     mvp::dlpack::Tensor tensor;
     if (api.read(source.ptr(), &tensor) != 0) throw error_already_set();
-    const int code = mvp::dtype_of(tensor);
-    if (code < 0 || tensor.ndim > mvp::kMaxDims) return read_attributes(source);  // knows what to say
-    value.dtype = static_cast<mvp::DType>(code);
-    value.ndim = tensor.ndim;
-    std::copy_n(tensor.shape, tensor.ndim, value.shape);
-    std::copy_n(tensor.strides, tensor.ndim, value.stride);
-    value.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-    return true;
+    return mvp::view_of(tensor, value) || read_attributes(source);  // which knows what to say
   }
 
   bool read_attributes(handle source) {

@@ -436,14 +436,19 @@ void run(Terms terms, const Problem& x, const TensorView& scores, int threads) {
   const int64_t chunks = in_columns ? count_chunks(x) : 1;
   const auto partial = allocate<Sum>(x.batch.size * chunks * channels);
   const auto by_slab = allocate<double>(slabs * units);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  const auto work = [&] {
     if constexpr (vectors) {
       if (in_rows) sum_rows(terms, x, partial.get());
       if (in_columns) sum_columns(terms, x, partial.get());
     }
     if (!in_rows && !in_columns) sum_strided(terms, x, partial.get());
     sum_slabs<kKind>(partial.get(), x, chunks, units, by_slab.get());
+  };
+  if (threads == 1) {
+    work();  // a parallel region costs half a microsecond, also one of one thread
+  } else {
+#pragma omp parallel num_threads(threads)
+    work();
   }
   const double divisor =
       kKind == Kind::activation ? static_cast<double>(x.batch.size * x.positions * (channels / units)) : 1.0;

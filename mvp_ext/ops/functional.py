@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mvp_ext.ops import registry
-from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor
+from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor, surely_alike
 from mvp_ext.ops.vote import Vote, kept_units
 
 IMPORTANCE_KINDS = ("taylor", "taylor2", "activation")
@@ -46,7 +46,9 @@ def importance(
     """
     if kind not in IMPORTANCE_KINDS:
         raise ValueError(f"importance: kind: expected one of {', '.join(IMPORTANCE_KINDS)}, got {kind!r}")
-    check_tensor("importance", "a", a, dtypes=FLOATS)
+    known = kind != "activation" and surely_alike(a, grad)
+    if not known:
+        check_tensor("importance", "a", a, dtypes=FLOATS)
     if not -a.ndim < dim < a.ndim or dim == 0:
         raise ValueError(
             f"importance: dim: expected a dimension of a after the batch, got {dim} for {a.ndim} dimensions"
@@ -60,8 +62,9 @@ def importance(
     elif grad is None:
         raise ValueError(f"importance: grad: expected the gradient at a, which {kind} needs, got None")
     else:
-        check_tensor("importance", "grad", grad, dtypes=(a.dtype,), device=a.device)
-        check_shape("importance", "grad", grad, a.shape, "like a")
+        if not known:
+            check_tensor("importance", "grad", grad, dtypes=(a.dtype,), device=a.device)
+            check_shape("importance", "grad", grad, a.shape, "like a")
         grad = grad.detach() if grad.requires_grad else grad
     a = a.detach() if a.requires_grad else a
     return registry.importance(a, grad, kind, dim, channels if heads is None else heads)

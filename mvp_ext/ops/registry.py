@@ -294,23 +294,22 @@ def _residual_add(
     relu: bool,
     dim: int,
 ) -> Tensor:
-    form = _residual_form(residual, dim)
     if cuda.runs(residual):
+        form = _residual_form(residual, dim)
         return cuda.residual_add(residual, y, index, scale, shift, relu, dim, form)
-    residual = residual.contiguous(memory_format=form)
-    out = torch.empty_like(residual, memory_format=form)
-    accumulator = torch.float64 if residual.dtype is torch.float64 else torch.float32
-    native().residual_add_cpu(
-        residual,
-        y.contiguous(memory_format=form),
-        index,
-        None if scale is None else scale.to(accumulator),
-        None if shift is None else shift.to(accumulator),
-        relu,
-        dim,
-        out,
-        torch.get_num_threads(),
-    )
+    if (
+        residual.is_contiguous()
+    ):  # the common case, and every call counts: a small block is done in a microsecond
+        y = y.contiguous()
+    else:
+        form = _residual_form(residual, dim)
+        residual, y = residual.contiguous(memory_format=form), y.contiguous(memory_format=form)
+    out = torch.empty_like(residual)
+    if scale is not None or shift is not None:
+        accumulator = torch.float64 if residual.dtype is torch.float64 else torch.float32
+        scale = None if scale is None else scale.to(accumulator)
+        shift = None if shift is None else shift.to(accumulator)
+    native().residual_add_cpu(residual, y, index, scale, shift, relu, dim, out, torch.get_num_threads())
     return out
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mvp_ext.ops import registry
-from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor
+from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor, surely_alike
 
 _INDEX_TYPES = (torch.int64, torch.int32)
 
@@ -45,24 +45,10 @@ def residual_add(
 
     Deterministic: each output is one sum, in float32, rounded once.
     """
-    check_tensor("residual_add", "residual", residual, dtypes=FLOATS)
-    device, dtype, rank = residual.device, residual.dtype, residual.ndim
-    check_tensor("residual_add", "y", y, ndim=rank, dtypes=(dtype,), device=device)
-    if not 1 <= rank <= 6 or not -rank <= dim < rank:
-        raise ValueError(
-            f"residual_add: dim: expected 1 to 6 dimensions and dim among them, got {rank} dimensions, {dim}"
-        )
-    dim %= rank
-    expected = list(residual.shape)
-    if index is not None:
-        check_tensor("residual_add", "index", index, ndim=1, dtypes=_INDEX_TYPES, device=device)
-        expected[dim] = index.shape[0]
-    if list(y.shape) != expected:
-        raise ValueError(f"residual_add: y: expected shape {tuple(expected)}, got {tuple(y.shape)}")
-    for name, value in (("scale", scale), ("shift", shift)):
-        if value is not None:
-            check_tensor("residual_add", name, value, ndim=1, dtypes=FLOATS, device=device)
-            check_shape("residual_add", name, value, (expected[dim],), "[K]")
+    if scale is not None or shift is not None or not surely_alike(residual, y, index, dim):
+        _check(residual, y, index, scale, shift, dim)
+    if dim < 0:
+        dim += residual.ndim
     if activation not in (None, "relu"):
         raise ValueError(f'residual_add: activation: expected None or "relu", got {activation!r}')
     relu = activation is not None
@@ -74,6 +60,28 @@ def residual_add(
     ):
         return _ResidualAdd.apply(residual, y, index, scale, shift, relu, dim)
     return registry.residual_add(residual, y, index, scale, shift, relu, dim)
+
+
+def _check(
+    residual: Tensor, y: Tensor, index: Tensor | None, scale: Tensor | None, shift: Tensor | None, dim: int
+) -> None:
+    check_tensor("residual_add", "residual", residual, dtypes=FLOATS)
+    device, dtype, rank = residual.device, residual.dtype, residual.ndim
+    check_tensor("residual_add", "y", y, ndim=rank, dtypes=(dtype,), device=device)
+    if not 1 <= rank <= 6 or not -rank <= dim < rank:
+        raise ValueError(
+            f"residual_add: dim: expected 1 to 6 dimensions and dim among them, got {rank} dimensions, {dim}"
+        )
+    expected = list(residual.shape)
+    if index is not None:
+        check_tensor("residual_add", "index", index, ndim=1, dtypes=_INDEX_TYPES, device=device)
+        expected[dim] = index.shape[0]
+    if list(y.shape) != expected:
+        raise ValueError(f"residual_add: y: expected shape {tuple(expected)}, got {tuple(y.shape)}")
+    for name, value in (("scale", scale), ("shift", shift)):
+        if value is not None:
+            check_tensor("residual_add", name, value, ndim=1, dtypes=FLOATS, device=device)
+            check_shape("residual_add", name, value, (expected[dim],), "[K]")
 
 
 class _ResidualAdd(torch.autograd.Function):
