@@ -29,7 +29,11 @@ Result = tuple[Tensor, Tensor, Tensor]  # mask, index, votes
 class TorchVote:
     """What a user would write in torch, several ways. Ties go to the prior, if there is one, then to the lower unit."""
 
-    def __init__(self, layers: list[int], keep: float) -> None:
+    def __init__(self, layers: list[int], keep: float, device: str = "cpu") -> None:
+        with torch.device(device):
+            self._prepare(layers, keep)
+
+    def _prepare(self, layers: list[int], keep: float) -> None:
         self.layers, self.kept = layers, kept_units(layers, keep)
         self.units, self.widest, self.most = sum(layers), max(layers), max(self.kept)
         sizes = torch.tensor(layers)
@@ -37,6 +41,7 @@ class TorchVote:
         first = sizes.cumsum(0) - sizes
         self.local = torch.arange(self.units) - first[self.layer_of]
         self.local32 = self.local.int()
+        self.all_units = torch.arange(self.units)
         self.flat = self.layer_of * self.widest + self.local  # unit → place in the padded [L, widest]
         self.pad = torch.full((len(layers), self.widest), self.units)
         self.pad.view(-1)[self.flat] = torch.arange(self.units)
@@ -46,7 +51,7 @@ class TorchVote:
         self.lower_first = self.units - torch.arange(self.units)
 
     def loop(self, masks: Tensor, weights: Tensor, prior: Tensor | None) -> Result:
-        mask, votes, index, first = torch.zeros(self.units, dtype=torch.bool), [], [], 0
+        mask, votes, index, first = self.minus_infinity.new_zeros(self.units, dtype=torch.bool), [], [], 0
         for units, kept in zip(self.layers, self.kept, strict=True):
             vote = weights @ masks[:, first : first + units].float()
             if prior is None:
@@ -84,7 +89,7 @@ class TorchVote:
         ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
         second = self.lower_first if prior is None else self._rank(prior)
         keys = (ordered << 32) + second
-        padded = torch.full((len(self.layers), self.widest), -(2**63))
+        padded = keys.new_full((len(self.layers), self.widest), -(2**63))
         padded.view(-1)[self.flat] = keys
         best = padded.topk(self.most, dim=1).values
         mask = keys >= best.gather(1, self.kept_column - 1).view(-1)[self.layer_of]
@@ -101,11 +106,11 @@ class TorchVote:
         bits = votes.view(torch.int32)
         ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
         order = (
-            torch.arange(self.units) if prior is None else prior.sort(descending=True, stable=True).indices
+            self.all_units if prior is None else prior.sort(descending=True, stable=True).indices
         )
         keys = (self.layer_of << 33) - ordered
         order = order[keys[order].sort(stable=True).indices]
-        mask = torch.zeros(self.units, dtype=torch.bool)
+        mask = self.minus_infinity.new_zeros(self.units, dtype=torch.bool)
         mask[order] = self.winning.view(-1)[self.flat]
         return mask, self.local32[mask], votes
 

@@ -1,0 +1,311 @@
+"""How the benchmarks of the CUDA kernels time: on the device, from cold caches, contenders in turn.
+
+Two times of each contender. "device": CUDA events around one call, after the L2 cache was flushed and while a delay
+kernel held the device back until all of the call was enqueued, so that the CPU's launches are not in it. "call": a loop
+of calls with warm caches, waited for at its end, divided by their number: what a caller sees, launches included.
+
+Goals are least ratios of a peer's device time to ours, least shares of a limit, or a greatest device time. Each file
+names the command, commit and machine. ``--dry-run`` calls everything once on the CPU, at small sizes, and times nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import ROOT, _ratio, _summary, environment
+from rich.console import Console
+from rich.table import Table
+
+Run = Callable[[], object]
+MIN_ROUNDS, MAX_ROUNDS = 7, 200
+WARM_UP = 3
+SMALL = 64  # what dry runs cut sizes down to
+
+
+class CudaBench:
+    """Times the cases of one op on the current CUDA device, then prints a table and writes a JSON file."""
+
+    def __init__(self, op: str) -> None:
+        parser = argparse.ArgumentParser(description=f"Benchmark of {op} on a GPU")
+        parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>/<op>.json")
+        parser.add_argument("--seconds", type=float, default=0.4, help="time spent on each case")
+        parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no case is begun")
+        parser.add_argument("--only", default="", help="only the cases whose name contains this; writes no file")
+        parser.add_argument("--dry-run", action="store_true", help="call everything once, small, on the CPU")
+        self.op = op
+        self.options = parser.parse_args()
+        self.dry = self.options.dry_run
+        if not self.dry and not torch.cuda.is_available():
+            sys.exit(f"bench {op}: torch sees no CUDA device (--dry-run needs none)")
+        self.device = torch.device("cpu" if self.dry else "cuda")
+        self.rows: list[dict[str, Any]] = []
+        self.left_out: list[str] = []
+        self.began = time.perf_counter()
+        self.timer = None if self.dry else Timer()
+
+    def size(self, n: int) -> int:
+        """``n``, or what a dry run makes of it."""
+        return min(n, SMALL) if self.dry else n
+
+    def wants(self, name: str) -> bool:
+        """Whether a case of this name will run: for cases that are dear to set up."""
+        if self.options.only not in name:
+            return False
+        if time.perf_counter() - self.began > self.options.budget:
+            self.left_out.append(name)
+            return False
+        return True
+
+    def case(
+        self,
+        name: str,
+        ours: Run,
+        peers: Mapping[str, Run | None],
+        *,
+        goals: Mapping[str, float] | None = None,
+        check: Run | None = None,
+        moved: int | None = None,
+        least_share: float | None = None,
+        flops: int | None = None,
+        most_us: float | None = None,
+    ) -> None:
+        """Time ``ours`` against ``peers`` (None: a peer that could not be made).
+
+        Args:
+            goals: for some peers, the least ratio (peer's device time / ours) that is wanted.
+            check: raises if ``ours`` is wrong; not timed.
+            moved: bytes that the op must read and write; the limit is a copy that moves as many.
+            least_share: of that limit, wanted.
+            flops: of the call; shown as TFLOP/s.
+            most_us: the longest device time that is wanted.
+        """
+        if not self.wants(name):
+            return
+        if check is not None:
+            check()
+        contenders = {"ours": ours, **{k: v for k, v in peers.items() if v is not None}}
+        if self.timer is None:
+            for run in contenders.values():
+                run()
+            self.rows.append({"case": name})
+            return
+        if moved:
+            half = torch.empty(max(1, moved // 2), dtype=torch.uint8, device=self.device)
+            other = torch.empty_like(half)
+            contenders["copy"] = lambda: other.copy_(half)
+        samples = self.timer.device(contenders, self.options.seconds)
+        row: dict[str, Any] = {
+            "case": name,
+            "device_us": {k: _summary(v) for k, v in samples.items()},
+            "call_us": {k: round(1e6 * self.timer.call(run), 2) for k, run in contenders.items() if k != "copy"},
+            "ratios": {k: _ratio(samples[k], samples["ours"]) for k in samples if k not in ("ours", "copy")},
+            "goals": {k: v for k, v in (goals or {}).items() if k in samples},
+            "most_us": most_us,
+        }
+        median = row["device_us"]["ours"]["median"]
+        if moved:
+            row["moved_bytes"] = moved
+            row["gb_per_s"] = round(moved / median * 1e-3, 1)
+            row["share_of_copy"] = {"share": _ratio(samples["copy"], samples["ours"]), "least": least_share}
+        if flops:
+            row["tflop_per_s"] = round(flops / median * 1e-6, 2)
+        self.rows.append(row)
+        ratios = " ".join(f"{k} {v:.2f}x" for k, v in row["ratios"].items())
+        print(f"{self.op}: {name}: {median:.1f} us; {ratios}", file=sys.stderr, flush=True)
+
+    def finish(self) -> None:
+        """Print the table; write the JSON file unless ``--only`` chose some cases."""
+        if self.dry:
+            print(f"{self.op}: {len(self.rows)} cases ran once")
+            return
+        Console(width=170 if not sys.stdout.isatty() else None).print(table(self.op, self.rows))
+        if self.left_out:
+            print(f"{self.op}: no time for {len(self.left_out)} cases: {', '.join(self.left_out)}")
+        if self.options.only:
+            return
+        out = self.options.out or ROOT / "benchmarks" / "results" / device_folder() / f"{self.op}.json"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        result = {"op": self.op, "environment": cuda_environment(), "rows": self.rows, "left_out": self.left_out}
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+class Timer:
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        self.flusher = torch.empty(2 * properties.L2_cache_size, dtype=torch.uint8, device="cuda")
+        self.cycles_per_second = self._clock()
+
+    def device(self, contenders: Mapping[str, Run], seconds: float) -> dict[str, list[float]]:
+        """Device seconds a call, one sample a round, contenders in turn."""
+        delays = {name: self._enqueue_seconds(run) for name, run in contenders.items()}
+        samples: dict[str, list[float]] = {name: [] for name in contenders}
+        end = time.perf_counter() + seconds
+        for done in range(MAX_ROUNDS):
+            if done >= MIN_ROUNDS and time.perf_counter() > end:
+                break
+            for name, run in contenders.items():
+                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                self.flusher.zero_()
+                torch.cuda._sleep(int((1.5 * delays[name] + 50e-6) * self.cycles_per_second))
+                start.record()
+                run()
+                stop.record()
+                stop.synchronize()
+                samples[name].append(1e-3 * start.elapsed_time(stop))
+        return samples
+
+    def call(self, run: Run) -> float:
+        """Seconds a call, launches included, in a loop that takes some milliseconds."""
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        calls = max(1, min(1000, round(5e-3 / (time.perf_counter() - begin))))
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / calls
+
+    @staticmethod
+    def _enqueue_seconds(run: Run) -> float:
+        for _ in range(WARM_UP):
+            run()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        return seconds
+
+    @staticmethod
+    def _clock() -> float:
+        cycles = 20_000_000
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(cycles)
+        start.record()
+        torch.cuda._sleep(cycles)
+        stop.record()
+        stop.synchronize()
+        return cycles / (1e-3 * start.elapsed_time(stop))
+
+
+def graphed(bench: CudaBench, run: Run) -> Run | None:
+    """The call as a CUDA graph's replay; None where it cannot be captured (a peer that waits for the device)."""
+    if bench.dry:
+        return run
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as error:
+        print(f"not captured in a CUDA graph: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    return graph.replay
+
+
+def compiled(bench: CudaBench, function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for the shapes of the first call."""
+    return function if bench.dry else torch.compile(function, dynamic=False)
+
+
+def quietly(bench: CudaBench) -> AbstractContextManager[Any]:
+    """Without gradients: what is timed are forward calls."""
+    return nullcontext() if bench.dry else torch.no_grad()
+
+
+def device_folder() -> str:
+    """"NVIDIA H200" → "h200": where results of this device are kept."""
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
+    return next((w for w in words if re.fullmatch(r"[a-z]{1,3}\d+[a-z]*", w)), "-".join(words))
+
+
+def cuda_environment() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: None)()
+    return {
+        **environment(),
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "driver": driver,
+    }
+
+
+def table(op: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    result = Table(title=f"{op}: device µs, median (p10 – p90); × = peer's device time / ours")
+    result.add_column("case")
+    for column in ("ours", "call µs", "GB/s, TFLOP/s", "against", "its µs", "×", "goal"):
+        result.add_column(column, justify="left" if column == "against" else "right")
+    for row in rows:
+        times = row["device_us"]
+        rate = str(row.get("gb_per_s", row.get("tflop_per_s", "")))
+        lines = [(k, v, row["goals"].get(k), f"{v:.2f}×") for k, v in row["ratios"].items()]
+        if "share_of_copy" in row:
+            share = row["share_of_copy"]
+            lines.append(("copy", share["share"], share["least"], f"{share['share']:.0%}"))
+        first = (row["case"], span(times["ours"]), f"{row['call_us']['ours']:.1f}", rate)
+        for against, value, goal, text in lines:
+            if goal is not None:
+                text = f"[{'green' if value >= goal else 'red'}]{text}[/]"
+            result.add_row(*first, against, span(times[against]), text, "" if goal is None else f"{goal:g}")
+            first = ("", "", "", "")
+        result.add_section()
+    return result
+
+
+def span(times: Mapping[str, float]) -> str:
+    return f"{times['median']:.1f} ({times['p10']:.1f} – {times['p90']:.1f})"
+
+
+def summary(folder: Path) -> int:
+    """One line an op: how many goals were reached, and which were not. The number of missed goals."""
+    missed = 0
+    console = Console(width=150 if not sys.stdout.isatty() else None)
+    result = Table(title=f"goals, from {folder.name}")
+    for column in ("op", "cases", "goals", "reached", "not reached (× or share, goal)"):
+        result.add_column(column)
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text())
+        if "rows" not in content:
+            continue
+        goals = [goal for row in content["rows"] for goal in row_goals(row)]
+        failed = [f"{name} {value:g} ({wanted:g})" for name, value, wanted, reached in goals if not reached]
+        missed += len(failed)
+        reached = str(len(goals) - len(failed))
+        result.add_row(content["op"], str(len(content["rows"])), str(len(goals)), reached, "\n".join(failed))
+    console.print(result)
+    return missed
+
+
+def row_goals(row: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
+    """(name, value, goal, reached) of a result's row."""
+    case = row["case"]
+    goals = [(f"{case}: × {k}", row["ratios"][k], g, row["ratios"][k] >= g) for k, g in row["goals"].items()]
+    share = row.get("share_of_copy")
+    if share and share["least"] is not None:
+        goals.append((f"{case}: of copy", share["share"], share["least"], share["share"] >= share["least"]))
+    if row.get("most_us") is not None:
+        median = row["device_us"]["ours"]["median"]
+        goals.append((f"{case}: µs", median, row["most_us"], median <= row["most_us"]))
+    return goals
+
+
+if __name__ == "__main__":
+    summary(Path(sys.argv[1]))
