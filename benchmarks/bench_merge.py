@@ -27,6 +27,7 @@ class Task:
     voters: list[Cut]
     compact: list[list[Tensor]]
     weights: Tensor
+    weight_values: list[float]
 
     def arguments(self) -> tuple:
         voter_rows, voter_cols = [v.rows for v in self.voters], [v.cols for v in self.voters]
@@ -34,10 +35,15 @@ class Task:
         return target.tensors, self.compact, voter_rows, voter_cols, self.weights, target.rows, target.cols
 
 
-def make_task(model: str, scope: str, keep: float, voters: int, *, only_cut: bool) -> Task:
+def make_task(
+    model: str, scope: str, keep: float, voters: int, *, only_cut: bool, device: str | torch.device = "cpu"
+) -> Task:
     cuts = [cut_model(model, scope, keep, only_cut=only_cut, seed=seed) for seed in range(voters + 1)]
     weights = torch.rand(voters, generator=torch.Generator().manual_seed(0)) + 0.5
-    return Task(cuts[0], cuts[1:], [pack(c.tensors, c.rows, c.cols) for c in cuts[1:]], weights)
+    cuts, weights = [c.to(torch.device(device)) for c in cuts], weights.to(device)
+    return Task(
+        cuts[0], cuts[1:], [pack(c.tensors, c.rows, c.cols) for c in cuts[1:]], weights, weights.tolist()
+    )
 
 
 def common(wanted: Tensor | None, kept: Tensor | None) -> Positions:
@@ -61,13 +67,12 @@ def find_positions(task: Task) -> list[list[tuple[Positions, Positions]]]:
 
 def in_place(task: Task, positions: list[list[tuple[Positions, Positions]]]) -> list[Tensor]:
     merged = []
-    weights = task.weights.tolist()
     for p, base in enumerate(task.target.tensors):
         rows, cols = task.target.rows[p], task.target.cols[p]
         base = base if rows is None else base.index_select(0, rows)
         base = base if cols is None else base.index_select(1, cols)
-        total, weighted = torch.zeros(base.shape[:2]), torch.zeros_like(base)
-        for weight, compact, where in zip(weights, task.compact, positions, strict=True):
+        total, weighted = base.new_zeros(base.shape[:2]), torch.zeros_like(base)
+        for weight, compact, where in zip(task.weight_values, task.compact, positions, strict=True):
             r, c = where[p]
             part = compact[p]
             if r is None and c is None:

@@ -105,9 +105,7 @@ class TorchVote:
         votes = weights @ masks.float()
         bits = votes.view(torch.int32)
         ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-        order = (
-            self.all_units if prior is None else prior.sort(descending=True, stable=True).indices
-        )
+        order = self.all_units if prior is None else prior.sort(descending=True, stable=True).indices
         keys = (self.layer_of << 33) - ordered
         order = order[keys[order].sort(stable=True).indices]
         mask = self.minus_infinity.new_zeros(self.units, dtype=torch.bool)

@@ -5,7 +5,7 @@ kernel held the device back until all of the call was enqueued, so that the CPU'
 of calls with warm caches, waited for at its end, divided by their number: what a caller sees, launches included.
 
 Goals are least ratios of a peer's device time to ours, least shares of a limit, or a greatest device time. Each file
-names the command, commit and machine. ``--dry-run`` calls everything once on the CPU, at small sizes, and times nothing.
+names command, commit and machine. ``--dry-run`` calls everything once on the CPU, at small sizes, and times nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class CudaBench:
         parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>/<op>.json")
         parser.add_argument("--seconds", type=float, default=0.4, help="time spent on each case")
         parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no case is begun")
-        parser.add_argument("--only", default="", help="only the cases whose name contains this; writes no file")
+        parser.add_argument(
+            "--only", default="", help="only the cases whose name contains this; writes no file"
+        )
         parser.add_argument("--dry-run", action="store_true", help="call everything once, small, on the CPU")
         self.op = op
         self.options = parser.parse_args()
@@ -106,7 +108,9 @@ class CudaBench:
         row: dict[str, Any] = {
             "case": name,
             "device_us": {k: _summary(v) for k, v in samples.items()},
-            "call_us": {k: round(1e6 * self.timer.call(run), 2) for k, run in contenders.items() if k != "copy"},
+            "call_us": {
+                k: round(1e6 * self.timer.call(run), 2) for k, run in contenders.items() if k != "copy"
+            },
             "ratios": {k: _ratio(samples[k], samples["ours"]) for k in samples if k not in ("ours", "copy")},
             "goals": {k: v for k, v in (goals or {}).items() if k in samples},
             "most_us": most_us,
@@ -134,7 +138,12 @@ class CudaBench:
             return
         out = self.options.out or ROOT / "benchmarks" / "results" / device_folder() / f"{self.op}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"op": self.op, "environment": cuda_environment(), "rows": self.rows, "left_out": self.left_out}
+        result = {
+            "op": self.op,
+            "environment": cuda_environment(),
+            "rows": self.rows,
+            "left_out": self.left_out,
+        }
         out.write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -230,7 +239,7 @@ def quietly(bench: CudaBench) -> AbstractContextManager[Any]:
 
 
 def device_folder() -> str:
-    """"NVIDIA H200" → "h200": where results of this device are kept."""
+    """ "NVIDIA H200" → "h200": where results of this device are kept."""
     words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
     return next((w for w in words if re.fullmatch(r"[a-z]{1,3}\d+[a-z]*", w)), "-".join(words))
 

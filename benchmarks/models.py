@@ -20,6 +20,16 @@ class Cut:
     rows: list[Tensor | None]
     cols: list[Tensor | None]
 
+    def to(self, device: torch.device) -> Cut:
+        """A copy on a device; lists of indices that tensors share stay shared."""
+        moved: dict[int, Tensor] = {}
+
+        def move(index: Tensor | None) -> Tensor | None:
+            return None if index is None else moved.setdefault(id(index), index.to(device))
+
+        tensors = [t.to(device) for t in self.tensors]
+        return Cut(tensors, [move(r) for r in self.rows], [move(c) for c in self.cols])
+
     @property
     def packed_bytes(self) -> int:
         total = 0
