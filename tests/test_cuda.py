@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA graphs, streams, torch.compile, both devices agreeing. The rest runs in the emulator."""
+"""What only a GPU can show: CUDA graphs, streams, torch.compile, both devices agreeing."""
 
 from __future__ import annotations
 
