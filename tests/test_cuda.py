@@ -5,13 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from digits import digits_task, tiny_backbone
 from torch import Tensor
 
+from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.ops import importance, merge, meta_vote, pack, pruned_linear, residual_add
+from mvp_ext.pruning.build import build_universal, build_zoo
+from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.prune import METHODS, prune
+from mvp_ext.pruning.training import Recipe
+from mvp_ext.pruning.zoo import Zoo
 
 pytestmark = pytest.mark.cuda
 Op = Callable[..., Any]
@@ -179,3 +187,32 @@ torch.cuda.synchronize()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
     assert "CUDA" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "scope"), [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads+mlp")]
+)
+def test_the_main_job(name: str, scope: str, tmp_path: Path) -> None:
+    """A zoo and every method, all on the GPU; what was saved there loads on the CPU and says the same."""
+    backbone = tiny_backbone(name).to("cuda")
+    zoo = Zoo(tmp_path / "zoo")
+    options: dict[str, Any] = {
+        "keep": 0.5,
+        "scope": scope,
+        "schedule": Schedule(share=0.5, steps_per_round=1, final_steps=2),
+        "recipe": Recipe(batch_size=8),
+    }
+    tasks = [digits_task((3, 4, 5), "b", seed=1), digits_task((0, 1, 6), "a", seed=2)]
+    build_zoo(backbone, tasks, zoo, **options)
+    build_universal(backbone, tasks, zoo, **options)
+    for method in METHODS:
+        result = prune(backbone, digits_task(), zoo=zoo, method=method, neighbours=2, steps=2, **options)
+        assert {p.device.type for p in result.model.parameters()} == {"cuda"}
+        assert 0.0 <= result.accuracy <= 1.0
+        result.save(tmp_path / "small.safetensors")
+        loaded = load_pruned(tmp_path / "small.safetensors").model.eval()
+        x = torch.rand(3, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                loaded(x), result.model(x.cuda()).cpu(), rtol=5e-3, atol=5e-3, check_dtype=False
+            )

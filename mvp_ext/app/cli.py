@@ -71,6 +71,7 @@ def demo(
     out: Out = Path("runs/demo"),
     quick: Annotated[bool, Option(help="A small one: it shows that everything works, not how well.")] = False,
     seed: options.Seed = 0,
+    device: options.Device = "auto",
     threads: options.Threads = None,
 ) -> None:
     """The main job on scikit-learn's digits: pre-train, build a zoo, compare on held-out tasks, write a page.
@@ -79,7 +80,7 @@ def demo(
     """
     options.set_threads(threads)
     size = dataclasses.replace(QUICK if quick else FULL, seed=seed)
-    results = run_demo(size, out, bar=progress_bar)
+    results = run_demo(size, out, bar=progress_bar, device=options.device_of(device))
     results["command"] = _command()
     _write(results, out)
 
@@ -94,16 +95,18 @@ def pretrain(
     batch_size: Annotated[int | None, Option(help="Images a step.", rich_help_panel=options.RUN)] = None,
     learning_rate: options.LearningRate = None,
     seed: options.Seed = 0,
+    device: options.Device = "auto",
     threads: options.Threads = None,
 ) -> None:
     """Train a backbone from scratch on all classes, where no pre-trained weights are at hand."""
     options.set_threads(threads)
+    place = options.device_of(device)
     images = options.data_of(data)
     size = image_size or max(32, *images.image_size)
     import torch
 
     torch.manual_seed(seed)  # the weights that training starts from
-    network = create_model(model, num_classes=len(images.classes), img_size=size)
+    network = create_model(model, num_classes=len(images.classes), img_size=size).to(place)
     recipe = None
     if learning_rate is not None or batch_size is not None:
         family = Recipe.for_model(network)
@@ -162,6 +165,7 @@ def prune(
     learning_rate: options.LearningRate = None,
     add: Annotated[bool, Option(help="Add the result to the zoo.")] = False,
     seed: options.Seed = 0,
+    device: options.Device = "auto",
     threads: options.Threads = None,
 ) -> None:
     """Make a small model for one task by a vote of the zoo's nearest entries."""
@@ -169,7 +173,7 @@ def prune(
     if (classes is None) == (task is None):
         raise ValueError("prune: which task? Give either --classes name,name,… or --task FILE")
     opened = Zoo(zoo, create=False) if method in ("mvp", "universal") or add else None
-    backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std)
+    backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std, device=device)
     images = options.data_of(data)
     if task is not None:
         chosen = Task.load(task, images)
@@ -244,6 +248,7 @@ def compare(
     ] = None,
     seconds: Annotated[float, Option(help="Time for each latency.")] = 1.0,
     seed: options.Seed = 0,
+    device: options.Device = "auto",
     threads: options.Threads = None,
 ) -> None:
     """Compare methods on held-out tasks at equal shapes and head refit; write results.json and report.html.
@@ -252,7 +257,7 @@ def compare(
     """
     options.set_threads(threads)
     opened = Zoo(zoo, create=False)
-    backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std)
+    backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std, device=device)
     images = options.data_of(data)
     known = [Task.of(e.name, images, e.task["classes"]) for e in opened.entries() if _has(images, e.task)]
     drawn = options.tasks_of(images, tasks, classes_per_task, task_seed, "held-out", max_train, known)
@@ -315,7 +320,7 @@ def bench(
     batch: Annotated[list[int] | None, Option(help="Batch sizes (repeatable). Default: 1 and 32.")] = None,
     seconds: Annotated[float, Option(help="Time for each model and batch size.")] = 2.0,
     channels_last: Annotated[bool, Option(help="Time in the channels_last layout.")] = False,
-    device: Annotated[str, Option(help="cpu or cuda.")] = "cuda if there",
+    device: options.Device = "auto",
     out: Annotated[Path | None, Option(help="Save as JSON.", rich_help_panel=options.RUN)] = None,
     threads: options.Threads = None,
 ) -> None:
@@ -323,9 +328,8 @@ def bench(
     import torch
 
     options.set_threads(threads)
+    place = options.device_of(device)
     backbone = options.backbone_of(model, weights, pretrained, image_size, need_weights=False)
-    if device == "cuda if there":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     dense, shape = backbone.model, (3, backbone.preprocessing.size, backbone.preprocessing.size)
     keeps = keep or [0.5]
     others = pruned_copies(dense, keeps, scope=scope, align=align)
@@ -334,8 +338,8 @@ def bench(
     for path in pruned or ():
         others[path.name] = load_pruned(path).model
     result = run_bench(
-        dense.to(device),
-        {name: other.to(device) for name, other in others.items()},
+        dense.to(place),
+        {name: other.to(place) for name, other in others.items()},
         shape,
         batches=tuple(batch or (1, 32)),
         seconds=seconds,
@@ -344,13 +348,13 @@ def bench(
             "model": model,
             "scope": find_structure(dense, scope).scope,
             "align": align,
-            "device": device,
+            "device": str(place),
             "threads": torch.get_num_threads(),
             "command": _command(),
         },
     )
     console.print(bench_table(result))
-    say(f"{model} at {shape[1]} pixels on {device}, {torch.get_num_threads()} threads")
+    say(f"{model} at {shape[1]} pixels on {place}, {torch.get_num_threads()} threads")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

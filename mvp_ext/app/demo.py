@@ -61,7 +61,7 @@ QUICK = DemoSize(
 )
 
 
-def run_demo(size: DemoSize, out: Path, *, bar: Bar) -> dict[str, Any]:
+def run_demo(size: DemoSize, out: Path, *, bar: Bar, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Everything, into the folder ``out`` (backbone, zoo, finished runs); what is there already is used again.
 
     Returns:
@@ -72,7 +72,7 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar) -> dict[str, Any]:
     """
     _check_folder(size, out)
     data = load_data("digits")
-    backbone = _backbone(size, data, out, bar)
+    backbone = _backbone(size, data, out, bar, device)
     zoo = Zoo(out / "zoo")
     tasks = sample_tasks(data, size.zoo_tasks, size.classes_per_task, size.seed, "zoo")
     held_out = sample_tasks(
@@ -122,12 +122,12 @@ def _check_folder(size: DemoSize, out: Path) -> None:
         )
 
 
-def _backbone(size: DemoSize, data: ImageData, out: Path, bar: Bar) -> Backbone:
+def _backbone(size: DemoSize, data: ImageData, out: Path, bar: Bar, device: torch.device | str) -> Backbone:
     path = out / "backbone.safetensors"
     if path.exists():
-        return load_backbone(path)
+        return load_backbone(path).to(device)
     torch.manual_seed(size.seed)  # the weights that training starts from
-    model = create_model(size.model, num_classes=len(data.classes))
+    model = create_model(size.model, num_classes=len(data.classes)).to(device)
     with bar("1. pre-training") as progress:
         backbone, accuracy, cost = pretrain(
             model,

@@ -92,12 +92,28 @@ LearningRate = Annotated[
 
 # ---- the run
 Seed = Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=RUN)]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1 or auto: the GPU if torch sees one.", rich_help_panel=RUN)
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of torch.", rich_help_panel=RUN, min=1)]
 
 
 def set_threads(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def device_of(name: str) -> torch.device:
+    """ValueError where torch does not have the device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu, cuda, cuda:N or auto, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def backbone_of(
@@ -108,9 +124,10 @@ def backbone_of(
     mean: str | None = None,
     std: str | None = None,
     *,
+    device: str = "cpu",
     need_weights: bool = True,
 ) -> Backbone:
-    """The dense model of the options. ValueError where nothing says which weights, unless any will do."""
+    """The dense model of the options, on the device. ValueError where nothing says which weights, unless any do."""
     saved = Path(model).suffix == ".safetensors"
     if need_weights and not (saved or weights or pretrained):
         raise ValueError(
@@ -121,7 +138,8 @@ def backbone_of(
         raise ValueError(
             f"model {model!r} is a file with its own weights: leave --weights and --pretrained out"
         )
-    return load_backbone(
+    place = device_of(device)  # first: an error should not wait for the weights
+    backbone = load_backbone(
         model,
         weights=weights,
         pretrained=pretrained,
@@ -129,6 +147,7 @@ def backbone_of(
         mean=_numbers("mean", mean),
         std=_numbers("std", std),
     )
+    return backbone.to(place)
 
 
 def data_of(source: str) -> ImageData:

@@ -53,6 +53,7 @@ def build(
         int | None, typer.Option(help="Its optimizer steps. Default: as many as the whole zoo took.")
     ] = None,
     seed: options.Seed = 0,
+    device: options.Device = "auto",
     threads: options.Threads = None,
 ) -> None:
     """Prune the model for many tasks from scratch, with distillation, and keep the results.
@@ -60,7 +61,7 @@ def build(
     What the zoo already has is passed over: after Ctrl-C or a crash the same command goes on where it was.
     """
     options.set_threads(threads)
-    backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std)
+    backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std, device=device)
     drawn = options.tasks_of(options.data_of(data), tasks, classes_per_task, task_seed, "zoo", max_train)
     opened = Zoo(zoo)
     have = 0

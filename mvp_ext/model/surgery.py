@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.nn import ScatterBlock
 from mvp_ext.model.structure import SCOPES, Structure, UnsupportedModelError, check_fits, find_structure
-from mvp_ext.ops import pack, reference, unpack
+from mvp_ext.ops import ops_for
 
 Cut = tuple[Tensor | None, Tensor | None]  # kept rows, kept columns; None keeps all
 
@@ -184,7 +184,7 @@ def _scatter(model: nn.Module, path: str, kept: Tensor) -> None:
 
 
 def _pack(tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
-    """The kept rows and columns of each tensor, in its own memory format: one native call for a model on the CPU."""
+    """The kept rows and columns of each tensor, in its own memory format: one native call for a model."""
     if not tensors:
         return []
     moved: dict[int, Tensor] = {}  # the cuts of a model share few index tensors: each is moved once
@@ -194,11 +194,8 @@ def _pack(tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
     rows, cols = (
         [None if index is None else moved[id(index)] for index in side] for side in zip(*cuts, strict=True)
     )
-    if tensors[0].device.type == "cpu":
-        return pack(tensors, rows, cols)
-    # Elsewhere, or where tensors have no memory (meta): torch's own indexing, which runs on every device.
-    packed = reference.pack(tensors, rows, cols)
-    return [
+    packed = ops_for(tensors[0].device).pack(tensors, rows, cols)
+    return [  # the kernels keep the format; plain torch (for meta tensors, say) does not
         small.contiguous(memory_format=torch.channels_last) if _is_channels_last(tensor) else small
         for small, tensor in zip(packed, tensors, strict=True)
     ]
@@ -285,6 +282,5 @@ def expand_state(
         else:
             full[name] = small.new_full(shape, 1.0 if name.endswith("running_var") else 0.0)
         to_device = [None if index is None else index.to(small.device) for index in (rows, cols)]
-        write = unpack if small.device.type == "cpu" else reference.unpack
-        write([small], [full[name]], to_device[:1], to_device[1:])
+        ops_for(small.device).unpack([small], [full[name]], to_device[:1], to_device[1:])
     return full

@@ -64,6 +64,16 @@ class Backbone:
         return cls(model, Preprocessing.of(model))
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are; images and everything made of the model follow them there."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> Backbone:
+        """Moves the model (in place, as ``nn.Module.to`` does); returns this backbone."""
+        self.model.to(device)
+        return self
+
+    @property
     def architecture(self) -> str:
         config = getattr(self.model, "pretrained_cfg", None) or {}
         return str(config.get("architecture") or type(self.model).__name__)
@@ -198,7 +208,7 @@ def extract_features(
     parts = []
     with autocast(device, precision):
         for chunk in images.split(FEATURE_BATCH):
-            batch = to_batch(chunk, preprocessing.size, preprocessing.mean, preprocessing.std).to(device)
+            batch = to_batch(chunk.to(device), preprocessing.size, preprocessing.mean, preprocessing.std)
             parts.append(forward_features(model, batch).cpu())
     model.train(was_training)
     return torch.cat(parts) if parts else torch.empty(0, 0)

@@ -48,7 +48,9 @@ def pretrain(
         recipe = recipe.with_rate(6 * recipe.learning_rate)
     everything = Task("pretrain", data, data.classes, seed=seed).split()
     torch.manual_seed(seed)  # the fresh head's weights
+    device = next(model.parameters()).device
     model.reset_classifier(everything.num_classes)  # type: ignore[operator]
+    model.to(device)  # the fresh head, too
     preprocessing = Preprocessing(image_size, *measured_normalisation(data))
     cost = Cost()
     trainer = Trainer(model, everything, preprocessing, recipe, seed=seed, cost=cost)

@@ -117,7 +117,7 @@ def _start_universal(job: _Job) -> tuple[nn.Module, Mask]:
         raise ZooError(
             f"prune: method 'universal' needs {path}; make it with build_universal or `zoo build --universal`"
         )
-    checkpoint = load_pruned(path)
+    checkpoint = load_pruned(path, job.backbone.device)
     if (
         checkpoint.structure.fingerprint != job.structure.fingerprint
         or checkpoint.extra.get("keep") != job.keep

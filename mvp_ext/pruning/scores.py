@@ -83,7 +83,7 @@ def _on_activations(
                 loss.backward()
             for item in captured:
                 probe = item.layer.probe
-                score = ops.importance(
+                score = ops.ops_for(images.device).importance(
                     item.activation.detach(),
                     item.activation.grad if needs_gradient else None,
                     kind=kind,

@@ -115,9 +115,10 @@ class Trainer:
         teacher: Teacher | None = None,
         cost: Cost | None = None,
     ) -> None:
-        self.model, self.data, self.preprocessing, self.recipe = model, data, preprocessing, recipe
+        self.model, self.preprocessing, self.recipe = model, preprocessing, recipe
         self.teacher, self.cost = teacher, cost if cost is not None else Cost()
         self.device = next(model.parameters()).device
+        self.data = data.to(self.device)  # uint8: a few megabytes; batches are made where they are used
         self.precision = recipe.precision
         if self.device.type == "cpu" and _convolves_one_pixel(model, preprocessing.size):
             self.precision = "float32"
@@ -143,14 +144,13 @@ class Trainer:
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The next training batch, augmented: f32 [B, 3, S, S] (channels_last) and labels [B]."""
-        index = next(self._indices)
+        index = next(self._indices).to(self.device)
         self._drawn += 1
         flip = self.data.flip if self.recipe.flip is None else self.recipe.flip
         images = self.data.train_images[index]
         images = augment(images, self._generator, pad=int(self.recipe.crop * images.shape[1]), flip=flip)
         p = self.preprocessing
-        batch = to_batch(images, p.size, p.mean, p.std)
-        return batch.to(self.device), self.data.train_labels[index].to(self.device)
+        return to_batch(images, p.size, p.mean, p.std), self.data.train_labels[index]
 
     def snapshot(self) -> dict[str, Tensor]:
         """What, beside the model's weights, a later ``restore`` needs to go on as if nothing had happened."""
@@ -170,7 +170,10 @@ class Trainer:
         for name, value in tensors.items():
             if name.startswith("optimizer/"):
                 _, number, key = name.split("/")
-                self.optimizer.state[parameters[int(number)]][key] = value.clone()
+                parameter = parameters[int(number)]
+                # Counters (no dimensions) stay on the CPU, where torch's optimizers keep them.
+                device = parameter.device if value.ndim else value.device
+                self.optimizer.state[parameter][key] = value.to(device, copy=True)
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -277,7 +280,7 @@ def reestimate_statistics(
     with autocast(device, precision):
         for index in order.chunk(max(1, len(order) // 128)):
             p = preprocessing
-            model(to_batch(images[index], p.size, p.mean, p.std).to(device))
+            model(to_batch(images[index].to(device), p.size, p.mean, p.std))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.eval()

@@ -129,7 +129,7 @@ def _rerank(
     ]
     labels = data.train_labels[order]
     stored = entry.read()
-    model = stored.build()
+    model = stored.build().to(backbone.device)
     features = extract_features(model, data.train_images[order], backbone.preprocessing)
     size = backbone.preprocessing.size
     cost.similarity_flops += len(order) * count_flops(model, (3, size, size))
@@ -203,10 +203,10 @@ def merge_voters(
 
     Args:
         dense_state: the pre-trained model's state dict. Tensors that some voter lacks (the classifier) are left out.
-        voter_states: the voters' compact state dicts.
+        voter_states: the voters' compact state dicts, on any device.
 
     Returns:
-        name → tensor at the sub-network's shapes.
+        name → tensor at the sub-network's shapes, on ``dense_state``'s device.
     """
     index, voter_index = structure.index_of(mask), [structure.index_of(m) for m in voter_masks]
     everything: tuple[None, None] = (None, None)
@@ -216,14 +216,21 @@ def merge_voters(
         return all(_fits(tensor, i, s.get(name)) for i, s in zip(indices, voter_states, strict=True))
 
     names = [n for n, t in dense_state.items() if t.is_floating_point() and in_every_voter(n, t)]
-    merged = ops.merge(
+    device = next(iter(dense_state.values())).device
+    on_device: dict[int, Tensor] = {}  # the tensors of a model share few index tensors: each is moved once
+
+    def side(of: Mapping[str, tuple[Tensor | None, Tensor | None]], dim: int) -> list[Tensor | None]:
+        indices = [of.get(n, everything)[dim] for n in names]
+        return [None if i is None else on_device.setdefault(id(i), i.to(device)) for i in indices]
+
+    merged = ops.ops_for(device).merge(
         [dense_state[n] for n in names],
-        [[state[n] for n in names] for state in voter_states],
-        [[i.get(n, everything)[0] for n in names] for i in voter_index],
-        [[i.get(n, everything)[1] for n in names] for i in voter_index],
-        torch.ones(len(voter_states)) if weights is None else weights,
-        [index.get(n, everything)[0] for n in names],
-        [index.get(n, everything)[1] for n in names],
+        [[state[n].to(device) for n in names] for state in voter_states],
+        [side(i, 0) for i in voter_index],
+        [side(i, 1) for i in voter_index],
+        (torch.ones(len(voter_states)) if weights is None else weights).to(device),
+        side(index, 0),
+        side(index, 1),
     )
     return dict(zip(names, merged, strict=True))
 
