@@ -9,7 +9,9 @@
 How it measures:
 - ``check`` runs first: a wrong result has no speed.
 - All contenders run in turn, round after round, in one process; a ratio is the median over the rounds of
-  peer time / our time, so that a slow phase of the machine hits both sides of it.
+  peer time / our time, so that a slow phase of the machine hits both sides of it. Each round has an order of
+  its own (drawn, the same in every run): who always follows the largest contender would always pay for the
+  pages that the allocator gave back after it.
 - A sample is long enough for the clock (``SAMPLE_SECONDS``): short functions are repeated within it.
 - The physical limit is a contender too: "read" is ``torch.dot``, "copy" is ``Tensor.copy_``, over as many
   bytes as the op moves, so its working set sits in the same cache level as the op's.
@@ -23,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
@@ -127,6 +130,7 @@ def _measure(
     contenders: Mapping[str, Callable[[], object]], seconds: float, cold: bool
 ) -> dict[str, list[float]]:
     """Seconds a call of each contender, one sample a round, contenders in turn."""
+    order, draw = list(contenders), random.Random(0)
     repeats = {name: 1 if cold else _warm_up(run) for name, run in contenders.items()}
     evict = _evictor() if cold else None
     samples: dict[str, list[float]] = {name: [] for name in contenders}
@@ -134,10 +138,11 @@ def _measure(
     for done in range(MAX_ROUNDS):
         if done >= MIN_ROUNDS and time.perf_counter() > end:
             break
-        for name, run in contenders.items():
+        draw.shuffle(order)
+        for name in order:
             if evict is not None:
                 evict()
-            samples[name].append(_sample(run, repeats[name]))
+            samples[name].append(_sample(contenders[name], repeats[name]))
     return samples
 
 
