@@ -1,4 +1,4 @@
-// The native module: tensors in as views, nothing out, GIL released.
+// The native module: tensors in as views, no tensor out, kernels without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +7,7 @@
 #include <string>
 
 #include "mvp/ops.h"
+#include "packed_layouts.h"
 #include "tensor_caster.h"
 #ifdef MVP_WITH_CUDA
 #include "cuda_bindings.h"
@@ -93,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("alike", &alike);
+  m.def("packed_layouts", &mvp::packed_layouts);
   m.def("build_info", [isa] {
     py::dict info;
     info["compiler"] = MVP_COMPILER;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <list>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "mvp/check.h"
@@ -16,9 +17,10 @@ namespace {
 struct IndexList {
   std::vector<int64_t> at;
   int64_t smallest = 0, largest = -1;
-  bool ascending = true;  // strictly, so there are no duplicates either
-  int64_t runs = 0;       // maximal stretches of consecutive values
+  bool ascending = true;          // strictly, so there are no duplicates either
+  std::vector<int64_t> run_ends;  // where maximal stretches of consecutive values end in `at`
 
+  int64_t runs() const { return static_cast<int64_t>(run_ends.size()); }
   int64_t size() const { return static_cast<int64_t>(at.size()); }
 };
 
@@ -33,25 +35,32 @@ inline IndexList read_index(const TensorView& view) {
   if (n == 0) return list;
   list.smallest = *std::min_element(list.at.begin(), list.at.end());
   list.largest = *std::max_element(list.at.begin(), list.at.end());
-  list.runs = 1;
   for (int64_t i = 1; i < n; ++i) {
     list.ascending &= list.at[i] > list.at[i - 1];
-    list.runs += list.at[i] != list.at[i - 1] + 1;
+    if (list.at[i] != list.at[i - 1] + 1) list.run_ends.push_back(i);
   }
+  list.run_ends.push_back(n);
   return list;
 }
 
 // Range and uniqueness can only be checked where the values are read: here, before anything is written.
-inline void check_index(const IndexList& list, int64_t bound, bool unique, const char* op,
-                        const std::string& name) {
+// `name`: a string, or a function that makes it, for callers with hundreds of lists.
+template <typename Name>
+void check_index(const IndexList& list, int64_t bound, bool unique, const char* op, const Name& name) {
+  const auto named = [&]() -> std::string {
+    if constexpr (std::is_invocable_v<Name>)
+      return name();
+    else
+      return name;
+  };
   if (list.size() == 0) return;
   MVP_CHECK(list.smallest >= 0 && list.largest < bound, op,
-            name + ": expected indices in [0, " + std::to_string(bound) + "), got " +
+            named() + ": expected indices in [0, " + std::to_string(bound) + "), got " +
                 std::to_string(list.smallest < 0 ? list.smallest : list.largest));
   if (!unique || list.ascending) return;
   std::vector<char> seen(bound, 0);
   for (int64_t at : list.at) {
-    MVP_CHECK(!seen[at], op, name + ": expected no index twice, got " + std::to_string(at) + " again");
+    MVP_CHECK(!seen[at], op, named() + ": expected no index twice, got " + std::to_string(at) + " again");
     seen[at] = 1;
   }
 }
@@ -60,8 +69,8 @@ inline void check_index(const IndexList& list, int64_t bound, bool unique, const
 // nullptr.
 class IndexLists {
  public:
-  const IndexList* get(const TensorView& view, int64_t bound, bool unique, const char* op,
-                       const std::string& name) {
+  template <typename Name>
+  const IndexList* get(const TensorView& view, int64_t bound, bool unique, const char* op, const Name& name) {
     if (!view.defined()) return nullptr;
     const IndexList* list = nullptr;
     for (const Entry& entry : entries_)

@@ -234,9 +234,12 @@ void merge_cpu(const std::vector<TensorView>& base, const std::vector<TensorView
   Worklist work;
   for (size_t p = 0; p < tensors; ++p) {
     const int64_t row_bound = base[p].shape[0], col_bound = base[p].ndim > 1 ? base[p].shape[1] : 1;
-    const auto find = [&](const TensorView& view, int64_t bound, const std::string& name) {
-      return view.defined() ? lists.get(view, bound, true, "merge", name + "[" + std::to_string(p) + "]")
-                            : nullptr;
+    const auto find = [&](const TensorView& view, int64_t bound, const char* name, int64_t voter = -1) {
+      const auto place = [&] {
+        const std::string of = voter < 0 ? "" : "[" + std::to_string(voter) + "]";
+        return name + of + "[" + std::to_string(p) + "]";
+      };
+      return view.defined() ? lists.get(view, bound, true, "merge", place) : nullptr;
     };
     Item& item = items[p];
     item = make_item(base[p], out[p], find(rows[p], row_bound, "rows"), find(cols[p], col_bound, "cols"));
@@ -246,9 +249,8 @@ void merge_cpu(const std::vector<TensorView>& base, const std::vector<TensorView
     int64_t bytes = item.width() * item.item_size;
     for (size_t v = 0; v < count; ++v) {
       const size_t at = v * tensors + p;
-      const std::string name = "[" + std::to_string(v) + "]";
-      const IndexList* const kept_rows = find(voter_rows[at], row_bound, "voter_rows" + name);
-      const IndexList* const kept_cols = find(voter_cols[at], col_bound, "voter_cols" + name);
+      const IndexList* const kept_rows = find(voter_rows[at], row_bound, "voter_rows", v);
+      const IndexList* const kept_cols = find(voter_cols[at], col_bound, "voter_cols", v);
       if (weights[v] == 0) continue;
       Voter voter{voters[at].ptr<const char>(), voters[at].dtype, static_cast<float>(weights[v]), 0, {}, {}};
       const std::vector<int64_t> row = positions(item.rows, kept_rows, row_bound);

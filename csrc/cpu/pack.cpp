@@ -10,6 +10,7 @@
 #include "index_list.h"
 #include "mvp/ops.h"
 #include "split_work.h"
+#include "stream.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -21,6 +22,8 @@ namespace {
 // Runs at least this long go through memcpy; for shorter ones its call and its branches cost more than the
 // bytes.
 constexpr int64_t kLongRun = 256;
+// Bytes: the hardware stops at the end of a page, and starts late in the next.
+constexpr int64_t kAhead = 2048;
 constexpr int64_t kChunk = 64;  // bytes: one cache line, one AVX-512 register
 // A tensor with no rows to cut between threads is given to them in parts of this many columns.
 constexpr int64_t kColumnsPerPart = 1 << 14;
@@ -32,6 +35,8 @@ struct LaneGroup {
   int32_t to_packed[16] = {}, to_wide[16] = {};  // by lane of the result: the lane it comes from
   uint16_t kept = 0;
   uint16_t count = 0;
+  bool whole =
+      false;  // 16 elements can be read here, and written: what is too much is overwritten by the next
 };
 
 struct Part {
@@ -52,7 +57,7 @@ bool is_element(int64_t bytes) { return bytes == 1 || bytes == 2 || bytes == 4 |
 
 Columns choose(const IndexList* cols, int64_t inner, int64_t count) {
   if (cols == nullptr) return Columns::all;
-  if (count * inner >= kLongRun * cols->runs) return Columns::runs;
+  if (count * inner >= kLongRun * cols->runs()) return Columns::runs;
   if (is_element(inner)) return Columns::elements;
   return inner <= kChunk && cols->ascending ? Columns::chunks : Columns::runs;
 }
@@ -110,13 +115,22 @@ struct Packing {
 struct Unpacking {
   static void move(char* full, char* packed, int64_t bytes) { std::memcpy(full, packed, bytes); }
 };
+// Past the cache: only for whole runs of rows.
+struct StreamingPacking {
+  static void move(char* full, char* packed, int64_t bytes) { stream_copy(packed, full, bytes); }
+};
+struct StreamingUnpacking {
+  static void move(char* full, char* packed, int64_t bytes) { stream_copy(full, packed, bytes); }
+};
 
+// Entries [first, last) of the list.
 template <typename Way>
-void move_runs(char* full, char* packed, const int64_t* at, int64_t count, int64_t bytes) {
-  for (int64_t i = 0; i < count;) {
-    int64_t end = i + 1;
-    while (end < count && at[end] == at[end - 1] + 1) ++end;
-    Way::move(full + at[i] * bytes, packed + i * bytes, (end - i) * bytes);
+void move_runs(char* full, char* packed, const IndexList& list, int64_t first, int64_t last, int64_t bytes) {
+  auto run = std::upper_bound(list.run_ends.begin(), list.run_ends.end(), first);
+  for (int64_t i = first; i < last; ++run) {
+    const int64_t end = std::min(*run, last);
+    Way::move(full + list.at[i] * bytes, packed, (end - i) * bytes);
+    packed += (end - i) * bytes;
     i = end;
   }
 }
@@ -151,19 +165,31 @@ std::vector<LaneGroup> lane_groups(const IndexList& cols) {
         group.to_wide[lane] = group.count;
         group.to_packed[group.count++] = lane;
       }
+  int64_t offset = 0;
+  for (LaneGroup& group : groups) {
+    group.whole = &group != &groups.back() && offset + 16 <= cols.size();
+    offset += group.count;
+  }
   return groups;
 }
 
 __mmask16 first_lanes(int count) { return static_cast<__mmask16>((1u << count) - 1); }
 
-// By vpermd: vpcompressd and vpexpandd do just that, but take twice as long on AMD's cores.
+// By vpermd: vpcompressd and vpexpandd do just that, but take twice as long on AMD's cores; and a store with
+// a mask takes several times as long as one without.
 void pack_lanes(const char* full, char* packed, const std::vector<LaneGroup>& groups) {
   const int32_t* from = reinterpret_cast<const int32_t*>(full);
   int32_t* to = reinterpret_cast<int32_t*>(packed);
   for (const LaneGroup& group : groups) {
-    const __m512i wide = _mm512_maskz_loadu_epi32(group.kept, from);
-    const __m512i value = _mm512_maskz_permutexvar_epi32(0xffff, _mm512_loadu_si512(group.to_packed), wide);
-    _mm512_mask_storeu_epi32(to, first_lanes(group.count), value);
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+    const __m512i lanes = _mm512_loadu_si512(group.to_packed);
+    if (group.whole) {
+      _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi32(0xffff, lanes, _mm512_loadu_si512(from)));
+    } else {
+      const __m512i wide = _mm512_maskz_loadu_epi32(group.kept, from);
+      _mm512_mask_storeu_epi32(to, first_lanes(group.count),
+                               _mm512_maskz_permutexvar_epi32(0xffff, lanes, wide));
+    }
     from += 16;
     to += group.count;
   }
@@ -184,8 +210,10 @@ void unpack_lanes(char* full, const char* packed, const std::vector<LaneGroup>& 
 
 template <typename Way>
 void move_columns(const Part& part, char* full, char* packed) {
+  if (part.how == Columns::runs)
+    return move_runs<Way>(full, packed, *part.cols, part.col_begin, part.col_begin + part.col_count,
+                          part.inner);
   const int64_t* const at = part.cols->at.data() + part.col_begin;
-  if (part.how == Columns::runs) return move_runs<Way>(full, packed, at, part.col_count, part.inner);
   if (part.how == Columns::chunks) {
     if constexpr (std::is_same_v<Way, Packing>)
       return pack_chunks(full, packed, at, part.col_count, part.inner);
@@ -219,13 +247,37 @@ void move_rows(const Part& part, int64_t first, int64_t last) {
     char* const packed = part.packed + first * part.inner;
     if (part.rows == nullptr)
       return Way::move(part.full + first * part.inner, packed, (last - first) * part.inner);
-    return move_runs<Way>(part.full, packed, part.rows->at.data() + first, last - first, part.inner);
+    return move_runs<Way>(part.full, packed, *part.rows, first, last, part.inner);
   }
   for (int64_t i = first; i < last; ++i) {
     char* const row = part.full + (part.rows == nullptr ? i : part.rows->at[i]) * part.full_row;
     for (int64_t m = 0; m < part.middle; ++m)
       move_columns<Way>(part, row + m * part.full_middle,
                         part.packed + i * part.packed_row() + m * part.packed_middle());
+  }
+}
+
+// As move_rows, past the cache where whole lines are written. Columns to be packed are gathered in a buffer,
+// several rows at a time where they are short, so that few lines are written in two halves.
+template <typename Way>
+void stream_rows(const Part& part, int64_t first, int64_t last) {
+  constexpr bool packing = std::is_same_v<Way, Packing>;
+  if (part.how == Columns::all)
+    return move_rows<std::conditional_t<packing, StreamingPacking, StreamingUnpacking>>(part, first, last);
+  if (!packing) return move_rows<Way>(part, first, last);
+  constexpr int64_t kBuffer = 16 << 10;  // bytes: half of the smallest L1 data cache
+  const int64_t piece = part.packed_middle(), pieces = std::max<int64_t>(1, kBuffer / piece);
+  std::vector<char> buffer(pieces * piece);
+  char* const packed = part.packed + first * part.packed_row();
+  const int64_t count = (last - first) * part.middle;
+  for (int64_t begin = 0; begin < count; begin += pieces) {
+    const int64_t end = std::min(begin + pieces, count);
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t i = first + at / part.middle, m = at % part.middle;
+      char* const row = part.full + (part.rows == nullptr ? i : part.rows->at[i]) * part.full_row;
+      move_columns<Packing>(part, row + m * part.full_middle, buffer.data() + (at - begin) * piece);
+    }
+    stream_copy(packed + begin * piece, buffer.data(), (end - begin) * piece);
   }
 }
 
@@ -241,9 +293,8 @@ void move_all(const char* op, const std::vector<TensorView>& full, const std::ve
   parts.reserve(count);
   for (size_t p = 0; p < count; ++p) {
     const auto index = [&](const TensorView& view, int dim, const char* name) {
-      return view.defined()
-                 ? lists.get(view, full[p].shape[dim], unique, op, name + ("[" + std::to_string(p) + "]"))
-                 : nullptr;
+      const auto place = [&] { return name + ("[" + std::to_string(p) + "]"); };
+      return view.defined() ? lists.get(view, full[p].shape[dim], unique, op, place) : nullptr;
     };
     const IndexList* const row_list = index(rows[p], 0, "rows");
     const IndexList* const col_list = index(cols[p], 1, "cols");
@@ -262,7 +313,20 @@ void move_all(const char* op, const std::vector<TensorView>& full, const std::ve
   }
 #endif
   Worklist work;
-  for (const Part& part : parts) work.add(part.row_count, part.packed_row());
+  int64_t bytes = 0;
+  for (const Part& part : parts) {
+    // What is read (of cut rows nearly every line) and written.
+    work.add(part.row_count,
+             part.packed_row() + (part.how == Columns::all ? part.packed_row() : part.full_row));
+    bytes += part.row_count * part.packed_row();
+  }
+  if (bytes > streaming_bytes()) {
+    work.run(threads, [&](int64_t p, int64_t first, int64_t last) {
+      stream_rows<Way>(parts[p], first, last);
+      stream_fence();
+    });
+    return;
+  }
   work.run(threads, [&](int64_t p, int64_t first, int64_t last) { move_rows<Way>(parts[p], first, last); });
 }
 

@@ -35,11 +35,14 @@ def pack(tensors: Sequence[Tensor], rows: Indices, cols: Indices) -> list[Tensor
         TypeError, ValueError: kinds, dtypes, shapes, indices out of range, unequal devices.
     """
     tensors, rows, cols = list(tensors), list(rows), list(cols)
+    packed = registry.pack_plain(tensors, rows, cols)
+    if packed is not None:
+        return packed
     _check("pack", "tensors", tensors, rows, cols)
     if not tensors:
         return []  # nothing that the dispatcher could choose a device by
     with torch.no_grad():
-        return registry.pack(tensors, rows, cols)
+        return registry.pack_op(tensors, rows, cols)
 
 
 def unpack(packed: Sequence[Tensor], out: Sequence[Tensor], rows: Indices, cols: Indices) -> None:

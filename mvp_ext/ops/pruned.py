@@ -271,6 +271,11 @@ def _cut(tensor: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> T
     """tensor[out][:, in], differentiable."""
     if out_index is None and in_index is None:
         return tensor
+    if out_index is not None and in_index is None and tensor.is_contiguous():
+        try:
+            return tensor.index_select(0, out_index)
+        except (IndexError, RuntimeError):
+            pass  # an index out of range: the error of pack says which
     if _needs_grad(tensor):
         return _Cut.apply(tensor, out_index, in_index)
     return registry_packing.pack([tensor], [out_index], [in_index])[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mvp_ext.ops._native import native
-from mvp_ext.ops.define import define
+from mvp_ext.ops.define import define, nobody_listens
 
 Indices = list[Tensor | None]
 
@@ -57,46 +57,38 @@ def _pack_fake(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tens
     return [_empty_packed(t, r, c) for t, r, c in zip(tensors, rows, cols, strict=True)]
 
 
-# Up to this many elements a tensor, torch's own call costs less than an output and a place in the kernel's list. And a
-# cut of rows alone is a plain copy of long runs, which torch does as fast while its output is still in the cache.
-_SMALL = 2048
-
-
-def _pack_by_torch(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
-    if rows is not None:
-        tensor = tensor.index_select(0, rows)
-        return tensor if cols is None else tensor.index_select(1, cols)
-    return (
-        tensor.clone(memory_format=torch.contiguous_format) if cols is None else tensor.index_select(1, cols)
-    )
-
-
 def pack_cpu(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tensor]:
-    packed: list[Tensor] = []
-    large: list[int] = []
-    try:
-        for p, tensor in enumerate(tensors):
-            if (cols[p] is not None and tensor.numel() > _SMALL) or not tensor.is_contiguous():
-                large.append(p)
-                packed.append(_empty_packed(tensor, rows[p], cols[p]))
-            else:
-                packed.append(_pack_by_torch(tensor, rows[p], cols[p]))
-    except (IndexError, RuntimeError):  # an index out of range: the kernel's error names it
-        large, packed = list(range(len(tensors))), _pack_fake(tensors, rows, cols)
-    if large:
-        native().pack_cpu(
-            [_as_bits(_dense(tensors[p])) for p in large],
-            [rows[p] for p in large],
-            [cols[p] for p in large],
-            [_as_bits(packed[p]) for p in large],
-            torch.get_num_threads(),
-        )
+    packed = _pack_fake(tensors, rows, cols)
+    native().pack_cpu(
+        [_as_bits(_dense(t)) for t in tensors],
+        rows,
+        cols,
+        [_as_bits(p) for p in packed],
+        torch.get_num_threads(),
+    )
     return packed
 
 
-pack = define(
+pack_op = define(
     "pack(Tensor[] tensors, Tensor?[] rows, Tensor?[] cols) -> Tensor[]", fake=_pack_fake, cpu=pack_cpu
 )
+
+
+def pack_plain(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tensor] | None:
+    """The op's result without the dispatcher, and without checks: one native call sees whether all is as it almost
+    always is. None where it is not, or where someone would see a call of the op."""
+    if torch.compiler.is_compiling() or not nobody_listens():
+        return None
+    layouts = native().packed_layouts(tensors, rows, cols)
+    if not layouts:
+        return None
+    packed = [t.new_empty_strided(shape, stride) for t, (shape, stride) in zip(tensors, layouts, strict=True)]
+    native().pack_cpu(tensors, rows, cols, packed, torch.get_num_threads())
+    return packed
+
+
+def pack(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tensor]:
+    return pack_plain(tensors, rows, cols) or pack_op(tensors, rows, cols)
 
 
 def _unpack_fake(packed: list[Tensor], out: list[Tensor], rows: Indices, cols: Indices) -> None:
