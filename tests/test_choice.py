@@ -29,6 +29,6 @@ def test_ops_for() -> None:
 def test_without_cuda_kernels_an_op_says_what_to_do() -> None:
     with (
         mock.patch.object(cuda, "build_info", return_value={"cuda": False}),
-        pytest.raises(RuntimeError, match="got CUDA tensors, .* no nvcc was found .* MVP_USE_CUDA=ON"),
+        pytest.raises(RuntimeError, match=r"got CUDA tensors, .* no nvcc was found .* MVP_USE_CUDA=ON"),
     ):
         cuda.kernels()
