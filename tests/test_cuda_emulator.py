@@ -82,6 +82,24 @@ def test_matrix_instructions() -> None:
         torch.testing.assert_close(out, a @ b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows_are_k", [False, True])
+def test_warpgroup_matrix_instructions(rows_are_k: bool) -> None:
+    name = "warpgroup product" + (", rows are k" if rows_are_k else "")
+    for schedule in SCHEDULES:
+        a, b = torch.randn(64, 64).bfloat16(), torch.randn(64, 128).bfloat16()
+        values = torch.cat([a.flatten(), (b if rows_are_k else b.t().contiguous()).flatten()])
+        out = torch.empty(64, 128)
+        with emulator.emulated(schedule) as module:
+            module.run_faulty_kernel(name, values, out)
+        torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-4)
+    for fault, message in (
+        ("warpgroup product without fence", "starts a matrix instruction while copies of .* are not fenced"),
+        ("warpgroup product without wait", "ends with matrix instructions that it never waited for"),
+    ):
+        with emulator.emulated() as module, pytest.raises(RuntimeError, match=message):
+            module.run_faulty_kernel(fault, values, out)
+
+
 def test_launch_errors_say_what_to_do() -> None:
     wanted = {
         209: r".*float32 could not be launched with grid \(1, 1, 1\), block \(64, 1, 1\) and 256 bytes of shared "

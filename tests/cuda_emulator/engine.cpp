@@ -118,6 +118,9 @@ struct Thread {
   const char* waits_at = nullptr;
   std::vector<Copy> open;                // copies of the group that is not committed yet
   std::deque<std::vector<Copy>> groups;  // committed, not waited for
+  bool unfenced = false;                 // copies arrived that matrix instructions may not see yet
+  std::vector<std::function<void()>> deferred;
+  std::deque<std::vector<std::function<void()>>> deferred_groups;
 };
 
 // Threads meet when all that the mask names have come. Two buffers: nobody can come a second time before
@@ -207,6 +210,8 @@ void thread_main() {
     const Thread& me = block->thread[static_cast<size_t>(block->running)];
     bool pending = !me.open.empty();
     for (const auto& group : me.groups) pending = pending || !group.empty();
+    if (!me.deferred.empty() || !me.deferred_groups.empty())
+      fault("ends with matrix instructions that it never waited for");
     if (pending) fault("ends with asynchronous copies that it never waited for");
   } catch (...) {
     if (!block->error) block->error = std::current_exception();
@@ -302,6 +307,8 @@ void run_grid(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<
 
 void* shared_memory() { return block->shared.get(); }
 
+int linear_thread() { return block->running; }
+
 int lane() { return block->running % kWarp; }
 
 void yield() {
@@ -379,6 +386,7 @@ void commit_copies() {
 void wait_for_copies(int groups_left) {
   Thread& me = block->thread[static_cast<size_t>(block->running)];
   while (static_cast<int>(me.groups.size()) > groups_left) {
+    me.unfenced = me.unfenced || !me.groups.front().empty();
     for (const Copy& copy : me.groups.front()) {
       if (copy.valid)
         std::memcpy(copy.to, copy.from, copy.bytes);
@@ -386,6 +394,36 @@ void wait_for_copies(int groups_left) {
         std::memset(copy.to, 0, copy.bytes);
     }
     me.groups.pop_front();
+  }
+}
+
+void fence_copies() { block->thread[static_cast<size_t>(block->running)].unfenced = false; }
+
+void check_fenced() {
+  for (int t = 0; t < block->threads; ++t)
+    if (block->thread[static_cast<size_t>(t)].unfenced)
+      fault("starts a matrix instruction while copies of " + name_of(t) + " are not fenced");
+}
+
+void defer(std::function<void()> work) {
+  Thread& me = block->thread[static_cast<size_t>(block->running)];
+  if (schedule > 1 && generator() % 2 == 0 && me.deferred.empty() && me.deferred_groups.empty())
+    work();
+  else
+    me.deferred.push_back(std::move(work));
+}
+
+void commit_deferred() {
+  Thread& me = block->thread[static_cast<size_t>(block->running)];
+  me.deferred_groups.push_back(std::move(me.deferred));
+  me.deferred.clear();
+}
+
+void wait_for_deferred(int groups_left) {
+  Thread& me = block->thread[static_cast<size_t>(block->running)];
+  while (static_cast<int>(me.deferred_groups.size()) > groups_left) {
+    for (const auto& work : me.deferred_groups.front()) work();
+    me.deferred_groups.pop_front();
   }
 }
 

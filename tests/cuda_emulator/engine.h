@@ -62,6 +62,14 @@ void yield();  // let others go first, if the schedule wants
 void copy_async(void* shared, const void* global, size_t bytes, bool valid);
 void commit_copies();
 void wait_for_copies(int groups_left);
+// Copies that were waited for must be fenced before a matrix instruction reads them (fence.proxy.async).
+void fence_copies();
+void check_fenced();
+// Work that happens at some time between now and the wait for its group: matrix instructions of Hopper.
+void defer(std::function<void()> work);
+void commit_deferred();
+void wait_for_deferred(int groups_left);
+int linear_thread();
 [[noreturn]] void fault(const std::string& what);
 void check_aligned(const void* pointer, size_t bytes, const char* what);
 

@@ -3,6 +3,7 @@
 
 #include "cuda/common.cuh"
 #include "faults.h"
+#include "mvp/cuda/wgmma.cuh"
 
 namespace mvp::cuda {
 namespace {
@@ -128,6 +129,46 @@ __global__ void matrix_product(const float* in, float* out) {
   for (int i = 0; i < 4; ++i) out[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = d[i];
 }
 
+// d[64×128] = a[64×64] · b[64×128] by a warpgroup: `in` holds a, row-major, then b, as [n][k] or as [k][n];
+// bfloat16.
+template <bool kRowsAreK, bool kFence, bool kWait>
+__global__ void warpgroup_product(const float* in, float* out) {
+  auto* a = dynamic_shared<Bf16>();
+  auto* b = a + 64 * 64;
+  const auto* values = reinterpret_cast<const Bf16*>(in);
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto copy = [](Bf16* tile, int row, int vector, const Bf16* from) {
+    cp_async16(tile + row * 64 + (vector ^ row % 8) * 8, from);
+  };
+  for (int i = thread; i < 64 * 8; i += 128) copy(a, i / 8, i % 8, values + i * 8);
+  for (int i = thread; i < 128 * 8; i += 128) {
+    const Bf16* from = values + 64 * 64 + i * 8;
+    if (kRowsAreK)
+      copy(b, i % 16 / 8 * 64 + i / 16, i % 8, from);  // 64 values of n beside each other, then the next 64
+    else
+      copy(b, i / 8, i % 8, from);
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  if (kFence) fence_for_wgmma();
+  __syncthreads();
+  float d[64];
+  wgmma_begin();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    const uint64_t tile_a = describe_tile(a + step * 16, 1024, 0);
+    const uint64_t tile_b =
+        kRowsAreK ? describe_tile(b + step * 16 * 64, 1024, 64 * 128) : describe_tile(b + step * 16, 1024, 0);
+    wgmma_m64n128k16<Bf16, kRowsAreK>(d, tile_a, tile_b, step > 0);
+  }
+  wgmma_commit();
+  if (kWait) wgmma_wait<0>();
+  wgmma_hold(d);
+  const int row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 64; ++i) out[(row + i / 2 % 2 * 8) * 128 + i / 4 * 8 + column + i % 2] = d[i];
+}
+
 }  // namespace
 }  // namespace mvp::cuda
 
@@ -159,6 +200,18 @@ void run_faulty_kernel(const std::string& name, const TensorView& in, const Tens
       const bool one_warp = name == "matrix product";
       const Shape shape{dim3(1), dim3(one_warp ? 32 : kThreads),
                         one_warp ? 384 * sizeof(Bf16) : kThreads * sizeof(float)};
+      return launch("a test kernel", DType::f32, Queue(0, 0), shape, kernel, in.ptr<float>(),
+                    out.ptr<float>());
+    }
+  const std::pair<const char*, void (*)(const float*, float*)> warpgroup_kernels[] = {
+      {"warpgroup product", &warpgroup_product<false, true, true>},
+      {"warpgroup product, rows are k", &warpgroup_product<true, true, true>},
+      {"warpgroup product without fence", &warpgroup_product<false, false, true>},
+      {"warpgroup product without wait", &warpgroup_product<false, true, false>},
+  };
+  for (const auto& [known, kernel] : warpgroup_kernels)
+    if (name == known) {
+      const Shape shape{dim3(1), dim3(128), (64 + 128) * 64 * sizeof(Bf16)};
       return launch("a test kernel", DType::f32, Queue(0, 0), shape, kernel, in.ptr<float>(),
                     out.ptr<float>());
     }

@@ -13,6 +13,11 @@ struct F16 {
   uint16_t bits;
 };
 
+template <typename T>
+constexpr bool is_bf16 = false;
+template <>
+inline constexpr bool is_bf16<Bf16> = true;
+
 // 16 bytes: what a thread moves at once.
 template <typename T>
 struct alignas(16) Vec16 {

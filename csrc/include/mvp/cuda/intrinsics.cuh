@@ -43,10 +43,11 @@ __device__ __forceinline__ void require(bool condition, const char*) {
 }
 
 // ---------------------------------------------------------------- memory
-// The block's dynamic shared memory, 16-byte aligned. One use a kernel; its size is an argument of launch().
+// The block's dynamic shared memory, at a multiple of 1024 bytes. One use a kernel; its size is an argument
+// of launch().
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char mvp_dynamic_shared[];
+  extern __shared__ __align__(1024) unsigned char mvp_dynamic_shared[];
   return reinterpret_cast<T*>(mvp_dynamic_shared);
 }
 
