@@ -95,6 +95,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("alike", &alike);
   m.def("packed_layouts", &mvp::packed_layouts);
+  m.def("are_packed", &mvp::are_packed);
   m.def("build_info", [isa] {
     py::dict info;
     info["compiler"] = MVP_COMPILER;

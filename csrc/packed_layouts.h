@@ -1,4 +1,4 @@
-// What `pack` would ask of hundreds of tensors one attribute at a time, in one call.
+// What `pack` and `merge` would ask of hundreds of tensors one attribute at a time, in one call.
 #pragma once
 
 #include "tensor_caster.h"
@@ -39,50 +39,83 @@ inline pybind11::object to_tuple(const int64_t* values, int size) {
   return tuple;
 }
 
-// (shape, stride) of what `pack` makes of each tensor. None unless all is as it almost always is: plain CPU
-// tensors of 1 to 6 dimensions and a dtype that kernels know, contiguous or channels_last; plain index
-// vectors. The caller then finds out what is wrong, or what has to be copied.
+struct Layout {
+  int ndim = 0;
+  int64_t shape[kMaxDims], stride[kMaxDims];
+  bool floating = false;
+};
+
+// A plain CPU tensor of a dtype that kernels know.
+inline bool read_plain(PyObject* object, dlpack::Tensor& tensor) {
+  if (!is_plain_tensor(object)) return false;
+  if (exchange_api()->read(object, &tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return tensor.device_type == dlpack::kCpu && dtype_of(tensor) >= 0;
+}
+
+// The layout of what `pack` makes of a tensor. False unless all is as it almost always is: a plain CPU tensor
+// of 1 to 6 dimensions, contiguous or channels_last; plain index vectors.
+inline bool packed_layout(PyObject* object, PyObject* rows, PyObject* cols, Layout& layout) {
+  dlpack::Tensor tensor;
+  if (!read_plain(object, tensor) || tensor.ndim < 1 || tensor.ndim > kMaxDims) return false;
+  const int ndim = layout.ndim = tensor.ndim;
+  layout.floating = tensor.code == dlpack::kFloat || tensor.code == dlpack::kBfloat;
+  std::copy_n(tensor.shape, ndim, layout.shape);
+  const auto has_strides = [&](bool channels_last) {
+    dense_strides(layout.shape, ndim, channels_last, layout.stride);
+    return std::equal(layout.stride, layout.stride + ndim, tensor.strides);
+  };
+  const bool channels_last = !has_strides(false);
+  if (channels_last && !(ndim == 4 && has_strides(true))) return false;
+  for (int d = 0; d < 2; ++d) {
+    PyObject* const index = d == 0 ? rows : cols;
+    if (index == Py_None) continue;
+    dlpack::Tensor kept;
+    if (d >= ndim || !read_plain(index, kept) || kept.ndim != 1 || kept.code != dlpack::kInt) return false;
+    layout.shape[d] = kept.shape[0];
+  }
+  dense_strides(layout.shape, ndim, channels_last, layout.stride);
+  return true;
+}
+
+// (shape, stride) of what `pack` makes of each tensor; None where `packed_layout` is false. The caller then
+// finds out what is wrong, or what has to be copied.
 inline pybind11::object packed_layouts(const pybind11::list& tensors, const pybind11::list& rows,
                                        const pybind11::list& cols) {
-  const dlpack::ExchangeApi* const api = exchange_api();
   const size_t count = tensors.size();
-  if (api == nullptr || rows.size() != count || cols.size() != count) return pybind11::none();
-  const auto read = [&](PyObject* object, dlpack::Tensor& tensor) {
-    if (!is_plain_tensor(object)) return false;
-    if (api->read(object, &tensor) != 0) {
-      PyErr_Clear();
-      return false;
-    }
-    return tensor.device_type == dlpack::kCpu && dtype_of(tensor) >= 0;
-  };
+  if (exchange_api() == nullptr || rows.size() != count || cols.size() != count) return pybind11::none();
   pybind11::list layouts(count);
   for (size_t p = 0; p < count; ++p) {
-    dlpack::Tensor tensor;
-    if (!read(PyList_GET_ITEM(tensors.ptr(), p), tensor)) return pybind11::none();
-    const int ndim = tensor.ndim;
-    if (ndim < 1 || ndim > kMaxDims) return pybind11::none();
-    int64_t shape[kMaxDims], stride[kMaxDims];
-    std::copy_n(tensor.shape, ndim, shape);
-    bool channels_last = false;
-    dense_strides(shape, ndim, channels_last, stride);
-    if (!std::equal(stride, stride + ndim, tensor.strides)) {
-      channels_last = ndim == 4;
-      if (channels_last) dense_strides(shape, ndim, channels_last, stride);
-      if (!channels_last || !std::equal(stride, stride + ndim, tensor.strides)) return pybind11::none();
-    }
-    for (int d = 0; d < 2; ++d) {
-      PyObject* const index = PyList_GET_ITEM((d == 0 ? rows : cols).ptr(), p);
-      if (index == Py_None) continue;
-      dlpack::Tensor kept;
-      if (d >= ndim || !read(index, kept) || kept.ndim != 1 || kept.code != dlpack::kInt ||
-          (kept.bits != 32 && kept.bits != 64))
-        return pybind11::none();
-      shape[d] = kept.shape[0];
-    }
-    dense_strides(shape, ndim, channels_last, stride);
-    layouts[p] = pybind11::make_tuple(to_tuple(shape, ndim), to_tuple(stride, ndim));
+    Layout layout;
+    if (!packed_layout(PyList_GET_ITEM(tensors.ptr(), p), PyList_GET_ITEM(rows.ptr(), p),
+                       PyList_GET_ITEM(cols.ptr(), p), layout))
+      return pybind11::none();
+    layouts[p] =
+        pybind11::make_tuple(to_tuple(layout.shape, layout.ndim), to_tuple(layout.stride, layout.ndim));
   }
   return layouts;
+}
+
+// Whether `parts` could be what `pack` made of floating tensors, whatever their floating dtypes.
+inline bool are_packed(const pybind11::list& tensors, const pybind11::list& rows, const pybind11::list& cols,
+                       const pybind11::list& parts) {
+  const size_t count = tensors.size();
+  if (exchange_api() == nullptr || rows.size() != count || cols.size() != count || parts.size() != count)
+    return false;
+  for (size_t p = 0; p < count; ++p) {
+    Layout layout;
+    dlpack::Tensor part;
+    if (!packed_layout(PyList_GET_ITEM(tensors.ptr(), p), PyList_GET_ITEM(rows.ptr(), p),
+                       PyList_GET_ITEM(cols.ptr(), p), layout) ||
+        !layout.floating || !read_plain(PyList_GET_ITEM(parts.ptr(), p), part) ||
+        (part.code != dlpack::kFloat && part.code != dlpack::kBfloat) || part.ndim != layout.ndim ||
+        !std::equal(part.shape, part.shape + part.ndim, layout.shape) ||
+        !std::equal(part.strides, part.strides + part.ndim, layout.stride))
+      return false;
+  }
+  return true;
 }
 
 }  // namespace mvp

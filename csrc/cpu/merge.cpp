@@ -10,6 +10,8 @@
 // base is), in the order of the voters.
 #include <cmath>
 #include <cstring>
+#include <map>
+#include <tuple>
 #include <type_traits>
 
 #include "index_list.h"
@@ -27,13 +29,17 @@ struct Run {
   int64_t to, from, size;  // elements of a row of the result, of the voter
 };
 
+// For each wanted index, its position in what a voter kept; −1 where it did not.
+using Positions = std::vector<int64_t>;
+
 struct Voter {
   const char* data;
   DType dtype;
   float weight;
-  int64_t width;             // elements of one [column, inner] row
-  std::vector<int64_t> row;  // by row of the result: the voter's row, −1 where it has none
-  std::vector<Run> runs;     // where the voter's columns go
+  int64_t width;          // elements of one [column, inner] row
+  const Positions* row;   // by row of the result: the voter's row
+  std::vector<Run> runs;  // where the voter's columns go
+  bool single = false;    // most runs are of one element
 };
 
 struct Item {
@@ -43,6 +49,7 @@ struct Item {
   int64_t item_size, row_count, middle, col_count, inner, base_cols;
   const IndexList* rows;
   const IndexList* cols;
+  bool whole_rows;  // nobody's columns are cut
   std::vector<Voter> voters;
 
   int64_t width() const { return col_count * inner; }
@@ -50,29 +57,47 @@ struct Item {
   int64_t base_col(int64_t c) const { return cols == nullptr ? c : cols->at[c]; }
 };
 
-// For each wanted index, its position in what a voter kept; −1 where it did not. Null lists mean all of
-// `bound`.
-std::vector<int64_t> positions(const IndexList* wanted, const IndexList* kept, int64_t bound) {
-  std::vector<int64_t> position(bound);
+// Null lists mean all of `bound`.
+Positions find_positions(const IndexList* wanted, const IndexList* kept, int64_t bound) {
+  Positions position(bound);
   for (int64_t i = 0; i < bound; ++i) position[i] = kept == nullptr ? i : -1;
   if (kept != nullptr)
     for (int64_t i = 0; i < kept->size(); ++i) position[kept->at[i]] = i;
   if (wanted == nullptr) return position;
-  std::vector<int64_t> result(wanted->size());
+  Positions result(wanted->size());
   for (int64_t i = 0; i < wanted->size(); ++i) result[i] = position[wanted->at[i]];
   return result;
 }
 
-void set_columns(Voter& voter, const std::vector<int64_t>& column, int64_t inner) {
+// The tensors of a model share few index lists: each pair is compared once a call.
+class PositionCache {
+ public:
+  const Positions& get(const IndexList* wanted, const IndexList* kept, int64_t bound) {
+    const auto [entry, is_new] = known_.try_emplace({wanted, kept, bound});
+    if (is_new) entry->second = find_positions(wanted, kept, bound);
+    return entry->second;
+  }
+
+ private:
+  std::map<std::tuple<const IndexList*, const IndexList*, int64_t>, Positions> known_;
+};
+
+void append(std::vector<Run>& runs, Run next) {
+  if (!runs.empty() && runs.back().to + runs.back().size == next.to &&
+      runs.back().from + runs.back().size == next.from)
+    runs.back().size += next.size;
+  else
+    runs.push_back(next);
+}
+
+void set_columns(Voter& voter, const Positions& column, int64_t inner) {
   for (int64_t c = 0; c < static_cast<int64_t>(column.size()); ++c) {
     if (column[c] < 0) continue;
-    const Run next{c * inner, column[c] * inner, inner};
-    if (!voter.runs.empty() && voter.runs.back().to + voter.runs.back().size == next.to &&
-        voter.runs.back().from + voter.runs.back().size == next.from)
-      voter.runs.back().size += inner;
-    else
-      voter.runs.push_back(next);
+    append(voter.runs, {c * inner, column[c] * inner, inner});
   }
+  int64_t elements = 0;
+  for (const Run& run : voter.runs) elements += run.size;
+  voter.single = inner == 1 && elements < 3 * static_cast<int64_t>(voter.runs.size());
 }
 
 template <typename T, typename Sum>
@@ -139,16 +164,19 @@ class RowMerger {
     for (int64_t m = 0; m < item_.middle; ++m) {
       std::fill(sums_.begin(), sums_.end(), Sum{0});
       for (const Voter& voter : item_.voters)
-        if (voter.row[i] >= 0) add(voter, (voter.row[i] * item_.middle + m) * voter.width);
+        if ((*voter.row)[i] >= 0) add(voter, ((*voter.row)[i] * item_.middle + m) * voter.width);
       divide();
       const int64_t offset = (i * item_.middle + m) * item_.width();
       narrow(item_, offset, sums_.data(), item_.width());
       const char* const base = item_.base + (item_.base_row(i) * item_.middle + m) * item_.base_cols *
                                                 item_.inner * item_.item_size;
-      const int64_t piece = item_.inner * item_.item_size;
-      for (int64_t c : missing_)
-        std::memcpy(item_.out + offset * item_.item_size + c * piece, base + item_.base_col(c) * piece,
-                    piece);
+      char* const out = item_.out + offset * item_.item_size;
+      for (const Run& run : missing_) {
+        if (run.size == sizeof(float))  // the usual run where columns are single elements: not worth a call
+          std::memcpy(out + run.to, base + run.from, sizeof(float));
+        else
+          std::memcpy(out + run.to, base + run.from, run.size);
+      }
     }
   }
 
@@ -157,25 +185,41 @@ class RowMerger {
     bool known = started_;
     started_ = true;
     for (size_t v = 0; v < present_.size(); ++v) {
-      const char now = item_.voters[v].row[i] >= 0;
+      const char now = (*item_.voters[v].row)[i] >= 0;
       known &= now == present_[v];
       present_[v] = now;
     }
     if (known) return;
+    missing_.clear();
+    if (item_.whole_rows) {
+      Sum total = 0;
+      for (size_t v = 0; v < present_.size(); ++v)
+        if (present_[v]) total += item_.voters[v].weight;
+      std::fill(totals_.begin(), totals_.end(), total);
+      if (total == 0) missing_.push_back({0, 0, item_.width() * item_.item_size});
+      return;
+    }
     std::fill(totals_.begin(), totals_.end(), Sum{0});
     for (size_t v = 0; v < present_.size(); ++v)
       if (present_[v])
         for (const Run& run : item_.voters[v].runs)
           for (int64_t k = 0; k < run.size; ++k) totals_[run.to + k] += item_.voters[v].weight;
-    missing_.clear();
+    const int64_t piece = item_.inner * item_.item_size;
     for (int64_t c = 0; c < item_.col_count; ++c)
-      if (totals_[c * item_.inner] == 0) missing_.push_back(c);
+      if (totals_[c * item_.inner] == 0) append(missing_, {c * piece, item_.base_col(c) * piece, piece});
   }
 
   void add(const Voter& voter, int64_t offset) {
     const Sum* const from = widen(voter, offset, voter.width, buffer_.data());
     const Sum weight = voter.weight;
     Sum* const sums = sums_.data();
+    if (voter.single) {
+      for (const Run& run : voter.runs) {
+        sums[run.to] += weight * from[run.from];
+        for (int64_t k = 1; k < run.size; ++k) sums[run.to + k] += weight * from[run.from + k];
+      }
+      return;
+    }
     for (const Run& run : voter.runs) {
       Sum* const to = sums + run.to;
       const Sum* const values = from + run.from;
@@ -194,7 +238,7 @@ class RowMerger {
   std::vector<Sum> sums_, totals_, buffer_;
   std::vector<char> present_;
   bool started_ = false;
-  std::vector<int64_t> missing_;
+  std::vector<Run> missing_;  // in bytes: what comes from the base
 };
 
 Item make_item(const TensorView& base, const TensorView& out, const IndexList* rows, const IndexList* cols) {
@@ -230,6 +274,8 @@ void merge_cpu(const std::vector<TensorView>& base, const std::vector<TensorView
     MVP_CHECK(std::isfinite(weight) && weight >= 0, "merge",
               "weights: expected finite numbers >= 0, got " + std::to_string(weight));
   IndexLists lists;
+  PositionCache positions;
+  const Positions only_row{0};
   std::vector<Item> items(tensors);
   Worklist work;
   for (size_t p = 0; p < tensors; ++p) {
@@ -245,6 +291,7 @@ void merge_cpu(const std::vector<TensorView>& base, const std::vector<TensorView
     item = make_item(base[p], out[p], find(rows[p], row_bound, "rows"), find(cols[p], col_bound, "cols"));
     bool all_columns = item.cols == nullptr;
     for (size_t v = 0; v < count; ++v) all_columns &= !voter_cols[v * tensors + p].defined();
+    item.whole_rows = all_columns;
     const bool as_columns = all_columns && item.middle == 1 && item.base_cols * item.inner < kShortRow;
     int64_t bytes = item.width() * item.item_size;
     for (size_t v = 0; v < count; ++v) {
@@ -252,22 +299,26 @@ void merge_cpu(const std::vector<TensorView>& base, const std::vector<TensorView
       const IndexList* const kept_rows = find(voter_rows[at], row_bound, "voter_rows", v);
       const IndexList* const kept_cols = find(voter_cols[at], col_bound, "voter_cols", v);
       if (weights[v] == 0) continue;
-      Voter voter{voters[at].ptr<const char>(), voters[at].dtype, static_cast<float>(weights[v]), 0, {}, {}};
-      const std::vector<int64_t> row = positions(item.rows, kept_rows, row_bound);
+      Voter voter{};
+      voter.data = voters[at].ptr<const char>();
+      voter.dtype = voters[at].dtype;
+      voter.weight = static_cast<float>(weights[v]);
+      const Positions& row = positions.get(item.rows, kept_rows, row_bound);
       if (as_columns) {
         const int64_t size = item.base_cols * item.inner;
         voter.width = voters[at].shape[0] * size;
-        voter.row.assign(1, 0);
+        voter.row = &only_row;
         set_columns(voter, row, size);
       } else {
         voter.width = (kept_cols == nullptr ? col_bound : kept_cols->size()) * item.inner;
-        voter.row = row;
-        set_columns(voter, positions(item.cols, kept_cols, col_bound), item.inner);
+        voter.row = &row;
+        set_columns(voter, positions.get(item.cols, kept_cols, col_bound), item.inner);
       }
       bytes += voter.width * size_of(voter.dtype);
       item.voters.push_back(std::move(voter));
     }
     if (as_columns) {
+      item.whole_rows = false;
       item.inner *= item.base_cols;
       item.base_cols = row_bound;
       item.col_count = item.row_count;

@@ -104,13 +104,20 @@ def merge(
     Source: decided here. Meta-Vote Pruning (arXiv 2301.11560) also starts from its voters; its rule could not be read.
     """
     base, rows, cols = list(base), list(rows), list(cols)
-    _check("merge", "base", base, rows, cols, dtypes=FLOATS)
-    device = base[0].device if base else None
-    check_tensor("merge", "weights", weights, dtypes=FLOATS, device=device)
+    check_tensor("merge", "weights", weights, dtypes=FLOATS)
     check_shape("merge", "weights", weights, (len(voters),), "[N]")
     for name, lists in (("voter_rows", voter_rows), ("voter_cols", voter_cols)):
         if len(lists) != len(voters):
             raise ValueError(f"merge: {name}: expected {len(voters)} lists, one a voter, got {len(lists)}")
+    if voters and weights.is_cpu:
+        merged = registry.merge_plain(
+            base, voters, voter_rows, voter_cols, weights.to(torch.float32), rows, cols
+        )
+        if merged is not None:
+            return merged
+    _check("merge", "base", base, rows, cols, dtypes=FLOATS)
+    device = base[0].device if base else None
+    check_tensor("merge", "weights", weights, device=device)
     all_parts: list[Tensor] = []
     all_rows: list[Tensor | None] = []
     all_cols: list[Tensor | None] = []
@@ -130,7 +137,7 @@ def merge(
     if not base:
         return []
     with torch.no_grad():
-        return registry.merge(base, all_parts, all_rows, all_cols, weights.to(torch.float32), rows, cols)
+        return registry.merge_op(base, all_parts, all_rows, all_cols, weights.to(torch.float32), rows, cols)
 
 
 def _check(

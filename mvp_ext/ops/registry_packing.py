@@ -5,6 +5,8 @@ The kernels know two layouts, contiguous and channels_last (whose columns are in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -148,9 +150,38 @@ def _merge_cpu(
     return merged
 
 
-merge = define(
+merge_op = define(
     "merge(Tensor[] base, Tensor[] voters, Tensor?[] voter_rows, Tensor?[] voter_cols, Tensor weights,"
     " Tensor?[] rows, Tensor?[] cols) -> Tensor[]",
     fake=_merge_fake,
     cpu=_merge_cpu,
 )
+
+
+def merge_plain(
+    base: list[Tensor],
+    voters: Sequence[Sequence[Tensor]],
+    voter_rows: Sequence[Sequence[Tensor | None]],
+    voter_cols: Sequence[Sequence[Tensor | None]],
+    weights: Tensor,
+    rows: Indices,
+    cols: Indices,
+) -> list[Tensor] | None:
+    """As ``pack_plain``; ``weights`` are checked."""
+    if torch.compiler.is_compiling() or not nobody_listens():
+        return None
+    layouts = native().packed_layouts(base, rows, cols)
+    if not layouts:
+        return None
+    everything = list(zip(voter_rows, voter_cols, voters, strict=True))
+    if not all(type(x) is list for voter in everything for x in voter):
+        return None
+    if not all(native().are_packed(base, r, c, parts) for r, c, parts in everything):
+        return None
+    merged = [t.new_empty_strided(*layout) for t, layout in zip(base, layouts, strict=True)]
+    flat_rows, flat_cols, flat_parts = (
+        [x for one in of for x in one] for of in zip(*everything, strict=True)
+    )
+    threads = torch.get_num_threads()
+    native().merge_cpu(base, flat_parts, flat_rows, flat_cols, weights.tolist(), rows, cols, merged, threads)
+    return merged
