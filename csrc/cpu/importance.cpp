@@ -25,8 +25,7 @@ constexpr int64_t kParallelElements = 1 << 17;  // below, a fork costs more than
 constexpr int64_t kFold = 64;                   // terms in the lower level of a sum
 constexpr int64_t kChunk = 1024;                // positions in one piece of work, channels contiguous
 constexpr int64_t kSlab = 8;                    // examples whose scores are added up by one thread
-constexpr int kTile = kLanes;      // running sums that stay in registers: half of those there are
-constexpr int64_t kShortRow = 32;  // vectors
+constexpr int kTile = kLanes;  // running sums that stay in registers: half of those there are
 
 // What one load brings, as vectors of floats. A load fills a register: of bfloat16 it holds two vectors'
 // worth, the even and the odd elements, which a shift and a mask take apart. Sums do not care which is which.
@@ -301,21 +300,22 @@ inline void add_positions(Terms terms, const int64_t* at_a, const int64_t* at_g,
   for (int w = 0; w < width; ++w) sums[w] = running[i + w];
   for (int64_t p = 0; p < n; ++p) {
     const Terms here = terms.at(at_a[p], at_g[p]);
+#pragma GCC unroll 16  // all of it, or the compiler swaps the loops and the sums go through memory
     for (int w = 0; w < width; ++w) sums[w] = here.add((i + w) * kStep<typename Terms::Element>, sums[w]);
   }
   for (int w = 0; w < width; ++w) running[i + w] = sums[w];
 }
 
-// Channels contiguous: a piece is kChunk positions of one example, added to running sums. Short rows are
-// taken many at once, some channels after the other, so that sums stay in registers; long ones one by one,
-// their sums in L1, since one stream of memory is read faster than many pieces. partial [B, chunks, C].
+// Channels contiguous: a piece is kChunk positions of one example, added to running sums. Where a row's sums
+// fit into registers, they stay there for a whole fold; else rows go two by two, their sums in L1, since a
+// stream of memory is read faster than many pieces. partial [B, chunks, C].
 template <typename Terms>
 void sum_columns(Terms terms, const Problem& x, float* partial) {
   using T = typename Terms::Element;
   constexpr int64_t step = kStep<T>;
   const int64_t channels = x.channel.size, chunks = count_chunks(x);
   const int64_t blocks = channels / step, rest = channels % step;
-  const int64_t together = blocks * kParts<T> <= kShortRow ? kFold : 1;
+  const int64_t together = blocks * kParts<T> <= kTile ? kFold : 2;
   std::vector<Block<T>> lower(static_cast<size_t>(blocks + 1)), upper(static_cast<size_t>(blocks + 1));
   int64_t at_a[kFold], at_g[kFold];
 #pragma omp for schedule(static)
