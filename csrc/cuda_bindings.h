@@ -10,6 +10,7 @@ inline void def_cuda_ops(pybind11::module_& m) {
   const auto def = [&](const char* name, auto kernel) {
     m.def(name, kernel, pybind11::call_guard<pybind11::gil_scoped_release>());
   };
+  def("meta_vote_cuda", &meta_vote_cuda);
   def("residual_add_cuda", &residual_add_cuda);
 }
 

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from backends import move, on_gpu
+from emulator import emulated
 from isa import OLDER, run_on
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -17,6 +19,7 @@ LAYERS = {
     "around a vector": [31, 32, 33, 63, 64, 65],
     "resnet18": [64, 64, 128, 128, 256, 256, 512, 512],
     "heads": [6] * 12,
+    "heads and MLP": [6, 96] * 3,
 }
 
 
@@ -44,48 +47,50 @@ def assert_same(ours, wanted):
 @pytest.mark.parametrize("targets", [None, 1, 3])
 @pytest.mark.parametrize("voters", [0, 1, 5, 33, 300])
 @pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS.keys())
-def test_equals_reference(layers, voters, targets, temperature):
+def test_equals_reference(layers, voters, targets, temperature, device):
     for kind in ("random", "ties"):
-        masks, weights, prior = draw(layers, voters, targets, seed=voters, kind=kind)
+        masks, weights, prior = move(device, *draw(layers, voters, targets, seed=voters, kind=kind))
         for options in ({"weights": weights, "prior": prior}, {"weights": weights}, {"prior": prior}, {}):
             arguments = {"layers": layers, "keep": 0.3, "temperature": temperature, "seed": 7, **options}
             assert_same(meta_vote(masks, **arguments), reference.meta_vote(masks, **arguments))
 
 
 @pytest.mark.parametrize("temperature", [None, 0.5])
-def test_wide_layer(temperature):
-    layers = [70_001, 3]
-    masks, weights, prior = draw(layers, 5, 2, kind="ties")
+@pytest.mark.parametrize("layers", [[70_001, 3], [70_000, 4]], ids=str)
+def test_wide_layer(layers, temperature, device):
+    """More units than a block of the CUDA kernel has threads for; and rows that are not, and are, whole words."""
+    masks, weights, prior = move(device, *draw(layers, 5, 2, kind="ties"))
     arguments = {"layers": layers, "keep": 0.3, "prior": prior, "temperature": temperature, "seed": 7}
     assert_same(meta_vote(masks, weights, **arguments), reference.meta_vote(masks, weights, **arguments))
 
 
-def test_by_hand():
+def test_by_hand(device):
     masks = torch.tensor([[1, 1, 0, 0, 1, 0], [1, 0, 1, 0, 1, 0], [0, 1, 1, 0, 0, 1]], dtype=torch.bool)
-    vote = meta_vote(masks, torch.tensor([1.0, 2.0, 4.0]), layers=[4, 2], keep=0.5)
+    masks, weights = move(device, masks, torch.tensor([1.0, 2.0, 4.0]))
+    vote = meta_vote(masks, weights, layers=[4, 2], keep=0.5)
     assert vote.votes.tolist() == [3, 5, 6, 0, 3, 4]
     assert vote.mask.tolist() == [False, True, True, False, False, True]
     assert vote.index.tolist() == [1, 2, 1]  # counted within the layer, ascending
     assert vote.kept == (2, 1)
 
 
-def test_ties_go_to_the_prior_then_to_the_lower_unit():
-    masks = torch.ones(1, 6, dtype=torch.bool)
+def test_ties_go_to_the_prior_then_to_the_lower_unit(device):
+    masks = torch.ones(1, 6, dtype=torch.bool, device=device)
     assert meta_vote(masks, layers=[6], keep=0.5).index.tolist() == [0, 1, 2]
-    prior = torch.tensor([0.0, NAN, -INF, 5.0, -0.0, 0.0])
+    prior = torch.tensor([0.0, NAN, -INF, 5.0, -0.0, 0.0], device=device)
     chosen = [meta_vote(masks, layers=[6], keep=[k], prior=prior).index.tolist() for k in range(1, 7)]
     assert chosen == [[3], [0, 3], [0, 3, 4], [0, 3, 4, 5], [0, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
 
 
-def test_the_prior_never_outranks_a_vote():
-    masks = torch.tensor([[True, False, False]])
-    vote = meta_vote(masks, layers=[3], keep=[2], prior=torch.tensor([-INF, INF, 1.0]))
+def test_the_prior_never_outranks_a_vote(device):
+    masks, prior = move(device, torch.tensor([[True, False, False]]), torch.tensor([-INF, INF, 1.0]))
+    vote = meta_vote(masks, layers=[3], keep=[2], prior=prior)
     assert vote.index.tolist() == [0, 1]
 
 
-def test_nan_votes_rank_below_every_number():
+def test_nan_votes_rank_below_every_number(device):
     masks = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0]], dtype=torch.bool)
-    weights = torch.tensor([NAN, -INF])
+    masks, weights = move(device, masks, torch.tensor([NAN, -INF]))
     vote = meta_vote(masks, weights, layers=[4], keep=[2])
     assert vote.mask.tolist() == [False, True, True, False]  # −inf and 0 before NaN
     assert vote.votes.isnan().tolist() == [True, False, False, True]  # only the units that voter kept
@@ -96,29 +101,29 @@ def test_nan_votes_rank_below_every_number():
 @pytest.mark.parametrize(
     "special", [[NAN, 1.0, INF], [INF, -INF, 0.0], [-0.0, 0.0, 1e-45], [3e38, 3e38, -3e38]]
 )
-def test_special_weights(special, temperature):
-    masks, _, prior = draw([40], 3)
+def test_special_weights(special, temperature, device):
+    masks, _, prior = move(device, *draw([40], 3))
     arguments = {"layers": [40], "keep": 0.5, "prior": prior, "temperature": temperature, "seed": 0}
-    weights = torch.tensor(special)
+    weights = torch.tensor(special, device=device)
     assert_same(meta_vote(masks, weights, **arguments), reference.meta_vote(masks, weights, **arguments))
 
 
-def test_views():
+def test_views(device):
     """Slices with an offset, steps, transposed masks, a prior for each target, other float types."""
     layers = [50, 47]
-    masks, weights, _ = draw(layers, 12, 4)
-    wide = torch.zeros(24, 131, dtype=torch.bool)
+    masks, weights, _ = move(device, *draw(layers, 12, 4))
+    wide = torch.zeros(24, 131, dtype=torch.bool, device=device)
     wide[::2, 30:127] = masks
-    prior = torch.randn(97, 4).T
+    prior = torch.randn(97, 4).to(device).T
     for m in (wide[::2, 30:127], masks.T.contiguous().T):
         for w in (weights, weights.double().T.contiguous().T, weights.bfloat16()):
             arguments = {"layers": layers, "keep": [0.25, 0.5], "prior": prior}
             assert_same(meta_vote(m, w, **arguments), reference.meta_vote(masks, w, **arguments))
 
 
-def test_many_targets_equal_single_votes():
+def test_many_targets_equal_single_votes(device):
     layers = LAYERS["resnet18"]
-    masks, weights, prior = draw(layers, 20, 80)  # large enough for several threads
+    masks, weights, prior = move(device, *draw(layers, 20, 80))  # large enough for several threads
     together = meta_vote(masks, weights, layers=layers, keep=0.5, prior=prior)
     for t, w in enumerate(weights):
         alone = meta_vote(masks, w, layers=layers, keep=0.5, prior=prior)
@@ -126,9 +131,11 @@ def test_many_targets_equal_single_votes():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_repeats_and_threads_agree(threads):
+def test_repeats_and_threads_agree(threads, device):
+    if threads > 1 and on_gpu(device):
+        pytest.skip("threads are the CPU's")
     layers = LAYERS["resnet18"]
-    masks, weights, prior = draw(layers, 50, 40)
+    masks, weights, prior = move(device, *draw(layers, 50, 40))
     arguments = {"layers": layers, "keep": 0.3, "prior": prior, "temperature": 0.7, "seed": 3}
     wanted = reference.meta_vote(masks, weights, **arguments)
     before = torch.get_num_threads()
@@ -140,11 +147,59 @@ def test_repeats_and_threads_agree(threads):
         torch.set_num_threads(before)
 
 
-def test_sizes_of_nothing():
-    vote = meta_vote(torch.zeros(3, 0, dtype=torch.bool), layers=[], keep=0.5)
+def test_sizes_of_nothing(device):
+    vote = meta_vote(torch.zeros(3, 0, dtype=torch.bool, device=device), layers=[], keep=0.5)
     assert (vote.mask.shape, vote.index.shape, vote.kept) == ((0,), (0,), ())
-    vote = meta_vote(torch.zeros(2, 5, dtype=torch.bool), torch.zeros(0, 2), layers=[5], keep=0.4)
+    masks, weights = move(device, torch.zeros(2, 5, dtype=torch.bool), torch.zeros(0, 2))
+    vote = meta_vote(masks, weights, layers=[5], keep=0.4)
     assert [tuple(x.shape) for x in vote[:3]] == [(0, 5), (0, 2), (0, 5)]
+
+
+@pytest.mark.sanitize
+def test_alignments(device):
+    """Layers that start anywhere in rows that start anywhere: the CUDA kernel has words of four."""
+    for start in range(4):
+        for layers in ([1, 2, 3, 6], [5, 4, 7], [8, 9, 3, 64], [3, 1100, 1]):
+            masks, weights, prior = draw(layers, 9, 2, kind="ties")
+            wide = torch.zeros(9, start + sum(layers), dtype=torch.bool, device=device)
+            wide[:, start:] = masks
+            arguments = {"layers": layers, "keep": 0.4, "temperature": 0.5, "seed": 1}
+            for options in ({"weights": weights, "prior": prior}, {}):
+                moved = {name: value.to(device) for name, value in options.items()}
+                wanted = reference.meta_vote(masks, **arguments, **options)
+                # The op itself: the public function would make the masks contiguous.
+                ours = registry.meta_vote(
+                    wide[:, start:], moved.get("weights"), moved.get("prior"), layers, wanted.kept, 0.5, 1
+                )
+                for a, b in zip(ours, wanted[:3], strict=True):
+                    assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.sanitize
+def test_many_layers_and_voters(device):
+    """More layers than a launch of the CUDA kernel takes, more voters than it stages at once."""
+    layers = [1, 2, 3] * 200
+    masks, weights, prior = move(device, *draw(layers, 3, 2))
+    arguments = {"layers": layers, "keep": 0.5, "prior": prior, "temperature": 0.5, "seed": 1}
+    assert_same(meta_vote(masks, weights, **arguments), reference.meta_vote(masks, weights, **arguments))
+    for layers in ([9, 4, 3], [7, 6]):
+        masks, weights, prior = move(device, *draw(layers, 1100, 2))
+        arguments = {"layers": layers, "keep": 0.5, "prior": prior}
+        assert_same(meta_vote(masks, weights, **arguments), reference.meta_vote(masks, weights, **arguments))
+
+
+@pytest.mark.parametrize("schedule", range(1, 5))
+def test_schedules(schedule):
+    """In whatever order the threads of the CUDA kernel run, its bits are the CPU kernel's."""
+    for layers, voters in (([64, 130, 6], 40), ([33, 2], 520), ([5000, 3], 3)):
+        for kind in ("random", "ties"):
+            masks, weights, prior = draw(layers, voters, 2, kind=kind)
+            arguments = {"layers": layers, "keep": 0.4, "prior": prior, "temperature": 0.5, "seed": 2}
+            for temperature in (None, 0.5):
+                arguments["temperature"] = temperature
+                wanted = meta_vote(masks, weights, **arguments)
+                with emulated(schedule):
+                    assert_same(meta_vote(masks, weights, **arguments), wanted)
 
 
 # Sampling

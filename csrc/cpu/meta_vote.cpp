@@ -10,13 +10,13 @@
 // a pair needs kept[l] and nothing from its neighbours. Bytes: N·U of masks once per target (a layer's masks
 // stay in L1/L2 between targets), 5·U + 4·K written per target.
 #include <algorithm>
-#include <limits>
 #if defined(__AVX512BW__)
 #include <immintrin.h>
 #endif
 
 #include "mvp/check.h"
 #include "mvp/ops.h"
+#include "mvp/order_key.h"
 #include "mvp/philox.h"
 
 namespace mvp::MVP_ISA {
@@ -25,15 +25,6 @@ namespace {
 // Mask bytes + 16 × units: about 0.3 ms of one core. Below it a second thread gains less than it risks: on a
 // busy machine the threads wait for each other for as long as a time slice.
 constexpr int64_t kParallelWork = 1 << 22;
-constexpr int32_t kNaN = std::numeric_limits<int32_t>::min() + 1;  // below −inf
-constexpr int32_t kExcluded = std::numeric_limits<int32_t>::min();
-constexpr int32_t kCertain = std::numeric_limits<int32_t>::max();  // above +inf
-
-// An integer that orders like the float.
-inline int32_t order_key(float value) {
-  const int32_t bits = as_bits(value + 0.0f);  // −0 becomes +0
-  return value != value ? kNaN : bits ^ ((bits >> 31) & 0x7FFFFFFF);
-}
 
 // Every voter counts one. Bytes are added as bytes: 255 voters fit before they are widened.
 void count_votes(const bool* masks, int64_t voters, int64_t stride, int64_t units, float* votes) {

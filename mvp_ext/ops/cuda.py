@@ -5,6 +5,7 @@ Nothing waits for the device or copies from it, so all of this can be captured i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -39,6 +40,20 @@ def queue(tensor: Tensor) -> tuple[int, int]:
         return 0, 0
     index = tensor.device.index
     return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def meta_vote(
+    masks: Tensor,
+    weights: Tensor | None,
+    prior: Tensor | None,
+    layers: Sequence[int],
+    kept: Sequence[int],
+    temperature: float | None,
+    seed: int,
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels().meta_vote_cuda(masks, weights, prior, layers, kept, temperature, seed, *outputs, *queue(masks))
+    return outputs
 
 
 def residual_add(

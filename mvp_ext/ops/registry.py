@@ -69,7 +69,7 @@ def _meta_vote_fake(
     return _meta_vote_outputs(masks, weights, kept)
 
 
-def _meta_vote_cpu(
+def _meta_vote(
     masks: Tensor,
     weights: Tensor | None,
     prior: Tensor | None,
@@ -79,6 +79,8 @@ def _meta_vote_cpu(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _meta_vote_outputs(masks, weights, kept)
+    if cuda.runs(masks):
+        return cuda.meta_vote(masks, weights, prior, layers, kept, temperature, seed, outputs)
     native().meta_vote_cpu(
         masks, weights, prior, layers, kept, temperature, seed, *outputs, torch.get_num_threads()
     )
@@ -89,7 +91,8 @@ meta_vote_op = define(
     "meta_vote(Tensor masks, Tensor? weights, Tensor? prior, int[] layers, int[] kept, float? temperature, int seed)"
     " -> (Tensor mask, Tensor index, Tensor votes)",
     fake=_meta_vote_fake,
-    cpu=_meta_vote_cpu,
+    cpu=_meta_vote,
+    cuda=_meta_vote,
 )
 
 
@@ -104,8 +107,9 @@ def meta_vote(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op; its kernel directly where no one can tell the difference: for a small vote the way through the dispatcher
     takes as long as the vote."""
-    if not torch.compiler.is_compiling() and nobody_listens() and type(masks) is Tensor and masks.is_cpu:
-        return _meta_vote_cpu(masks, weights, prior, layers, kept, temperature, seed)
+    plain = type(masks) is Tensor and (masks.is_cpu or masks.is_cuda)
+    if plain and not torch.compiler.is_compiling() and nobody_listens():
+        return _meta_vote(masks, weights, prior, layers, kept, temperature, seed)
     return meta_vote_op(masks, weights, prior, layers, kept, temperature, seed)
 
 

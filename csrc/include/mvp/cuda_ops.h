@@ -11,6 +11,13 @@
 
 namespace mvp {
 
+// Weighted vote, optional Gumbel noise, exact top-k with ties, sorted indices: one launch for all layers (of
+// up to 240) and all targets. Weights and prior contiguous float32, outputs contiguous.
+void meta_vote_cuda(const TensorView& masks, const TensorView& weights, const TensorView& prior,
+                    const std::vector<int64_t>& layers, const std::vector<int64_t>& kept,
+                    std::optional<double> temperature, int64_t seed, const TensorView& mask,
+                    const TensorView& index, const TensorView& votes, int device, uint64_t stream);
+
 // residual, y and out dense in one layout (contiguous or channels_last); scale and shift float32, or float64
 // beside float64.
 void residual_add_cuda(const TensorView& residual, const TensorView& y, const TensorView& index,

@@ -78,7 +78,7 @@ MVP_HOST_DEVICE float portable_log(float x) {
   constexpr float kLn2High = 0.693359375f, kLn2Low = -0.00021219444170128554f;
   const int32_t bits = as_bits(x);
   const int32_t exponent = (bits - kSqrtHalf) >> 23;
-  const float f = rounded_add(as_float(bits - (exponent << 23)), -1.0f), e = static_cast<float>(exponent);
+  const float f = rounded_add(as_float(bits - exponent * (1 << 23)), -1.0f), e = static_cast<float>(exponent);
   float p = -0.08101558685302734f;
   p = rounded_add(rounded_mul(p, f), 0.12712307274341583f);
   p = rounded_add(rounded_mul(p, f), -0.12972238659858704f);
