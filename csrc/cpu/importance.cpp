@@ -315,7 +315,7 @@ void sum_columns(Terms terms, const Problem& x, float* partial) {
   constexpr int64_t step = kStep<T>;
   const int64_t channels = x.channel.size, chunks = count_chunks(x);
   const int64_t blocks = channels / step, rest = channels % step;
-  const int64_t together = blocks * kParts<T> <= kTile ? kFold : 2;
+  const int64_t together = blocks * kParts<T> <= kTile ? kFold : 2 / kParts<T>;
   std::vector<Block<T>> lower(static_cast<size_t>(blocks + 1)), upper(static_cast<size_t>(blocks + 1));
   int64_t at_a[kFold], at_g[kFold];
 #pragma omp for schedule(static)
