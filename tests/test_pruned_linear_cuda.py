@@ -16,7 +16,7 @@ from test_pruned_linear import draw, input_major
 from torch import Tensor
 
 from mvp_ext.ops import cuda, cuda_linear, pruned_attention, pruned_linear, reference
-from mvp_ext.ops.cuda_linear import Plan
+from mvp_ext.ops.cuda_linear import Plan, linear_by
 
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = ["row-major", "input-major"]
@@ -33,12 +33,6 @@ SIZES = [
     (70, 144, 200, 24, 40),
     (130, 272, 80, 8, 8),
 ]
-
-
-@contextlib.contextmanager
-def forced(plan: Plan | str | None) -> Iterator[None]:
-    with mock.patch.object(cuda_linear, "forced", plan):
-        yield
 
 
 @contextlib.contextmanager
@@ -90,13 +84,14 @@ def check(arguments: list[Any], options: dict[str, Any], calls: int = 1) -> Tens
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_reference(layout: str, dtype: str, plan: Plan, device: torch.device) -> None:
     for size in SIZES if dtype == "bf16" else SIZES[1:4]:  # float16 is slower to emulate
-        for kept in ((True, True), (True, False), (False, True), (False, False)):
+        some = ((True, False), (False, True)) if size[0] < 50 else ()
+        for kept in ((True, True), *some, (False, False)):
             arguments, blocks = problem(size, layout, HALVES[dtype], kept)
             arguments = list(move(device, *arguments))
             shape = size[0], size[1]
             residual = torch.randn(shape, generator=generator(1)).to(device, HALVES[dtype])
             without_bias = [*arguments[:2], None, *arguments[3:]]
-            with forced(plan):
+            with linear_by(plan):
                 check(arguments, {**blocks, "activation": "gelu"})
                 check(without_bias, blocks)
                 check(arguments, {**blocks, "residual": residual})
@@ -112,7 +107,7 @@ def test_edges(layout: str, device: torch.device) -> None:
             arguments, blocks = problem(size, layout, torch.bfloat16)
             arguments = list(move(device, *arguments))
             residual = torch.randn(size[:2], generator=generator(1)).to(device, torch.bfloat16)
-            with forced(plan):
+            with linear_by(plan):
                 check(arguments, blocks)
                 check(arguments, {**blocks, "residual": residual})
     # Outputs, kept and in all, that are no multiple of four or eight.
@@ -120,7 +115,7 @@ def test_edges(layout: str, device: torch.device) -> None:
     rows = draw_index(83, 41).to(device)
     residual = torch.randn(19, 83, generator=generator(1)).to(device, torch.float16)
     for plan in (Plan(0, 1), Plan(1, 1)):
-        with forced(plan):
+        with linear_by(plan):
             for index in (rows, rows[:1], rows[:38], None):
                 check([x, w, b, index], {})
                 check([x, w, b, index], {"residual": residual})
@@ -154,7 +149,7 @@ def test_indices_in_any_order_and_repeated(layout: str, device: torch.device) ->
     order = call[3].unique().flip(0)
     residual = torch.randn(20, 64, generator=generator(1)).to(device, torch.float16)
     for plan in (Plan(0, 1), Plan(1, 1)):
-        with forced(plan):
+        with linear_by(plan):
             for dtype in (torch.int32, torch.int64):
                 some = [*call[:3], call[3].to(dtype), call[4].to(dtype)]
                 check(some, blocks)
@@ -204,7 +199,7 @@ def test_what_is_not_kept_is_not_read(layout: str, device: torch.device) -> None
     spoiled[kept] = w[kept]
     spoiled = input_major(spoiled) if layout == "input-major" else spoiled
     for plan in (Plan(0, 1), Plan(1, 1), Plan(2, 1)):
-        with forced(plan):
+        with linear_by(plan):
             y = pruned_linear(*move(device, x, w, b, rows, cols), **blocks)
             assert torch.equal(pruned_linear(*move(device, x, spoiled, b, rows, cols), **blocks), y)
 
@@ -273,7 +268,7 @@ def test_repeats(device: torch.device) -> None:
         arguments, blocks = problem(SIZES[4], layout, torch.bfloat16)
         arguments = list(move(device, *arguments))
         for plan in (Plan(0, 2), Plan(1, 1), Plan(2, 1)):
-            with forced(plan):
+            with linear_by(plan):
                 wanted = pruned_linear(*arguments, **blocks, residual=residual)
                 for _ in range(2 if device.type == "cpu" else 10):
                     assert torch.equal(pruned_linear(*arguments, **blocks, residual=residual), wanted)
@@ -290,7 +285,7 @@ def test_schedules(schedule: int) -> None:
             for options in ({"activation": "gelu"}, {"residual": residual}):
                 results = []
                 for order in (0, schedule):
-                    with forced(plan), emulated(order):
+                    with linear_by(plan), emulated(order):
                         results.append(pruned_linear(*arguments, **blocks, **options))
                 assert torch.equal(*results)
 
@@ -331,8 +326,13 @@ def test_what_the_library_does(case: str, device: torch.device) -> None:
 @ON_GPU
 def test_forced_library(device: torch.device) -> None:
     arguments, blocks = problem(SIZES[3], "row-major", torch.bfloat16)
-    with forced("library"):
-        check(list(move(device, *arguments)), blocks, calls=0)
+    arguments = list(move(device, *arguments))
+    with linear_by("library"):
+        check(arguments, blocks, calls=0)
+        with linear_by("kernel"):
+            check(arguments, blocks)
+        check(arguments, blocks, calls=0)
+    check(arguments, blocks)
 
 
 @ON_GPU

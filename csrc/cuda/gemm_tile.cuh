@@ -124,25 +124,33 @@ __device__ __forceinline__ void multiply_stages(WarpProduct<T, Tiling, kInputMaj
   __syncthreads();  // the stages are free for other use
 }
 
-// The block's sums, row by row: `use(row, column, four sums)` is called for every row of the tile and four
-// columns of it, always the same four for a thread (column_of). Through shared memory, where `slab` needs
-// sizeof(Slab): 16 rows a warp at a time, padded so that the fragments' rows lie in different banks.
+// The block's sums, row by row, through shared memory: 16 rows a warp at a time, padded so that the
+// fragments' rows lie in different banks. Every thread gets four columns of the tile, always the same.
 template <typename Tiling>
 struct Slab {
   static constexpr int kQuads = Tiling::kN / 4, kRows = Tiling::kWarpsM * 16;
-  static constexpr int kRowsAtOnce = Tiling::kThreads / kQuads;
+  static constexpr int kRowsAtOnce = Tiling::kThreads / kQuads, kPasses = kRows / kRowsAtOnce;
   static_assert(Tiling::kThreads % kQuads == 0 && kRows % kRowsAtOnce == 0);
   float at[Tiling::kWarpsK][kRows][Tiling::kN + 8];
 
   __device__ static int column_of_thread() { return static_cast<int>(threadIdx.x) % kQuads * 4; }
 
-  template <typename Product, typename Use>
-  __device__ __forceinline__ void each_row(const Product& product, Use&& use) {
+  // Calls `use(row, sums, prepare(row))` for each row of the tile. What `prepare` loads is on its way while
+  // the sums are laid out, for all rows of a pass at once.
+  template <typename Product, typename Prepare, typename Use>
+  __device__ __forceinline__ void each_row(const Product& product, Prepare&& prepare, Use&& use) {
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
     const int part = warp / (Tiling::kWarpsM * Tiling::kWarpsN), above = warp % Tiling::kWarpsM * 16;
-    const int column = column_of_thread();
+    const int my_row = static_cast<int>(threadIdx.x) / kQuads, column = column_of_thread();
 #pragma unroll
     for (int i = 0; i < Tiling::kFragmentsM; ++i) {
+      const auto row_of = [&](int pass) {
+        const int row = pass * kRowsAtOnce + my_row;
+        return row / 16 * (Tiling::kM / Tiling::kWarpsM) + i * 16 + row % 16;
+      };
+      decltype(prepare(0)) prepared[kPasses];
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) prepared[pass] = prepare(row_of(pass));
       if (i > 0) __syncthreads();
 #pragma unroll
       for (int j = 0; j < Tiling::kFragmentsN; ++j)
@@ -154,15 +162,15 @@ struct Slab {
         }
       __syncthreads();
 #pragma unroll
-      for (int first = 0; first < kRows; first += kRowsAtOnce) {
-        const int row = first + static_cast<int>(threadIdx.x) / kQuads;
+      for (int pass = 0; pass < kPasses; ++pass) {
+        const int row = pass * kRowsAtOnce + my_row;
         float4 sum = *reinterpret_cast<const float4*>(&at[0][row][column]);
 #pragma unroll
         for (int k = 1; k < Tiling::kWarpsK; ++k) {
           const float4 more = *reinterpret_cast<const float4*>(&at[k][row][column]);
           sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
         }
-        use(row / 16 * (Tiling::kM / Tiling::kWarpsM) + i * 16 + row % 16, sum);
+        use(row_of(pass), sum, prepared[pass]);
       }
     }
   }

@@ -87,8 +87,7 @@ struct Problem {
   int64_t rows, x_stride, weight_stride;
   int outputs, inputs;  // kept
   int out_stride;       // the width of out
-  int stages_a_split, splits, copying_blocks;
-  int64_t tiles_m;
+  int stages_a_split, splits, copying_blocks, tiles_m;
   bool gelu, scatter;    // scatter: output j goes to column out_j of out, not j
   bool quads;            // four outputs of a thread lie side by side in out, 8-byte aligned
   bool aligned_columns;  // rows of out and residual are whole 16-byte vectors
@@ -201,35 +200,40 @@ __device__ __forceinline__ Target make_target(const Problem& problem, int first,
 
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 
+// What is to be added to a target; zeros without a residual.
+template <typename T>
+__device__ __forceinline__ Quad<T> load_residual(const Problem& problem, const Target& target, int64_t row) {
+  Quad<T> quad{};
+  if (problem.residual == nullptr || row >= problem.rows) return quad;
+  const T* residual = static_cast<const T*>(problem.residual) + row * problem.out_stride;
+  if (target.whole) return *reinterpret_cast<const Quad<T>*>(residual + target.column[0]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < target.count) quad.at[i] = residual[target.column[i]];
+  return quad;
+}
+
 template <typename T>
 __device__ __forceinline__ void store_target(const Problem& problem, const Target& target, int64_t row,
-                                             float4 sums) {
-  float y[4] = {sums.x, sums.y, sums.z, sums.w};
+                                             float4 sums, const Quad<T>& residual) {
+  if (row >= problem.rows) return;
+  const float sum[4] = {sums.x, sums.y, sums.z, sums.w};
+  Quad<T> quad;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    y[i] += target.bias[i];
-    if (problem.gelu) y[i] = gelu(y[i]);
+    float y = sum[i] + target.bias[i];
+    if (problem.gelu) y = gelu(y);
+    if (problem.residual != nullptr) y += to_float(residual.at[i]);
+    quad.at[i] = from_float<T>(y);
   }
   T* out = static_cast<T*>(problem.out) + row * problem.out_stride;
-  const T* residual = static_cast<const T*>(problem.residual) + row * problem.out_stride;
   if (target.whole) {
-    Quad<T> quad;
-    if (problem.residual != nullptr) {
-      quad = *reinterpret_cast<const Quad<T>*>(residual + target.column[0]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) y[i] += to_float(quad.at[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) quad.at[i] = from_float<T>(y[i]);
     *reinterpret_cast<Quad<T>*>(out + target.column[0]) = quad;
     return;
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (i >= target.count) continue;
-    if (problem.residual != nullptr) y[i] += to_float(residual[target.column[i]]);
-    out[target.column[i]] = from_float<T>(y[i]);
-  }
+  for (int i = 0; i < 4; ++i)
+    if (i < target.count) out[target.column[i]] = quad.at[i];
 }
 
 __device__ __forceinline__ float* partial_at(const Problem& problem, int split, int64_t row, int output) {
@@ -297,7 +301,11 @@ struct Shared {
   static_assert(sizeof stages >= sizeof(Slab<Tiling>));
 };
 
-// Grid: copying blocks, then tiles, those of one column of tiles one after the other; y: parts of the inputs.
+// Rows of tiles whose blocks run side by side, so that a tile of W is read by all of them at about the same
+// time, and their x stays in L2 while they walk along the outputs.
+constexpr int kGroup = 8;
+
+// Grid: copying blocks, then tiles, group by group; y: parts of the inputs.
 template <typename T, typename Tiling, bool kInputMajor>
 __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     multiply(const __grid_constant__ Problem problem) {
@@ -306,9 +314,13 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     if (blockIdx.y == 0) copy_removed<T>(problem, reinterpret_cast<uint32_t*>(shared.stages));
     return;
   }
-  const int64_t tile = blockIdx.x - problem.copying_blocks, tile_n = tile / problem.tiles_m;
-  const int64_t first_row = (tile - tile_n * problem.tiles_m) * Tiling::kM;
-  const int first_output = static_cast<int>(tile_n) * Tiling::kN, split = static_cast<int>(blockIdx.y);
+  const int tile = static_cast<int>(blockIdx.x) - problem.copying_blocks;
+  const int tiles_n = ceil_div(problem.outputs, Tiling::kN), group = tile / (kGroup * tiles_n);
+  const int in_group = tile - group * (kGroup * tiles_n),
+            height = min(problem.tiles_m - group * kGroup, kGroup);
+  const int tile_n = in_group / height, tile_m = group * kGroup + in_group - tile_n * height;
+  const int64_t first_row = int64_t{tile_m} * Tiling::kM;
+  const int first_output = tile_n * Tiling::kN, split = static_cast<int>(blockIdx.y);
   for (int i = static_cast<int>(threadIdx.x); i < Tiling::kN; i += Tiling::kThreads) {
     const int output = first_output + i;
     shared.columns[i] =
@@ -327,7 +339,8 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
   if (problem.partial != nullptr) {
     const int count = min(problem.outputs - output, 4);
     const bool whole = problem.outputs % 4 == 0;
-    slab.each_row(product, [&](int row, float4 sum) {
+    const auto nothing = [](int) { return 0; };
+    slab.each_row(product, nothing, [&](int row, float4 sum, int) {
       if (first_row + row >= problem.rows || count <= 0) return;
       float* to = partial_at(problem, split, first_row + row, output);
       if (whole) {
@@ -343,9 +356,9 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
   }
   const Target target =
       make_target<T>(problem, output, [&](int j) { return shared.columns[j - first_output]; });
-  slab.each_row(product, [&](int row, float4 sum) {
-    if (first_row + row < problem.rows && target.count > 0)
-      store_target<T>(problem, target, first_row + row, sum);
+  const auto residual = [&](int row) { return load_residual<T>(problem, target, first_row + row); };
+  slab.each_row(product, residual, [&](int row, float4 sum, const Quad<T>& add) {
+    store_target(problem, target, first_row + row, sum, add);
   });
 }
 
@@ -360,6 +373,7 @@ __global__ void __launch_bounds__(kAddThreads) add_partial(const __grid_constant
   const int output = static_cast<int>(at - row * quads) * 4;
   const Target target = make_target<T>(
       problem, output, [&](int j) { return problem.out_index.position(j, problem.out_index.unit(j)); });
+  const Quad<T> residual = load_residual<T>(problem, target, row);
   float4 sum = make_float4(0, 0, 0, 0);
   if (problem.outputs % 4 == 0) {
 #pragma unroll 4
@@ -376,7 +390,7 @@ __global__ void __launch_bounds__(kAddThreads) add_partial(const __grid_constant
       if (target.count > 3) sum.w += part[3];
     }
   }
-  store_target<T>(problem, target, row, sum);
+  store_target(problem, target, row, sum, residual);
 }
 
 // ---------------------------------------------------------------- host
@@ -384,7 +398,6 @@ template <typename T, typename Tiling, bool kInputMajor>
 void run(Problem problem, DType dtype, const Queue& queue) {
   using Memory = Shared<Tiling, kInputMajor>;
   const int64_t outputs = problem.outputs, stages = ceil_div(problem.inputs, Tiling::kK);
-  problem.tiles_m = ceil_div(problem.rows, int64_t{Tiling::kM});
   problem.stages_a_split = static_cast<int>(ceil_div(stages, int64_t{problem.splits}));
   if (problem.scatter) {
     MVP_CHECK(problem.out_stride <= static_cast<int64_t>(sizeof(Memory)) * 8, kOp, "too many columns");
@@ -392,8 +405,12 @@ void run(Problem problem, DType dtype, const Queue& queue) {
     problem.copying_blocks =
         static_cast<int>(std::min<int64_t>(blocks, int64_t{multiprocessors(queue.device)} * 2));
   }
-  const int64_t blocks = problem.copying_blocks + problem.tiles_m * ceil_div(outputs, int64_t{Tiling::kN});
-  MVP_CHECK(blocks <= 0x7FFFFFFF, kOp, "more tiles than a grid has room for");
+  const int64_t tiles_m = ceil_div(problem.rows, int64_t{Tiling::kM});
+  // A whole group more must still be an int: the kernel computes with them.
+  const int64_t tiles = (tiles_m + kGroup) * ceil_div(outputs, int64_t{Tiling::kN});
+  MVP_CHECK(problem.copying_blocks + tiles <= 0x7FFFFFFF, kOp, "more tiles than a grid has room for");
+  problem.tiles_m = static_cast<int>(tiles_m);
+  const int64_t blocks = problem.copying_blocks + tiles_m * ceil_div(outputs, int64_t{Tiling::kN});
   const Shape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(problem.splits)),
                     dim3(Tiling::kThreads), sizeof(Memory)};
   launch(kOp, dtype, queue, shape, &multiply<T, Tiling, kInputMajor>, problem);

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,8 +25,18 @@ class Plan(NamedTuple):
     splits: int
 
 
-# Set by tests and benchmarks: how every call that the kernel can do is done. None: by the rules below.
-forced: Plan | Literal["library"] | None = None
+_forced: Plan | Literal["kernel", "library"] | None = None
+
+
+@contextlib.contextmanager
+def linear_by(way: Plan | Literal["kernel", "library"]) -> Iterator[None]:
+    """For benchmarks and tests: in here every call that the kernel can do goes this way, whatever the rules say."""
+    global _forced
+    before, _forced = _forced, way
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def plan(
@@ -38,10 +50,10 @@ def plan(
     """The kernel's plan; None: cutting the weight and the library's GEMM do this call."""
     if not _readable(x, weight, out_index, in_index, out_block, in_block):
         return None
-    if forced is not None:
-        return None if forced == "library" else forced
+    if isinstance(_forced, Plan):
+        return _forced
     rows, outputs = math.prod(x.shape[:-1]), _outputs(weight, out_index, out_block)
-    if _kernel_or_library(rows, outputs, x.shape[-1]) == "library":
+    if (_forced or _kernel_or_library(rows, outputs, x.shape[-1])) == "library":
         return None
     return _kernel_plan(rows, outputs, x.shape[-1], _multiprocessors(x.device))
 
