@@ -11,8 +11,9 @@ inline void def_cuda_ops(pybind11::module_& m) {
     m.def(name, kernel, pybind11::call_guard<pybind11::gil_scoped_release>());
   };
   def("meta_vote_cuda", &meta_vote_cuda);
-  def("pruned_linear_cuda", &pruned_linear_cuda);
+  def("pack_cuda", &pack_cuda);
   def("residual_add_cuda", &residual_add_cuda);
+  def("unpack_cuda", &unpack_cuda);
 }
 
 }  // namespace mvp

@@ -45,21 +45,28 @@ struct Layout {
   bool floating = false;
 };
 
-// A plain CPU tensor of a dtype that kernels know.
+// A plain CPU or CUDA tensor of a dtype that kernels know.
 inline bool read_plain(PyObject* object, dlpack::Tensor& tensor) {
   if (!is_plain_tensor(object)) return false;
   if (exchange_api()->read(object, &tensor) != 0) {
     PyErr_Clear();
     return false;
   }
-  return tensor.device_type == dlpack::kCpu && dtype_of(tensor) >= 0;
+  return (tensor.device_type == dlpack::kCpu || tensor.device_type == dlpack::kCuda) && dtype_of(tensor) >= 0;
 }
 
-// The layout of what `pack` makes of a tensor. False unless all is as it almost always is: a plain CPU tensor
-// of 1 to 6 dimensions, contiguous or channels_last; plain index vectors.
-inline bool packed_layout(PyObject* object, PyObject* rows, PyObject* cols, Layout& layout) {
+inline bool on_same_device(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.device_type == b.device_type && a.device_id == b.device_id;
+}
+
+// The layout of what `pack` makes of a tensor. False unless all is as it almost always is: a plain tensor of
+// 1 to 6 dimensions, contiguous or channels_last; plain index vectors; all on the device of `first`.
+inline bool packed_layout(PyObject* object, PyObject* rows, PyObject* cols, const dlpack::Tensor& first,
+                          Layout& layout) {
   dlpack::Tensor tensor;
-  if (!read_plain(object, tensor) || tensor.ndim < 1 || tensor.ndim > kMaxDims) return false;
+  if (!read_plain(object, tensor) || !on_same_device(tensor, first) || tensor.ndim < 1 ||
+      tensor.ndim > kMaxDims)
+    return false;
   const int ndim = layout.ndim = tensor.ndim;
   layout.floating = tensor.code == dlpack::kFloat || tensor.code == dlpack::kBfloat;
   std::copy_n(tensor.shape, ndim, layout.shape);
@@ -73,7 +80,9 @@ inline bool packed_layout(PyObject* object, PyObject* rows, PyObject* cols, Layo
     PyObject* const index = d == 0 ? rows : cols;
     if (index == Py_None) continue;
     dlpack::Tensor kept;
-    if (d >= ndim || !read_plain(index, kept) || kept.ndim != 1 || kept.code != dlpack::kInt) return false;
+    if (d >= ndim || !read_plain(index, kept) || !on_same_device(kept, first) || kept.ndim != 1 ||
+        kept.code != dlpack::kInt)
+      return false;
     layout.shape[d] = kept.shape[0];
   }
   dense_strides(layout.shape, ndim, channels_last, layout.stride);
@@ -85,12 +94,15 @@ inline bool packed_layout(PyObject* object, PyObject* rows, PyObject* cols, Layo
 inline pybind11::object packed_layouts(const pybind11::list& tensors, const pybind11::list& rows,
                                        const pybind11::list& cols) {
   const size_t count = tensors.size();
-  if (exchange_api() == nullptr || rows.size() != count || cols.size() != count) return pybind11::none();
+  dlpack::Tensor first;
+  if (exchange_api() == nullptr || rows.size() != count || cols.size() != count ||
+      (count > 0 && !read_plain(PyList_GET_ITEM(tensors.ptr(), 0), first)))
+    return pybind11::none();
   pybind11::list layouts(count);
   for (size_t p = 0; p < count; ++p) {
     Layout layout;
     if (!packed_layout(PyList_GET_ITEM(tensors.ptr(), p), PyList_GET_ITEM(rows.ptr(), p),
-                       PyList_GET_ITEM(cols.ptr(), p), layout))
+                       PyList_GET_ITEM(cols.ptr(), p), first, layout))
       return pybind11::none();
     layouts[p] =
         pybind11::make_tuple(to_tuple(layout.shape, layout.ndim), to_tuple(layout.stride, layout.ndim));
@@ -104,14 +116,16 @@ inline bool are_packed(const pybind11::list& tensors, const pybind11::list& rows
   const size_t count = tensors.size();
   if (exchange_api() == nullptr || rows.size() != count || cols.size() != count || parts.size() != count)
     return false;
+  dlpack::Tensor first;
+  if (count > 0 && !read_plain(PyList_GET_ITEM(tensors.ptr(), 0), first)) return false;
   for (size_t p = 0; p < count; ++p) {
     Layout layout;
     dlpack::Tensor part;
     if (!packed_layout(PyList_GET_ITEM(tensors.ptr(), p), PyList_GET_ITEM(rows.ptr(), p),
-                       PyList_GET_ITEM(cols.ptr(), p), layout) ||
+                       PyList_GET_ITEM(cols.ptr(), p), first, layout) ||
         !layout.floating || !read_plain(PyList_GET_ITEM(parts.ptr(), p), part) ||
-        (part.code != dlpack::kFloat && part.code != dlpack::kBfloat) || part.ndim != layout.ndim ||
-        !std::equal(part.shape, part.shape + part.ndim, layout.shape) ||
+        !on_same_device(part, first) || (part.code != dlpack::kFloat && part.code != dlpack::kBfloat) ||
+        part.ndim != layout.ndim || !std::equal(part.shape, part.shape + part.ndim, layout.shape) ||
         !std::equal(part.strides, part.strides + part.ndim, layout.stride))
       return false;
   }

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import torch
+from backends import move
+from emulator import emulated
 from isa import OLDER, run_on
 from torch import Tensor
 
@@ -43,8 +45,11 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(g, e)
 
 
-def both(tensors: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]) -> None:
+def both(
+    device: torch.device, tensors: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]
+) -> None:
     """pack equals the reference; unpack into other tensors equals it too, and leaves the rest alone."""
+    tensors, rows, cols = ([*move(device, *values)] for values in (tensors, rows, cols))
     packed = pack(tensors, rows, cols)
     assert_equal(packed, reference.pack(tensors, rows, cols))
     ours, theirs = [torch.full_like(t, 1) for t in tensors], [torch.full_like(t, 1) for t in tensors]
@@ -53,20 +58,23 @@ def both(tensors: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | N
     assert_equal(ours, theirs)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_all_shapes_of_one_dtype(dtype: torch.dtype) -> None:
+def test_all_shapes_of_one_dtype(dtype: torch.dtype, device: torch.device) -> None:
     tensors = [make(shape, dtype, seed) for seed, shape in enumerate(SHAPES)]
     for use_rows in (False, True):
         for use_cols in (False, True):
             rows = [kept(t.shape[0]) if use_rows else None for t in tensors]
             cols = [kept(t.shape[1], dtype=torch.int32) if use_cols and t.ndim > 1 else None for t in tensors]
-            both(tensors, rows, cols)
+            both(device, tensors, rows, cols)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
-def test_shares(share: float) -> None:
+def test_shares(share: float, device: torch.device) -> None:
     tensors = [make(s, torch.float32) for s in [(33, 65), (64, 128, 3, 3), (31, 40, 7, 7), (50,)]]
     both(
+        device,
         tensors,
         [kept(t.shape[0], share) for t in tensors],
         [kept(t.shape[1], share) if t.ndim > 1 else None for t in tensors],
@@ -74,26 +82,28 @@ def test_shares(share: float) -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 70), (40, 70, 3, 3), (40, 70, 2, 1, 2), (300, 3)])
-def test_any_order_and_repeats(shape: tuple[int, ...]) -> None:
+def test_any_order_and_repeats(shape: tuple[int, ...], device: torch.device) -> None:
     tensor = make(shape, torch.float32)
     generator = torch.Generator().manual_seed(3)
     rows = torch.randint(0, shape[0], (55,), generator=generator)
     cols = torch.randint(0, shape[1], (90,), generator=generator)
-    assert_equal(pack([tensor], [rows], [cols]), reference.pack([tensor], [rows], [cols]))
+    on_device = [[value.to(device)] for value in (tensor, rows, cols)]
+    assert_equal(pack(*on_device), reference.pack(*on_device))
     shuffled = (
         torch.randperm(shape[0], generator=generator)[:20],
         torch.randperm(shape[1], generator=generator)[: shape[1] // 2],
     )
-    both([tensor], [shuffled[0]], [shuffled[1]])
+    both(device, [tensor], [shuffled[0]], [shuffled[1]])
 
 
-def test_blocks_of_heads() -> None:
+def test_blocks_of_heads(device: torch.device) -> None:
     heads = torch.tensor([1, 2, 5])
     index = (heads[:, None] * 64 + torch.arange(64)).reshape(-1)
-    both([make((384, 384), torch.float32)] * 2, [index, None], [None, index])
+    both(device, [make((384, 384), torch.float32)] * 2, [index, None], [None, index])
 
 
-def test_layouts() -> None:
+@pytest.mark.sanitize
+def test_layouts(device: torch.device) -> None:
     weight = make((24, 18, 3, 3), torch.float32)
     last = weight.to(memory_format=torch.channels_last)
     tensors = [
@@ -102,51 +112,128 @@ def test_layouts() -> None:
     ]  # fmt: skip
     rows = [kept(t.shape[0]) for t in tensors]
     cols = [kept(t.shape[1]) if t.ndim > 1 else None for t in tensors]
-    both(tensors, rows, cols)
-    both([last] * 3, [None, kept(24), None], [None, None, kept(18)])
-    assert pack([last], [kept(24)], [kept(18)])[0].is_contiguous(memory_format=torch.channels_last)
-    assert_equal(
-        pack([weight], [kept(48)[::2] // 2], [None]), reference.pack([weight], [kept(48)[::2] // 2], [None])
-    )
+    both(device, tensors, rows, cols)
+    both(device, [last] * 3, [None, kept(24), None], [None, None, kept(18)])
+    (last, rows_at, cols_at), strided = move(device, last, kept(24), kept(18)), kept(48).to(device)[::2] // 2
+    assert pack([last], [rows_at], [cols_at])[0].is_contiguous(memory_format=torch.channels_last)
+    assert_equal(pack([last], [strided], [None]), reference.pack([last], [strided], [None]))
 
 
-def test_unpack_takes_any_layout_of_packed() -> None:
-    rows, cols = kept(24), kept(18)
+def test_unpack_takes_any_layout_of_packed(device: torch.device) -> None:
+    rows, cols = move(device, kept(24), kept(18))
     for form in (torch.contiguous_format, torch.channels_last):
         for other in (torch.contiguous_format, torch.channels_last):
-            out = make((24, 18, 3, 3), torch.float32).to(memory_format=form)
-            expected, part = out.clone(), make((12, 9, 3, 3), torch.float32, 5).to(memory_format=other)
+            out = make((24, 18, 3, 3), torch.float32).to(device, memory_format=form)
+            part = make((12, 9, 3, 3), torch.float32, 5).to(device, memory_format=other)
+            expected = out.clone()
             reference.unpack([part], [expected], [rows], [cols])
             unpack([part], [out], [rows], [cols])
             assert torch.equal(out, expected)
 
 
-def test_values_survive_bit_for_bit() -> None:
-    tensor = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-45]] * 3)
-    packed = pack([tensor], [torch.tensor([2])], [torch.tensor([0, 2, 3])])[0]
+def test_values_survive_bit_for_bit(device: torch.device) -> None:
+    tensor = torch.tensor([[float("nan"), float("inf"), -0.0, 1e-45]] * 3, device=device)
+    rows, cols = move(device, torch.tensor([2]), torch.tensor([0, 2, 3]))
+    packed = pack([tensor], [rows], [cols])[0]
     assert torch.equal(packed.view(torch.int32), tensor[:1, [0, 2, 3]].view(torch.int32))
 
 
-def test_no_alias_no_gradient_no_stale_graph() -> None:
-    parameter = torch.nn.Parameter(torch.randn(4, 5))
+def test_no_alias_no_gradient_no_stale_graph(device: torch.device) -> None:
+    parameter = torch.nn.Parameter(torch.randn(4, 5, device=device))
     packed = pack([parameter], [None], [None])[0]
     assert packed.data_ptr() != parameter.data_ptr()
     assert not packed.requires_grad
     loss = (parameter * parameter).sum()
-    unpack([torch.zeros(2, 5)], [parameter], [torch.tensor([0, 3])], [None])
+    unpack([torch.zeros(2, 5, device=device)], [parameter], [torch.tensor([0, 3], device=device)], [None])
     assert parameter[0].abs().sum() == 0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_deterministic_and_empty_list() -> None:
+def test_deterministic_and_empty_list(device: torch.device) -> None:
     tensors = [make((513, 700), torch.float32), make((64, 64, 3, 3), torch.float32)] * 3
     rows, cols = [kept(t.shape[0]) for t in tensors], [kept(t.shape[1]) for t in tensors]
+    tensors, rows, cols = ([*move(device, *values)] for values in (tensors, rows, cols))
     first = pack(tensors, rows, cols)
     for _ in range(10):
         assert_equal(pack(tensors, rows, cols), first)
     assert pack([], [], []) == []
     unpack([], [], [], [])
+
+
+@pytest.mark.sanitize
+def test_slices_that_start_anywhere(device: torch.device) -> None:
+    """Addresses and sizes that are multiples of every power of two up to 16 bytes, and of none."""
+    store = make((4096,), torch.uint8).to(device)
+    for start in (0, 1, 2, 4, 8, 16):
+        for shape in ((5, 96), (5, 33), (6, 7, 24), (3, 70)):
+            size = torch.Size(shape).numel()
+            tensor = store[start : start + size].view(shape)
+            rows, cols = move(device, kept(shape[0]), kept(shape[1]))
+            both(device, [tensor] * 3, [rows, None, rows], [None, cols, cols])
+            ours, theirs = torch.zeros_like(store), torch.zeros_like(store)
+            for op, out in ((unpack, ours), (reference.unpack, theirs)):
+                op(pack([tensor], [rows], [None]), [out[start : start + size].view(shape)], [rows], [None])
+            assert torch.equal(ours, theirs)
+        half = store[start : start + 2 * (size // 2)].view(torch.uint8 if start % 2 else torch.float16)
+        both(device, [half], [None], [None])
+
+
+@pytest.mark.sanitize
+def test_long_lines(device: torch.device) -> None:
+    """Lines longer than a tile of the CUDA kernel: cut anywhere, also within a column."""
+    tensors = [
+        make((3, 9001), torch.float32), make((2, 3001, 3), torch.int16), make((2, 40, 500), torch.float32),
+        make((2, 4999, 1, 2), torch.int16).to(memory_format=torch.channels_last), make((3, 50000), torch.bfloat16),
+    ]  # fmt: skip
+    for cut_rows in (False, True):
+        rows = [kept(t.shape[0]) if cut_rows else None for t in tensors]
+        both(device, tensors, rows, [kept(t.shape[1], 0.9) for t in tensors])
+        both(device, tensors, rows, [None] * len(tensors))
+
+
+def test_more_tensors_and_lists_than_a_launch_takes(device: torch.device) -> None:
+    tensors = [make((7, 5), torch.float32, seed) for seed in range(700)]
+    shared, own = kept(7), [kept(7, seed=seed) for seed in range(700)]
+    both(device, tensors, [shared] * 700, [None] * 700)
+    both(device, tensors, [*own], [kept(5, seed=seed) for seed in range(700)])
+
+
+def test_offsets_beyond_32_bits(device: torch.device) -> None:
+    """Of a tensor whose middle nobody touches, so that it takes no memory on the CPU."""
+    rows, columns = 3, (1 << 31) - 8
+    tensor = torch.empty(rows, columns, dtype=torch.uint8, device=device)
+    ends = torch.tensor([0, columns - 5, columns - 1], device=device)
+    tensor[:, ends] = make((rows, 3), torch.uint8).to(device)
+    assert_equal(pack([tensor], [None], [ends]), [tensor[:, ends]])
+    last = torch.tensor([2], device=device)
+    unpack([torch.full((1, 3), 7, dtype=torch.uint8, device=device)], [tensor], [last], [ends])
+    assert tensor[2, ends].eq(7).all()
+    assert torch.equal(tensor[:2, ends].cpu(), make((rows, 3), torch.uint8)[:2])
+
+
+@pytest.mark.parametrize("schedule", range(1, 5))
+def test_schedules(schedule: int) -> None:
+    """In whatever order the threads of the CUDA kernels run."""
+    tensors = [
+        make((40, 70, 3, 3), torch.float32),
+        make((5000,), torch.int16),
+        make((2, 9001), torch.float32),
+    ]
+    rows, cols = [kept(t.shape[0]) for t in tensors], [kept(70), None, kept(9001)]
+    with emulated(schedule):
+        both(torch.device("cpu"), tensors, rows, cols)
+
+
+@pytest.mark.parametrize("wrong", [-1, 5, 1 << 32])
+def test_wrong_indices_end_the_kernel(wrong: int) -> None:
+    index = torch.tensor([0, wrong])
+    for rows, cols in (([index], [None]), ([None], [index])):
+        with emulated(), pytest.raises(RuntimeError, match="pack: rows or cols: a value out of range"):
+            pack([torch.zeros(5, 5)], rows, cols)
+        part = torch.zeros(2, 5) if rows[0] is not None else torch.zeros(5, 2)
+        with emulated(), pytest.raises(RuntimeError, match="unpack: rows or cols: a value out of range"):
+            unpack([part], [torch.zeros(5, 5)], rows, cols)
 
 
 def test_opcheck() -> None:

@@ -1,7 +1,10 @@
 """pruned_conv2d against its reference."""
 
+import contextlib
+
 import pytest
 import torch
+from emulator import emulated
 from pruned_helpers import BY_NAME, FLOATS, assert_as_exact_as_torch, draw_index, generator, to
 
 from mvp_ext.ops import pruned_conv2d, reference
@@ -43,6 +46,19 @@ def test_equals_reference(size, dtype):
         pruned_conv2d(*arguments[:2], None, *arguments[3:]),
         reference.pruned_conv2d(*arguments[:2], None, *arguments[3:]),
     )
+
+
+def test_the_cuda_kernel_cuts_the_same():
+    x, weight, bias, out_index, in_index = draw(7, 9, (3, 2), 4, 5)
+    results = []
+    for way in (contextlib.nullcontext, emulated):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        with way():
+            y = pruned_conv2d(*leaves, out_index, in_index, padding=1)
+            with torch.no_grad():
+                assert torch.equal(pruned_conv2d(*leaves, out_index, in_index, padding=1), y)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_sizes_of_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulator import emulated
 from tiny import tiny_images, tiny_model
 from torch import Tensor, nn
 
@@ -274,6 +276,21 @@ def test_averaged_model_goes_on(tiny_resnet: nn.Module) -> None:
     averaged.update_parameters(tiny_resnet)
     x = tiny_images(tiny_resnet)
     torch.testing.assert_close(averaged.eval()(x), tiny_resnet.eval()(x))
+
+
+@pytest.mark.parametrize(("name", "scope"), [CASES[1], CASES[3]])
+def test_the_cuda_kernel_cuts_the_same(name: str, scope: str) -> None:
+    """Parameters, statistics and optimizer state."""
+    results = []
+    for way in (contextlib.nullcontext, emulated):
+        model, structure, mask = parts(name, scope, seed=3)
+        optimizer = adamw(groups_of(model))
+        train_step(model, optimizer, tiny_images(model), torch.arange(4))
+        with way():
+            prune_model(model, mask, structure=structure, optimizer=optimizer)
+        states = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
+        results.append([*model.state_dict().values(), *states])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_a_state_that_cannot_be_cut_changes_nothing(tiny_resnet: nn.Module) -> None:

@@ -32,7 +32,8 @@ def pack(tensors: Sequence[Tensor], rows: Indices, cols: Indices) -> list[Tensor
         share no memory with the inputs, also where both lists are None, and carry no gradient.
 
     Raises:
-        TypeError, ValueError: kinds, dtypes, shapes, indices out of range, unequal devices.
+        TypeError, ValueError: kinds, dtypes, shapes, indices out of range, unequal devices. On a GPU an index out of
+            range ends the kernel with a CUDA error, as in torch.
     """
     tensors, rows, cols = list(tensors), list(rows), list(cols)
     packed = registry.pack_plain(tensors, rows, cols)
@@ -51,7 +52,7 @@ def unpack(packed: Sequence[Tensor], out: Sequence[Tensor], rows: Indices, cols:
     Args:
         packed: P tensors [K_rows, K_cols, ...], with the dtypes of ``out``.
         out: P full tensors, changed in place (also parameters that require a gradient). They must not overlap.
-        rows, cols: as for ``pack``, but without repeats.
+        rows, cols: as for ``pack``, but without repeats. On a GPU repeats are not noticed: one of the values wins.
 
     Raises:
         TypeError, ValueError: as for ``pack``; nothing is written then.

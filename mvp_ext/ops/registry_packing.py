@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mvp_ext.ops import cuda, cuda_packing
 from mvp_ext.ops._native import native
 from mvp_ext.ops.define import define, nobody_listens
 
@@ -59,20 +60,24 @@ def _pack_fake(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tens
     return [_empty_packed(t, r, c) for t, r, c in zip(tensors, rows, cols, strict=True)]
 
 
-def pack_cpu(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tensor]:
+def _pack_into(tensors: list[Tensor], rows: Indices, cols: Indices, packed: list[Tensor]) -> None:
+    if cuda.runs(tensors[0]):
+        cuda_packing.pack(tensors, rows, cols, packed)
+    else:
+        native().pack_cpu(tensors, rows, cols, packed, torch.get_num_threads())
+
+
+def _pack(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tensor]:
     packed = _pack_fake(tensors, rows, cols)
-    native().pack_cpu(
-        [_as_bits(_dense(t)) for t in tensors],
-        rows,
-        cols,
-        [_as_bits(p) for p in packed],
-        torch.get_num_threads(),
-    )
+    _pack_into([_as_bits(_dense(t)) for t in tensors], rows, cols, [_as_bits(p) for p in packed])
     return packed
 
 
 pack_op = define(
-    "pack(Tensor[] tensors, Tensor?[] rows, Tensor?[] cols) -> Tensor[]", fake=_pack_fake, cpu=pack_cpu
+    "pack(Tensor[] tensors, Tensor?[] rows, Tensor?[] cols) -> Tensor[]",
+    fake=_pack_fake,
+    cpu=_pack,
+    cuda=_pack,
 )
 
 
@@ -85,7 +90,7 @@ def pack_plain(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tens
     if not layouts:
         return None
     packed = [t.new_empty_strided(shape, stride) for t, (shape, stride) in zip(tensors, layouts, strict=True)]
-    native().pack_cpu(tensors, rows, cols, packed, torch.get_num_threads())
+    _pack_into(tensors, rows, cols, packed)
     return packed
 
 
@@ -97,15 +102,17 @@ def _unpack_fake(packed: list[Tensor], out: list[Tensor], rows: Indices, cols: I
     return None
 
 
-def _unpack_cpu(packed: list[Tensor], out: list[Tensor], rows: Indices, cols: Indices) -> None:
+def _unpack(packed: list[Tensor], out: list[Tensor], rows: Indices, cols: Indices) -> None:
     full = [_dense(t) for t in out]
     parts = [
         p.contiguous(memory_format=torch.channels_last if is_channels_last(f) else torch.contiguous_format)
         for p, f in zip(packed, full, strict=True)
     ]
-    native().unpack_cpu(
-        [_as_bits(p) for p in parts], rows, cols, [_as_bits(f) for f in full], torch.get_num_threads()
-    )
+    bits, full_bits = [_as_bits(p) for p in parts], [_as_bits(f) for f in full]
+    if cuda.runs(out[0]):
+        cuda_packing.unpack(bits, rows, cols, full_bits)
+    else:
+        native().unpack_cpu(bits, rows, cols, full_bits, torch.get_num_threads())
     for target, written in zip(out, full, strict=True):
         if written is not target:
             target.copy_(written)
@@ -116,7 +123,8 @@ def _unpack_cpu(packed: list[Tensor], out: list[Tensor], rows: Indices, cols: In
 unpack = define(
     "unpack(Tensor[] packed, Tensor(a!)[] out, Tensor?[] rows, Tensor?[] cols) -> ()",
     fake=_unpack_fake,
-    cpu=_unpack_cpu,
+    cpu=_unpack,
+    cuda=_unpack,
 )
 
 
@@ -171,7 +179,7 @@ def merge_plain(
     if torch.compiler.is_compiling() or not nobody_listens():
         return None
     layouts = native().packed_layouts(base, rows, cols)
-    if not layouts:
+    if not layouts or cuda.runs(base[0]):
         return None
     everything = list(zip(voter_rows, voter_cols, voters, strict=True))
     if not all(type(x) is list for voter in everything for x in voter):

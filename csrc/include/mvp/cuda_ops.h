@@ -18,18 +18,18 @@ void meta_vote_cuda(const TensorView& masks, const TensorView& weights, const Te
                     std::optional<double> temperature, int64_t seed, const TensorView& mask,
                     const TensorView& index, const TensorView& votes, int device, uint64_t stream);
 
+// tensors and packed dense in one layout (contiguous or channels_last).
+void pack_cuda(const std::vector<TensorView>& tensors, const std::vector<TensorView>& rows,
+               const std::vector<TensorView>& cols, const std::vector<TensorView>& packed, int device,
+               uint64_t stream);
+void unpack_cuda(const std::vector<TensorView>& packed, const std::vector<TensorView>& rows,
+                 const std::vector<TensorView>& cols, const std::vector<TensorView>& out, int device,
+                 uint64_t stream);
+
 // residual, y and out dense in one layout (contiguous or channels_last); scale and shift float32, or float64
 // beside float64.
 void residual_add_cuda(const TensorView& residual, const TensorView& y, const TensorView& index,
                        const TensorView& scale, const TensorView& shift, bool relu, int64_t dim,
                        const TensorView& out, int device, uint64_t stream);
-
-// float16 or bfloat16, all readable in 16-byte vectors (see the .cu). x [M, K], rows may be strided; index
-// lists dense; out [M, N], or [M, O] with a residual, both dense. tiling: 0 small, 1 medium, 2 large.
-// partial: float32 [splits, M, N], the workspace where blocks share the inputs.
-void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const TensorView& bias,
-                        const TensorView& out_index, const TensorView& in_index, int64_t out_block,
-                        int64_t in_block, const TensorView& residual, bool gelu, const TensorView& out,
-                        int64_t tiling, const TensorView& partial, int device, uint64_t stream);
 
 }  // namespace mvp

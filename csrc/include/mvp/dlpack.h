@@ -7,7 +7,7 @@
 namespace mvp::dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
-constexpr int32_t kCpu = 1;  // of Tensor::device_type
+constexpr int32_t kCpu = 1, kCuda = 2;  // of Tensor::device_type
 enum Code : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 struct Tensor {

@@ -1,0 +1,180 @@
+// What pack and merge share: the tensors of a model, each cut along its rows and columns, as tables in kernel
+// parameters.
+//
+// A tensor is seen as lines of columns of inner words (of 1 to 16 bytes). A row of a contiguous tensor is one
+// line, a row of a channels_last one is as many lines as it has pixels, each of columns of one word. Without
+// a list of columns a row is one column. The words of the compact tensor are cut into tiles, which blocks
+// work on: whole lines, or a part of one. Threads take words side by side, and step from one to their next by
+// adding to the digits of its position, so that divisions are made once a tile.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "common.cuh"
+
+namespace mvp::cuda {
+
+constexpr int kSliceThreads = 256;
+constexpr uint32_t kNowhere = 0xFFFFFFFF;
+constexpr int64_t kMostWordsOfLine = int64_t{1} << 31;  // fewer
+
+// A list of kept rows or columns.
+struct Indices {
+  const void* data;  // null: all
+  uint32_t size;
+  uint32_t wide : 1, stride : 31;  // int64; in elements
+
+  // The k-th, or kNowhere if that is not below the bound. Two loads of which one is carried out, not
+  // branches: only so are the loads of several k under way at once.
+  __device__ __forceinline__ uint32_t at(uint32_t k, uint32_t bound) const {
+    const uint64_t at = uint64_t{k} * stride;
+    int64_t value = k;
+    if (data != nullptr && wide) value = static_cast<const int64_t*>(data)[at];
+    if (data != nullptr && !wide) value = static_cast<const int32_t*>(data)[at];
+    return static_cast<uint64_t>(value) < bound ? static_cast<uint32_t>(value) : kNowhere;
+  }
+};
+
+// Which part of a full tensor a compact one is.
+struct Slicing {
+  uint32_t rows, columns;          // of the full tensor
+  uint32_t other;                  // words of a column, or, where columns are innermost, lines of a row
+  uint32_t first_tile;             // tiles are counted over all tensors of a launch
+  uint16_t row_list, column_list;  // numbers of Indices
+  uint8_t log2_word;               // bytes
+  bool columns_innermost;
+
+  __host__ __device__ uint32_t inner() const { return columns_innermost ? 1 : other; }
+  __host__ __device__ uint32_t lines_a_row() const { return columns_innermost ? other : 1; }
+};
+
+// A position in a compact tensor.
+struct Digits {
+  uint32_t inner, column, line;
+};
+
+struct CompactShape {
+  uint32_t inner, columns, width, lines;  // words, columns, words of a line
+
+  __host__ __device__ CompactShape(const Slicing& slicing, const Indices& rows, const Indices& columns)
+      : inner(slicing.inner()),
+        columns(columns.size),
+        width(inner * columns.size),
+        lines(rows.size * slicing.lines_a_row()) {}
+
+  __device__ __forceinline__ Digits split(uint32_t word) const {
+    const uint32_t line = word / width, in_line = word - line * width, column = in_line / inner;
+    return {in_line - column * inner, column, line};
+  }
+
+  // Adds two positions.
+  __device__ __forceinline__ void advance(Digits& digits, const Digits& by) const {
+    digits.inner += by.inner;
+    digits.column += by.column;
+    digits.line += by.line;
+    if (digits.inner >= inner) digits.inner -= inner, ++digits.column;
+    if (digits.column >= columns) digits.column -= columns, ++digits.line;
+  }
+
+  // A tile has at most so many words.
+  __host__ __device__ uint32_t lines_a_tile(uint32_t words) const {
+    return width < words ? words / width : 1;
+  }
+  __host__ __device__ uint32_t tiles_a_line(uint32_t words) const { return ceil_div(width, words); }
+  uint64_t tiles(uint32_t words) const {
+    return width <= words ? ceil_div(lines, lines_a_tile(words)) : uint64_t{lines} * tiles_a_line(words);
+  }
+};
+
+struct Tile {
+  uint32_t line, start, lines,
+      count;  // the first line, where the tile starts in it; how many lines and words
+
+  __device__ __forceinline__ Tile(const CompactShape& shape, uint32_t number, uint32_t words) {
+    if (shape.width <= words) {
+      const uint32_t height = shape.lines_a_tile(words);
+      line = number * height;
+      start = 0;
+      lines = min(height, shape.lines - line);
+      count = lines * shape.width;
+    } else {
+      const uint32_t across = shape.tiles_a_line(words);
+      line = number / across;
+      start = (number - line * across) * words;
+      lines = 1;
+      count = min(words, shape.width - start);
+    }
+  }
+};
+
+// The entry that a tile belongs to: the last that does not start behind it.
+template <typename Entry>
+__device__ __forceinline__ uint32_t find_entry(const Entry* entries, uint32_t count, uint32_t tile) {
+  uint32_t low = 0, high = count;
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    if (entries[middle].slicing.first_tile <= tile)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// ---------------------------------------------------------------- host
+// What is kept of `bound` rows or columns.
+struct Kept {
+  Indices list;
+  uint32_t bound;
+};
+
+constexpr Kept kOnlyOne{{nullptr, 1, 0, 0}, 1};
+
+inline Kept make_kept(const TensorView& view, int64_t bound, const char* op) {
+  MVP_CHECK(bound < int64_t{kNowhere}, op, "at most 2^32 - 2 rows or columns");
+  const uint32_t all = static_cast<uint32_t>(bound);
+  if (!view.defined()) return {{nullptr, all, 0, 0}, all};
+  MVP_CHECK(view.shape[0] < int64_t{kNowhere} && view.stride[0] < int64_t{1} << 31, op,
+            "at most 2^32 - 2 indices, fewer than 2^31 elements apart");
+  // A list that keeps nothing may have no address; nobody reads it.
+  static const int64_t nothing = 0;
+  const void* const data = view.data == nullptr ? &nothing : view.data;
+  return {{data, static_cast<uint32_t>(view.shape[0]), view.dtype == DType::i64,
+           static_cast<uint32_t>(view.stride[0])},
+          all};
+}
+
+inline Slicing make_slicing(const Kept& rows, const Kept& columns, int64_t inner, int64_t lines_a_row,
+                            const char* op) {
+  MVP_CHECK(inner * columns.bound < kMostWordsOfLine && inner * columns.list.size < kMostWordsOfLine, op,
+            "a row of a tensor is too long");
+  MVP_CHECK(rows.list.size * lines_a_row < int64_t{kNowhere}, op, "a tensor has too many rows");
+  Slicing slicing{};
+  slicing.rows = rows.bound;
+  slicing.columns = columns.bound;
+  slicing.columns_innermost = lines_a_row > 1;
+  slicing.other = static_cast<uint32_t>(slicing.columns_innermost ? lines_a_row : inner);
+  return slicing;
+}
+
+inline bool operator==(const Indices& a, const Indices& b) {
+  return a.data == b.data && a.size == b.size && a.wide == b.wide && a.stride == b.stride;
+}
+
+// The number of a list among those of a launch, which the tensors of a model share. The newest first: a
+// weight and its bias follow each other.
+inline uint16_t number_of(std::vector<Indices>& lists, const Indices& list) {
+  for (size_t i = lists.size(); i-- > 0;)
+    if (lists[i] == list) return static_cast<uint16_t>(i);
+  lists.push_back(list);
+  return static_cast<uint16_t>(lists.size() - 1);
+}
+
+// A channels_last tensor whose rows are several lines.
+inline bool is_columns_innermost(const TensorView& view) {
+  return view.ndim == 4 && view.stride[1] == 1 && view.shape[1] > 1 && view.shape[2] * view.shape[3] > 1;
+}
+
+}  // namespace mvp::cuda
