@@ -7,12 +7,15 @@ its rule says, and the rule is checked here: it should be no slower than either.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from cuda_bench import CudaBench, graphed
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvp_ext.ops import cuda, pruned_linear
+from mvp_ext.ops import pruned_linear
+from mvp_ext.ops.cuda_linear import linear_by
 
 WIDTHS = {"ViT-S": (384, 6), "ViT-B": (768, 12), "ViT-L": (1024, 16)}
 ROWS = (1, 16, 197, 1576, 6304, 16384)
@@ -74,8 +77,8 @@ def add_case(
     def ours() -> Tensor:
         return pruned_linear(x, weight, bias, out_index, in_index, out_block=out_block, in_block=in_block)
 
-    def by(way: str) -> Tensor:
-        with cuda.linear_by(way):
+    def by(way: Literal["kernel", "library"]) -> Tensor:
+        with linear_by(way):
             return ours()
 
     def check() -> None:

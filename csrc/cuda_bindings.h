@@ -12,6 +12,7 @@ inline void def_cuda_ops(pybind11::module_& m) {
   };
   def("meta_vote_cuda", &meta_vote_cuda);
   def("pack_cuda", &pack_cuda);
+  def("pruned_linear_cuda", &pruned_linear_cuda);
   def("residual_add_cuda", &residual_add_cuda);
   def("unpack_cuda", &unpack_cuda);
 }

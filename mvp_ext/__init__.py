@@ -27,8 +27,9 @@ from mvp_ext.ops import (
     unpack,
 )
 from mvp_ext.pruning.backbone import Backbone, Preprocessing, load_backbone
-from mvp_ext.pruning.build import build_universal, build_zoo
+from mvp_ext.pruning.build import build_elastic, build_universal, build_zoo
 from mvp_ext.pruning.data import ImageData, load_data
+from mvp_ext.pruning.elastic import ElasticOptions
 from mvp_ext.pruning.iterative import Schedule
 from mvp_ext.pruning.pretrain import pretrain
 from mvp_ext.pruning.prune import METHODS, prune
@@ -43,6 +44,7 @@ __all__ = [
     "CRITERIA",
     "METHODS",
     "Backbone",
+    "ElasticOptions",
     "ImageData",
     "Mask",
     "Preprocessing",
@@ -59,6 +61,7 @@ __all__ = [
     "Zoo",
     "ZooEntry",
     "ZooError",
+    "build_elastic",
     "build_universal",
     "build_zoo",
     "create_model",

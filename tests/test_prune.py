@@ -15,20 +15,22 @@ from mvp_ext.model.budget import kept_counts
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import UnsupportedModelError, find_structure
-from mvp_ext.pruning.backbone import Preprocessing
+from mvp_ext.pruning.backbone import Preprocessing, extract_features
 from mvp_ext.pruning.batches import to_batch
-from mvp_ext.pruning.build import build_universal, build_zoo
+from mvp_ext.pruning.build import build_elastic, build_universal, build_zoo
+from mvp_ext.pruning.elastic import ElasticOptions
 from mvp_ext.pruning.iterative import Schedule, planned_steps
 from mvp_ext.pruning.pretrain import pretrain
-from mvp_ext.pruning.prune import METHODS, prune, universal_path
+from mvp_ext.pruning.prune import METHODS, elastic_path, prune, start_path, universal_path
 from mvp_ext.pruning.training import Recipe, reestimate_statistics
-from mvp_ext.pruning.vote import VoteOptions
+from mvp_ext.pruning.vote import VoteOptions, small_model
 from mvp_ext.pruning.zoo import Zoo, ZooError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(batch_size=8, precision="float32")
 SCHEDULE = Schedule(share=0.5, steps_per_round=1, final_steps=2)
 BUILD = {"keep": 0.5, "schedule": SCHEDULE, "recipe": RECIPE}
+VOTING = ("mvp", "elastic")
 TASKS = [digits_task((3, 4, 5), "b", seed=1), digits_task((0, 1, 6), "a", seed=2)]
 CASES = [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads"), ("test_vit", "heads+mlp")]
 
@@ -56,6 +58,7 @@ def case(request, tmp_path_factory):
     zoo = Zoo(tmp_path_factory.mktemp(name) / "zoo")
     build_zoo(backbone, TASKS, zoo, scope=scope, **BUILD)
     build_universal(backbone, TASKS, zoo, scope=scope, **BUILD)
+    build_elastic(backbone, TASKS, zoo, scope=scope, steps=2, recipe=RECIPE)
     return backbone, scope, zoo
 
 
@@ -95,11 +98,11 @@ def test_every_method(case, method, tmp_path):
     assert calls == [(done, total) for done in range(1, total + 1)]
     assert result.cost.steps == total
     assert (result.cost.score_flops > 0) == (method in ("ifp", "one_shot"))
-    assert (result.cost.similarity_flops > 0) == (method == "mvp")
+    assert (result.cost.similarity_flops > 0) == (method in VOTING)
     assert result.cost.train_flops > 0
     assert result.cost.refit_flops > 0
     assert result.neighbours == sorted(result.neighbours, key=lambda n: (-n[1], n[0]))  # nearest first
-    assert {name for name, _ in result.neighbours} == ({"a", "b"} if method == "mvp" else set())
+    assert {name for name, _ in result.neighbours} == ({"a", "b"} if method in VOTING else set())
     assert [point.step for point in result.history] == [2]
     json.dumps(result.summary())
     # accuracy is that of the model as it is, on the test images, to the last answer
@@ -297,6 +300,130 @@ def test_an_interrupted_universal_goes_on(backbone, tmp_path, monkeypatch):
     assert states_equal(whole.model.state_dict(), resumed.model.state_dict())
 
 
+def test_an_interrupted_elastic_goes_on(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("mvp_ext.pruning.elastic.SAVE_EVERY", 2)
+    zoos = [Zoo(tmp_path / name) for name in ("whole", "parts")]
+    for zoo in zoos:
+        build_zoo(backbone, TASKS, zoo, **BUILD)
+
+    def stop(name, done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    options = {"steps": 7, "recipe": RECIPE, "options": ElasticOptions(draws=2)}
+    whole = build_elastic(backbone, TASKS, zoos[0], **options)
+    with pytest.raises(KeyboardInterrupt):
+        build_elastic(backbone, TASKS, zoos[1], progress=stop, **options)
+    seen = []
+    resumed = build_elastic(
+        backbone, TASKS, zoos[1], progress=lambda name, done, total: seen.append(done), **options
+    )
+    assert seen == [5, 6, 7]
+    assert (whole.steps, whole.train_flops) == (7, resumed.train_flops)  # what was redone was not booked
+    a, b = (load_pruned(elastic_path(zoo)).model.state_dict() for zoo in zoos)
+    assert states_equal(a, b)
+    assert build_elastic(backbone, TASKS, zoos[0], **options) is None
+
+
+def test_elastic_learns_only_where_it_was_cut(backbone, tmp_path):
+    """One step under one mask: weights of a unit that the mask lacks get no gradient; decay is off."""
+    recipe = replace(RECIPE, weight_decay=0.0)
+    zoo = Zoo(tmp_path / "zoo")
+    options = ElasticOptions(smallest=0.5, largest=0.5)
+    build_elastic(backbone, TASKS, zoo, steps=1, recipe=recipe, options=options)
+    trained, dense = load_pruned(elastic_path(zoo)).model.state_dict(), backbone.model.state_dict()
+    structure = find_structure(backbone.model)
+    for layer, count in zip(structure, kept_counts(structure, 0.5), strict=True):
+        name = layer.slices[0].tensor
+        changed = (trained[name] != dense[name]).flatten(1).any(1)
+        assert 0 < int(changed.sum()) <= count
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.75])
+def test_elastic_is_cut_at_any_ratio(backbone, keep, tmp_path):
+    zoo = Zoo(tmp_path / "zoo")
+    build_zoo(backbone, TASKS, zoo, **BUILD)
+    build_elastic(backbone, TASKS, zoo, steps=2, recipe=RECIPE)
+    result = make(backbone, zoo=zoo, method="elastic", keep=keep)
+    assert tuple(result.mask.kept.values()) == kept_counts(result.structure, keep)
+
+
+def test_a_zoo_that_starts_from_a_wider_model(backbone, tmp_path):
+    """Its entries keep only what the start has; where no voter has a weight the start's is taken."""
+    wide_zoo, zoo = Zoo(tmp_path / "wide"), Zoo(tmp_path / "zoo")
+    build_universal(backbone, TASKS, wide_zoo, steps=4, **{**BUILD, "keep": 0.75})
+    start = load_pruned(universal_path(wide_zoo))
+    before = {name: value.clone() for name, value in start.model.state_dict().items()}
+    build_zoo(backbone, TASKS, zoo, start=start, **BUILD)
+    assert states_equal(before, start.model.state_dict())
+    for entry in zoo.entries():
+        assert entry.mask & start.mask == entry.mask
+        assert entry.steps == planned_steps(find_structure(backbone.model), 0.5, 8, SCHEDULE, start.mask)
+    result = make(backbone, zoo=zoo, method="mvp", steps=0)
+    assert result.mask & start.mask == result.mask
+    build_zoo(
+        backbone, TASKS, zoo, start=load_pruned(start_path(zoo)), **BUILD
+    )  # the same start again: no error
+    with pytest.raises(ZooError, match="start from another model"):
+        build_zoo(backbone, TASKS, zoo, **BUILD)
+    with pytest.raises(ZooError, match="start from another model"):
+        build_zoo(backbone, TASKS, zoo, start=replace(start, mask=entry.mask), **BUILD)
+
+
+def test_a_start_as_small_as_the_goal_is_only_trained(backbone):
+    first = make(backbone, method="ifp")
+    again = make(backbone, method="ifp", start=_checkpoint(first))
+    assert again.mask == first.mask
+    assert again.cost.steps == 2
+
+
+def _checkpoint(result):
+    from mvp_ext.model.checkpoint import PrunedCheckpoint
+
+    return PrunedCheckpoint(result.model, result.mask, result.structure, {})
+
+
+def test_a_method_of_ones_own_goes_the_same_way(backbone):
+    def first_half(job):
+        mask = Mask.random(job.structure, job.keep, job.seed, job.align)
+        return small_model(job.backbone, job.structure, mask), mask
+
+    own, known = make(backbone, method=first_half), make(backbone, method="random")
+    assert own.method == "first_half"
+    assert own.mask == known.mask
+    assert states_equal(own.model.state_dict(), known.model.state_dict())
+
+
+def test_given_features_save_time_and_nothing_else(backbone, tmp_path):
+    zoo, data = Zoo(tmp_path / "zoo"), digits_task().split()
+    build_zoo(backbone, TASKS, zoo, **BUILD)
+    features = extract_features(backbone.model, data.train_images, backbone.preprocessing, "float32")
+    for method in ("mvp", "one_shot", "ifp", "random"):
+        with_, without = (
+            make(backbone, zoo=zoo, method=method, features=f) for f in ((features, 100.0), None)
+        )
+        assert states_equal(with_.model.state_dict(), without.model.state_dict())
+        assert replace(with_.cost, seconds=0) == replace(without.cost, seconds=0)
+        assert (with_.cost.seconds > 100) == (method != "random")  # which has no use for them
+
+
+def test_the_targets_own_score_joins_the_vote(backbone, tmp_path):
+    """With a large weight the score alone decides; as a prior it decides among equal votes."""
+    zoo = Zoo(tmp_path / "zoo")
+    build_zoo(backbone, TASKS, zoo, **BUILD)
+    alone = make(backbone, method="one_shot")
+    options = {"zoo": zoo, "method": "mvp"}
+    heavy = make(backbone, vote=VoteOptions(own_score=1e6), **options)
+    assert heavy.mask == alone.mask
+    assert heavy.cost.score_flops == alone.cost.score_flops
+    masks = {
+        make(backbone, vote=VoteOptions(neighbours=2, prior=p), **options).mask for p in ("l2", "taylor")
+    }
+    kept_by_both = zoo["a"].mask & zoo["b"].mask
+    for mask in masks:
+        assert mask & kept_by_both == kept_by_both
+
+
 def test_the_zoo_of_another_backbone(backbone, tmp_path):
     zoo = Zoo(tmp_path / "zoo")
     build_zoo(backbone, TASKS[:1], zoo, **BUILD)
@@ -356,11 +483,11 @@ def test_a_class_without_training_images(backbone):
         make(backbone, data, method="random")
 
 
-@pytest.mark.parametrize("method", ["mvp", "universal"])
+@pytest.mark.parametrize("method", ["mvp", "universal", "elastic"])
 def test_no_zoo_or_an_empty_one(backbone, method, tmp_path):
     with pytest.raises(ZooError, match=f"method '{method}' needs a zoo; got none"):
         make(backbone, method=method)
-    message = "at least one entry to vote, got none" if method == "mvp" else "needs .*universal.safetensors"
+    message = "at least one entry to vote, got none" if method == "mvp" else f"needs .*{method}.safetensors"
     with pytest.raises(ZooError, match=message):
         make(backbone, method=method, zoo=Zoo(tmp_path / "empty"))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from backends import move
 from pruned_helpers import BY_NAME, FLOATS, assert_as_exact_as_torch, draw_index, generator, to
 
 from mvp_ext.ops import pruned_attention, reference
@@ -32,8 +33,8 @@ SIZES = [
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=BY_NAME)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_equals_reference(size, dtype):
-    arguments = to(dtype, draw(*size))
+def test_equals_reference(size, dtype, device):
+    arguments = move(device, *to(dtype, draw(*size)))
     for options in ({}, {"scale": 0.3}):
         options["num_heads"] = size[3]
         for without in ((), (2, 4)):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from backends import move
 from isa import OLDER, run_on
 from pruned_helpers import BY_NAME, FLOATS, assert_as_exact_as_torch, draw_index, generator, to
 
 from mvp_ext.ops import pruned_linear, reference, registry
 
-NAN, INF = float("nan"), float("inf")
+NAN, INF, CPU = float("nan"), float("inf"), torch.device("cpu")
 
 # (rows of x, O, I, out_block, in_block): around a vector and a panel, primes, blocks, rows around every tile's height.
 SIZES = [
@@ -49,7 +50,9 @@ def input_major(weight):
     return weight.t().contiguous().t()
 
 
-def check(arguments, options):
+def check(arguments, options, device=CPU):
+    arguments = move(device, *arguments)
+    options = {name: value.to(device) if name == "residual" else value for name, value in options.items()}
     assert_as_exact_as_torch(
         pruned_linear(*arguments, **options), "pruned_linear", reference.pruned_linear, arguments, options
     )
@@ -58,16 +61,17 @@ def check(arguments, options):
 @pytest.mark.parametrize("dtype", FLOATS, ids=BY_NAME)
 @pytest.mark.parametrize("layout", ["row-major", "input-major"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_equals_reference(size, layout, dtype):
+def test_equals_reference(size, layout, dtype, device):
     rows, outputs, _, out_block, in_block = size
     for kept in ((True, True), (True, False), (False, True), (False, False)):
         arguments = to(dtype, draw(*size, kept=kept))
         if layout == "input-major":
             arguments[1] = input_major(arguments[1])
         blocks = {"out_block": out_block if kept[0] else 1, "in_block": in_block if kept[1] else 1}
-        check(arguments, blocks)
+        check(arguments, blocks, device)
+        check(arguments, {**blocks, "activation": "gelu"}, device)
         residual = torch.randn(rows, outputs, generator=generator(1)).to(dtype)
-        check([*arguments[:2], None, *arguments[3:]], {**blocks, "residual": residual})
+        check([*arguments[:2], None, *arguments[3:]], {**blocks, "residual": residual}, device)
 
 
 @pytest.mark.parametrize("layout", ["row-major", "input-major"])
@@ -189,16 +193,17 @@ def test_repeats_and_threads_agree():
 
 
 @pytest.mark.parametrize("kept", [(True, True), (True, False), (False, True), (False, False)], ids=str)
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_gradcheck(kept, with_residual):
+@pytest.mark.parametrize("options", ["plain", "residual", "gelu"])
+def test_gradcheck(kept, options):
     x, w, b, out_index, in_index = draw(3, 6, 8, 2, 4, kept)
     floats = [t.double().requires_grad_() for t in (x, w, b, torch.randn(3, 6))]
     blocks = {"out_block": 2 if kept[0] else 1, "in_block": 4 if kept[1] else 1}
 
     def run(x, w, b, r):
-        return pruned_linear(x, w, b, out_index, in_index, residual=r if with_residual else None, **blocks)
+        also = {"residual": {"residual": r}, "gelu": {"activation": "gelu"}, "plain": {}}[options]
+        return pruned_linear(x, w, b, out_index, in_index, **also, **blocks)
 
-    floats[3].requires_grad_(with_residual)
+    floats[3].requires_grad_(options == "residual")
     assert torch.autograd.gradcheck(run, floats)
     assert torch.autograd.gradgradcheck(run, floats)
 
@@ -236,6 +241,8 @@ def test_autocast():
         y = pruned_linear(x, w, b, out_index, in_index)
         wanted = reference.pruned_linear(x, w, b, out_index, in_index)
         added = pruned_linear(x, w, b, out_index, in_index, residual=residual)
+        curved = pruned_linear(x, w, b, out_index, in_index, activation="gelu")
+    torch.testing.assert_close(curved, torch.nn.functional.gelu(wanted))
     assert y.dtype == wanted.dtype == torch.bfloat16
     torch.testing.assert_close(y, wanted)
     assert added.dtype == torch.float32  # as `residual + linear(x)`
@@ -251,16 +258,18 @@ def test_opcheck():
         (torch.randn(2, 3, 12), w, b, None, None, 1, 1, None),
         (x.double(), w.double(), b.double(), out_index, in_index, 1, 1, None),
         (x[:, :4], w, b, torch.tensor([1]), torch.tensor([2]), 5, 4, None),
+        (x, w, b, out_index, in_index, 1, 1, None, True),
     ):
         torch.library.opcheck(registry.pruned_linear_op, arguments)
 
 
-def test_compile():
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_compile(activation):
     x, w, b, out_index, in_index = draw(4, 10, 12)
     w.requires_grad_()
 
     def run(x, w):
-        return pruned_linear(x, w, b, out_index, in_index).relu()
+        return pruned_linear(x, w, b, out_index, in_index, activation=activation).relu()
 
     y = torch.compile(run, fullgraph=True, backend="aot_eager")(x, w)
     y.sum().backward()
@@ -268,11 +277,14 @@ def test_compile():
     run(x, w).sum().backward()
     assert torch.equal(y, run(x, w))
     torch.testing.assert_close(ours, w.grad)
+    with torch.no_grad():  # then the op itself does the activation
+        y = torch.compile(run, fullgraph=True, backend="aot_eager")(x, w)
+        torch.testing.assert_close(y, run(x, w))
 
 
 @pytest.mark.parametrize("isa", OLDER)
 def test_other_instruction_sets(isa):
-    run_on(isa, __file__, "(equals_reference and (f32 or row-major-f16)) or tile or keep or rounding")
+    run_on(isa, __file__, "(equals_reference and cpu and (f32 or row-major-f16)) or tile or keep or rounding")
 
 
 X, W = torch.zeros(3, 4), torch.zeros(6, 4)
@@ -326,6 +338,13 @@ X, W = torch.zeros(3, 4), torch.zeros(6, 4)
             r"residual: expected shape \[\.\.\., O\] = \(3, 6\)",
         ),
         ((X, W), {"residual": torch.zeros(3, 6).double()}, TypeError, "residual: expected dtype float32"),
+        ((X, W), {"activation": "relu"}, ValueError, "activation: expected None or \"gelu\", got 'relu'"),
+        (
+            (X, W),
+            {"activation": "gelu", "residual": torch.zeros(3, 6)},
+            ValueError,
+            "activation: expected None beside a residual, got 'gelu'",
+        ),
     ],
 )
 def test_errors(arguments, options, error, message):

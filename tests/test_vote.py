@@ -75,6 +75,31 @@ def test_topk_by_hand(case, weighted):
         start += layer.units
 
 
+def test_votes_and_score_by_hand(case):
+    """votes / Σw + score, then the prior, then the lower index."""
+    _, structure = case
+    masks, weights = random_masks(structure, 3), [0.5, 2.0, 1.0]
+    score = torch.randint(0, 3, (structure.total_units,)) / 4  # multiples of what a voter weighs: ties
+    prior = torch.randint(0, 3, (structure.total_units,)).float()
+    got = vote_mask(
+        masks, structure, keep=0.3, align=4, weights=torch.tensor(weights), prior=prior, score=score
+    )
+    start = 0
+    for layer, count in zip(structure, kept_counts(structure, 0.3, 4), strict=True):
+        ranked = [
+            sum(w * bool(m.layers[layer.name][u]) for w, m in zip(weights, masks, strict=True)) / 3.5
+            + float(score[start + u])
+            for u in range(layer.units)
+        ]
+        order = sorted(range(layer.units), key=lambda u: (-ranked[u], -float(prior[start + u]), u))
+        expected = torch.zeros(layer.units, dtype=torch.bool)
+        expected[order[:count]] = True
+        assert torch.equal(got.layers[layer.name], expected), layer.name
+        start += layer.units
+    zero = vote_mask(masks, structure, keep=0.3, align=4, prior=prior, score=torch.zeros_like(prior))
+    assert zero == vote_mask(masks, structure, keep=0.3, align=4, prior=prior)
+
+
 def test_one_voter_is_copied(case):
     _, structure = case
     (mask,) = random_masks(structure, 1)
@@ -152,6 +177,9 @@ def test_voter_weights():
         ({"rule": "best"}, "rule: expected topk or sample, got 'best'"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"weighting": float("nan")}, "weighting: expected a positive number, got nan"),
+        ({"own_score": -1.0}, "own_score: expected at least 0, got -1.0"),
+        ({"own_score": 1.0, "rule": "sample"}, "own_score: expected rule topk, got 'sample'"),
+        ({"prior": "l1"}, "prior: expected l2 or taylor, got 'l1'"),
     ],
 )
 def test_options_out_of_range(options, message):

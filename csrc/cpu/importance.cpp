@@ -307,8 +307,9 @@ inline void add_positions(Terms terms, const int64_t* at_a, const int64_t* at_g,
 }
 
 // Channels contiguous: a piece is kChunk positions of one example, added to running sums. Where a row's sums
-// fit into registers, they stay there for a whole fold; else rows go two by two, their sums in L1, since a
-// stream of memory is read faster than many pieces. partial [B, chunks, C].
+// fit into registers, they stay there for a whole fold; else rows go two by two (of bfloat16, whose blocks
+// are two vectors, one by one), their sums in L1: a stream of memory is read faster than many pieces. partial
+// [B, chunks, C].
 template <typename Terms>
 void sum_columns(Terms terms, const Problem& x, float* partial) {
   using T = typename Terms::Element;

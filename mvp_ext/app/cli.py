@@ -16,7 +16,7 @@ import mvp_ext
 from mvp_ext.app import options, zoo_commands
 from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, pruned_copies
-from mvp_ext.app.comparison import ARMS, Comparison
+from mvp_ext.app.comparison import ARMS, NEED_ZOO, Comparison
 from mvp_ext.app.comparison import compare as run_comparison
 from mvp_ext.app.console import Commands, console, progress_bar, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
@@ -172,7 +172,7 @@ def prune(
     options.set_threads(threads)
     if (classes is None) == (task is None):
         raise ValueError("prune: which task? Give either --classes name,name,… or --task FILE")
-    opened = Zoo(zoo, create=False) if method in ("mvp", "universal") or add else None
+    opened = Zoo(zoo, create=False) if method in NEED_ZOO or add else None
     backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std, device=device)
     images = options.data_of(data)
     if task is not None:

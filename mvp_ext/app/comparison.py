@@ -44,7 +44,7 @@ ARMS = {
     "random sub-network": "random",
     "iterative from scratch": "ifp",
 }
-NEED_ZOO = ("mvp", "universal")
+NEED_ZOO = ("mvp", "universal", "elastic")
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 OVERLAP_IMAGES = 500  # training images of a task that say how near another one is
 

@@ -6,7 +6,7 @@ from call to call without anybody cutting weights. Gradients of weights and bias
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ def pruned_linear(
     out_block: int = 1,
     in_block: int = 1,
     residual: Tensor | None = None,
+    activation: Literal["gelu"] | None = None,
 ) -> Tensor:
     """A linear layer's kept rows and columns, from its full weight: x · W[out][:, in]ᵀ + b[out].
 
@@ -64,20 +65,33 @@ def pruned_linear(
             has N = len · out_block columns, in its order. None: all. Ascending is fastest.
         in_index: the same for columns, K = len · in_block.
         residual: [..., O]. The result is then a new [..., O]: residual, with y added at the kept columns.
+        activation: "gelu": of the result, exact (by erf), as F.gelu's default. Not beside a residual.
 
     Returns:
         [..., N], or [..., O] with a residual. Differentiable in x, weight, bias and residual (twice).
 
     Raises:
-        TypeError, ValueError: kinds, dtypes, shapes, devices, an index out of range.
+        TypeError, ValueError: kinds, dtypes, shapes, devices, an index out of range, an activation and a residual.
 
     Under autocast x, weight and bias are cast as for a linear layer. Sums are in float32 (float64 for float64), the
-    same from run to run and for every number of threads. An index that comes twice counts twice.
+    same from run to run and for every number of threads. An index that comes twice counts twice. On a GPU an index out
+    of range is an error of the device, and so is a value that comes twice in the out_index of a call with a residual.
+
+    On a GPU a kernel for tensor cores reads float16 and bfloat16 from the full weight where vectors of 16 bytes can be
+    gathered: K a multiple of 8, and either a row-major weight whose kept columns come in blocks of a multiple of 8, or
+    an input-major one whose kept rows do. Otherwise, and for so many rows that cutting the weight costs nothing beside
+    its product, the part is cut and the library multiplies (in float32 by torch's setting for TF32).
     """
     op = "pruned_linear"
     check_tensor(op, "x", x, dtypes=FLOATS)
+    if activation not in (None, "gelu"):
+        raise ValueError(f'{op}: activation: expected None or "gelu", got {activation!r}')
+    if activation is not None and residual is not None:
+        raise ValueError(f"{op}: activation: expected None beside a residual, got {activation!r}")
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
-        return _autocast_linear(x, weight, bias, out_index, in_index, out_block, in_block, residual)
+        return _autocast_linear(
+            x, weight, bias, out_index, in_index, out_block, in_block, residual, activation
+        )
     check_tensor(op, "weight", weight, ndim=2, dtypes=(x.dtype,), device=x.device)
     rows, columns = weight.shape
     _check_vector(op, "bias", bias, rows, weight)
@@ -90,8 +104,9 @@ def pruned_linear(
         check_shape(op, "residual", residual, (*x.shape[:-1], rows), "[..., O]")
     arguments = (x, weight, bias, out_index, in_index, out_block, in_block, residual)
     if _needs_grad(x, weight, bias, residual):
-        return _PrunedLinear.apply(*arguments)
-    return registry.pruned_linear(*arguments)
+        y = _PrunedLinear.apply(*arguments)
+        return y if activation is None else F.gelu(y)  # its gradient needs y, so a pass that leaves y behind
+    return registry.pruned_linear(*arguments, activation == "gelu")
 
 
 class _PrunedLinear(torch.autograd.Function):
@@ -144,13 +159,23 @@ def _autocast_linear(
     out_block: int,
     in_block: int,
     residual: Tensor | None,
+    activation: Literal["gelu"] | None,
 ) -> Tensor:
     """As F.linear does under autocast; the residual keeps its dtype, as in ``residual + linear(x)``."""
     dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        y = pruned_linear(x, weight, bias, out_index, in_index, out_block=out_block, in_block=in_block)
+        y = pruned_linear(
+            x,
+            weight,
+            bias,
+            out_index,
+            in_index,
+            out_block=out_block,
+            in_block=in_block,
+            activation=activation,
+        )
         if residual is None:
             return y
         if out_index is None:

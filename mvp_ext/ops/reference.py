@@ -150,6 +150,7 @@ def pruned_linear(
     out_block: int = 1,
     in_block: int = 1,
     residual: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     rows, columns = (
         torch.arange(size // block, device=x.device) if index is None else index.long()
@@ -161,7 +162,7 @@ def pruned_linear(
     kept_bias = None if bias is None else bias.reshape(-1, out_block)[rows].flatten()
     y = F.linear(x, kept, kept_bias)
     if residual is None:
-        return y
+        return y if activation is None else F.gelu(y)
     at = torch.arange(outputs, device=x.device).reshape(-1, out_block)[rows].flatten()
     return residual.index_add(-1, at, y)
 

@@ -1,18 +1,24 @@
-"""Making a zoo: one iteratively pruned, distilled model a task; and the universal model, the control to beat."""
+"""Making a zoo: one iteratively pruned, distilled model a task; and what serves all tasks at once: the universal model
+(the control to beat) and the elastic backbone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from mvp_ext.model.budget import kept_counts
-from mvp_ext.model.checkpoint import read_pruned, save_pruned
+from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, read_pruned, save_pruned
+from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure, find_structure
 from mvp_ext.pruning.backbone import Backbone
+from mvp_ext.pruning.cost import Cost
+from mvp_ext.pruning.elastic import ElasticOptions, train_elastic
 from mvp_ext.pruning.iterative import Schedule, planned_steps
-from mvp_ext.pruning.prune import prune, universal_path
+from mvp_ext.pruning.prune import elastic_path, prune, start_path, universal_path
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.tasks import Task
 from mvp_ext.pruning.training import Recipe
@@ -34,21 +40,29 @@ def build_zoo(
     recipe: Recipe | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    start: PrunedCheckpoint | None = None,
 ) -> list[Result]:
     """Prune the model for each task from scratch and add the results to the zoo.
 
     A task that the zoo already has is passed over, so an interrupted build goes on where it was. Each entry depends on
     ``seed`` and its own task alone, not on the order of the tasks or on interruptions.
 
+    Args:
+        start: a pruned model of this backbone that every entry goes on from, instead of the dense one: entries of a
+            well healed, wider model (the universal model of a larger ``keep``, say) share its healing and bring what
+            they learned of their tasks. The zoo keeps it: merged weights that no voter has are its.
+
     Returns:
         The results made by this call.
 
     Raises:
-        ZooError: the zoo is of another backbone, or has one of the tasks with another number of units kept.
+        ZooError: the zoo is of another backbone, has one of the tasks with another number of units kept, or has entries
+            of another start.
     """
     backbone, schedule = Backbone.wrap(model), schedule or Schedule()
     structure = find_structure(backbone.model, scope)
     zoo.bind(BackboneIdentity.of(backbone.model, structure))
+    _bind_start(zoo, start)
     results = []
     for task in tasks:
         if task.name in zoo:
@@ -66,6 +80,7 @@ def build_zoo(
             recipe=recipe,
             seed=seed + task.seed,
             on_step=_named(progress, task.name),
+            start=start,
         )
         zoo.add(result, if_absent=True)  # another process may have been faster
         results.append(result)
@@ -103,8 +118,7 @@ def build_universal(
     if path.exists() and read_pruned(path).extra.get("keep") == keep:
         return None
     steps = steps if steps is not None else sum(zoo[task.name].steps for task in tasks)
-    classes = tuple(sorted({c for task in tasks for c in task.classes}))
-    pooled = Task("universal", tasks[0].data, classes, seed=seed)
+    pooled = pooled_task(tasks, "universal", seed)
     removing = planned_steps(structure, keep, align, replace(schedule, final_steps=0))
     schedule = replace(schedule, final_steps=max(0, steps - removing))
     result = prune(
@@ -121,9 +135,86 @@ def build_universal(
         on_step=_named(progress, "universal"),
         resume=path.with_suffix(".partial"),
     )
-    extra = {"keep": keep, "classes": list(classes), "result": result.summary()}
+    extra = {"keep": keep, "classes": list(pooled.classes), "result": result.summary()}
     save_pruned(result.model, path, mask=result.mask, structure=result.structure, extra=extra)
     return result
+
+
+def build_elastic(
+    model: nn.Module | Backbone,
+    tasks: Sequence[Task],
+    zoo: Zoo,
+    *,
+    options: ElasticOptions | None = None,
+    scope: str | None = None,
+    align: int = 8,
+    steps: int | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Cost | None:
+    """One set of dense-shape weights for all classes of the tasks, from which any vote at any ratio can be cut.
+
+    Trained with distillation under random masks and under votes of the zoo's entries. None if the zoo has it already.
+
+    Args:
+        steps: optimizer steps; default: as many as these tasks' entries in the zoo took together.
+
+    Raises:
+        ZooError: the zoo is of another backbone; ``steps`` is not given and the zoo lacks one of the tasks.
+    """
+    path = elastic_path(zoo)
+    if path.exists():
+        return None
+    backbone = Backbone.wrap(model)
+    structure = find_structure(backbone.model, scope)
+    zoo.bind(BackboneIdentity.of(backbone.model, structure))
+    steps = steps if steps is not None else sum(zoo[task.name].steps for task in tasks)
+    pooled = pooled_task(tasks, "elastic", seed)
+    trained, cost = train_elastic(
+        backbone,
+        pooled.split(),
+        structure,
+        options=options,
+        masks=[entry.mask for entry in zoo.entries(structure.fingerprint)],
+        steps=steps,
+        recipe=recipe,
+        align=align,
+        seed=seed,
+        on_step=_named(progress, "elastic"),
+        resume=path.with_suffix(".partial"),
+    )
+    extra = {"classes": list(pooled.classes), "cost": cost.to_dict()}
+    save_pruned(trained, path, mask=Mask.full(structure), structure=structure, extra=extra)
+    return cost
+
+
+def pooled_task(tasks: Sequence[Task], name: str, seed: int = 0) -> Task:
+    """All classes of these tasks as one task."""
+    return Task(name, tasks[0].data, tuple(sorted({c for task in tasks for c in task.classes})), seed=seed)
+
+
+def _bind_start(zoo: Zoo, start: PrunedCheckpoint | None) -> None:
+    """Record what the zoo's entries start from, or compare it with what is recorded."""
+    path = start_path(zoo)
+    if not path.exists() and start is not None and len(zoo) == 0:
+        save_pruned(start.model, path, mask=start.mask, structure=start.structure)
+        return
+    known = load_pruned(path) if path.exists() else None
+    if (known is None) != (start is None) or (known and start and not _same_model(known, start)):
+        raise ZooError(
+            f"build_zoo: {zoo.path}: its entries start from another model than the one given "
+            f"(expected {'the dense model' if known is None else path}); use another zoo"
+        )
+
+
+def _same_model(a: PrunedCheckpoint, b: PrunedCheckpoint) -> bool:
+    mine, theirs = a.model.state_dict(), b.model.state_dict()
+    return (
+        a.mask == b.mask
+        and mine.keys() == theirs.keys()
+        and all(torch.equal(t.cpu(), theirs[n].cpu()) for n, t in mine.items())
+    )
 
 
 def _check_same_budget(

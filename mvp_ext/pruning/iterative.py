@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mvp_ext.model.budget import kept_counts
-from mvp_ext.model.checkpoint import read_pruned, save_pruned
+from mvp_ext.model.checkpoint import PrunedCheckpoint, read_pruned, save_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure, find_structure
@@ -23,7 +24,7 @@ from mvp_ext.pruning.data import content_hash
 from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.scores import Scores, score_units
 from mvp_ext.pruning.tasks import TaskData
-from mvp_ext.pruning.training import Recipe, Teacher, Trainer
+from mvp_ext.pruning.training import Recipe, Teacher, Trainer, fit_head, reestimate_statistics
 from mvp_ext.pruning.zoo_entry import BackboneIdentity
 
 SAVE_EVERY = 200  # final steps between two saved states of a run that can be resumed
@@ -55,9 +56,9 @@ class Schedule:
         if not 0.0 < self.share < 1.0:
             raise ValueError(f"Schedule: share: expected a value in (0, 1), got {self.share}")
 
-    def rounds(self, keep: float) -> int:
-        """R = ceil(ln keep / ln(1 − share)); 0 where nothing is removed."""
-        return max(0, math.ceil(math.log(keep) / math.log1p(-self.share) - 1e-9))
+    def rounds(self, keep: float, start: float = 1.0) -> int:
+        """R = ceil(ln(keep / start) / ln(1 − share)); 0 where nothing is removed."""
+        return max(0, math.ceil(math.log(keep / start) / math.log1p(-self.share) - 1e-9))
 
 
 def scoring_batches(
@@ -95,8 +96,9 @@ def prune_iteratively(
     features: Tensor | None = None,
     on_step: Callable[[nn.Module, int], None] | None = None,
     resume: Path | None = None,
+    start: PrunedCheckpoint | None = None,
 ) -> tuple[nn.Module, Mask]:
-    """A small model for one task, made from the dense one alone.
+    """A small model for one task, made from the dense one alone, or from a pruned one that is given.
 
     Between rounds the model is cut to its real, smaller shapes with the optimizer's state kept, so later rounds are
     cheaper than earlier ones.
@@ -109,6 +111,8 @@ def prune_iteratively(
         resume: a file for long runs: every ``SAVE_EVERY`` of the final steps the run's state goes there, and a run that
             finds it goes on from it, with the numbers of an uninterrupted one. Removed at the end. A state of another
             run (other arguments, images or backbone) is not taken up, but replaced.
+        start: a pruned model of this backbone to go on from instead of the dense one (that stays the teacher). Only
+            what it still has can be kept; where it has no more units than ``keep`` asks for, it is only trained.
 
     Returns:
         The small model, with a trained (not refitted) classifier, and its mask.
@@ -137,6 +141,9 @@ def prune_iteratively(
             "schedule": asdict(schedule),
             "recipe": asdict(recipe),
             "others": [keep, align, seed, asdict(preprocessing)],
+            "start": None
+            if start is None
+            else content_hash(start.model.state_dict().values(), structure.names),
         }
         identity = json.loads(json.dumps(identity))  # as it comes back from the file: lists for tuples
         if resume.exists() and (found := read_pruned(resume)).extra.get("run") == identity:
@@ -149,11 +156,21 @@ def prune_iteratively(
         done = int(saved.extra["done"])
         _take_over(cost, Cost.from_dict(saved.extra["cost"]))
     else:
-        model, mask, final_done = backbone.copy_model(), Mask.full(structure), 0
+        final_done = 0
         with cost.timed():
-            set_head(model, class_mean_head(features, data.train_labels, data.num_classes))
+            if start is None:
+                model, mask = backbone.copy_model(), Mask.full(structure)
+                set_head(model, class_mean_head(features, data.train_labels, data.num_classes))
+            else:
+                structure.check(start.mask)
+                model, mask = copy.deepcopy(start.model), start.mask
+                seen = reestimate_statistics(
+                    model, data.train_images, preprocessing, seed=seed, precision=recipe.precision
+                )
+                fit_head(model, data, preprocessing, "class_mean", recipe.precision)
+                cost.refit_flops += (seen + len(features)) * count_flops(model, (3, size, size))
             trainer = Trainer(model, data, preprocessing, recipe, seed=seed, teacher=teacher, cost=cost)
-        for number, ratio in enumerate(round_ratios(structure, keep, align, schedule), 1):
+        for number, ratio in enumerate(round_ratios(structure, keep, align, schedule, mask), 1):
             inner = _choose(trainer, structure, ratio, align, schedule, cost, seed + number)
             with cost.timed():
                 prune_model(model, inner, optimizer=trainer.optimizer)
@@ -173,23 +190,33 @@ def prune_iteratively(
     return model, mask
 
 
-def round_ratios(structure: Structure, keep: float, align: int, schedule: Schedule) -> list[float]:
-    """The share kept after each round. Rounds that would remove nothing (few heads, coarse alignment) are left out."""
-    rounds = schedule.rounds(keep)
-    ratios = [(1.0 - schedule.share) ** number for number in range(1, rounds)] + [keep] * (rounds > 0)
+def round_ratios(
+    structure: Structure, keep: float, align: int, schedule: Schedule, start: Mask | None = None
+) -> list[float]:
+    """The share kept after each round. Rounds that would remove nothing (few heads, coarse alignment) are left out.
+
+    ``start``: what is there at the beginning; default all.
+    """
+    first = 1.0 if start is None else start.keep
+    rounds = schedule.rounds(keep, first)
+    ratios = [first * (1.0 - schedule.share) ** number for number in range(1, rounds)] + [keep] * (rounds > 0)
     if schedule.global_ranking:
         return ratios
-    counts = [structure.units_per_layer, *(kept_counts(structure, ratio, align) for ratio in ratios)]
+    have = structure.units_per_layer if start is None else tuple(start.kept[n] for n in structure.names)
+    counts = [have]
+    for ratio in ratios:
+        counts.append(tuple(map(min, counts[-1], kept_counts(structure, ratio, align))))
     return [
         ratio for ratio, before, after in zip(ratios, counts, counts[1:], strict=False) if before != after
     ]
 
 
-def planned_steps(structure: Structure, keep: float, align: int, schedule: Schedule) -> int:
+def planned_steps(
+    structure: Structure, keep: float, align: int, schedule: Schedule, start: Mask | None = None
+) -> int:
     """All optimizer steps of one iterative run."""
-    return (
-        len(round_ratios(structure, keep, align, schedule)) * schedule.steps_per_round + schedule.final_steps
-    )
+    rounds = len(round_ratios(structure, keep, align, schedule, start))
+    return rounds * schedule.steps_per_round + schedule.final_steps
 
 
 def _choose(
@@ -199,7 +226,9 @@ def _choose(
     current = find_structure(trainer.model, dense.scope)
     scores = scoring_batches(trainer, current, schedule, cost, seed=seed)
     if not schedule.global_ranking:
-        return Mask.from_scores(current, scores, kept_counts(dense, ratio, align))
+        return Mask.from_scores(
+            current, scores, tuple(map(min, current.units_per_layer, kept_counts(dense, ratio, align)))
+        )
     share = min(1.0, ratio * dense.total_units / current.total_units)
     return Mask.from_scores(current, scores, share, align, global_=True)
 

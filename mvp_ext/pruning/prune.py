@@ -7,28 +7,32 @@ so that methods are compared by what they start from, not by how their heads wer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mvp_ext.model.checkpoint import load_pruned
+from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure, find_structure
+from mvp_ext.model.surgery import expand_state, prune_model
 from mvp_ext.pruning.backbone import Backbone, extract_features, set_head
 from mvp_ext.pruning.cost import Cost
 from mvp_ext.pruning.heads import class_mean_head, class_means, fit_temperature, ridge_head
 from mvp_ext.pruning.iterative import Schedule, planned_steps, prune_iteratively, scoring_batches
 from mvp_ext.pruning.result import Point, Result
+from mvp_ext.pruning.scores import Scores
 from mvp_ext.pruning.tasks import Task, TaskData
 from mvp_ext.pruning.training import Recipe, Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
 from mvp_ext.pruning.vote import (
+    Neighbour,
     VoteOptions,
     merge_voters,
     nearest_entries,
+    normalised_scores,
     small_model,
     vote_mask,
     voter_weights,
@@ -41,13 +45,15 @@ OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 @dataclass
-class _Job:
-    """One call of ``prune``: its inputs, checked, and what every method needs."""
+class Job:
+    """One call of ``prune``: its inputs, checked, and what methods need of them. ``cost`` is filled as the work goes.
+
+    ``neighbours`` is what the result says of the voters; a method that asks some puts them there.
+    """
 
     backbone: Backbone
     data: TaskData
     structure: Structure
-    features: Tensor  # the dense backbone's on the training images, f32 [n, F]
     zoo: Zoo | None
     keep: float
     steps: int
@@ -59,6 +65,32 @@ class _Job:
     task_name: str
     cost: Cost
     neighbours: list[tuple[str, float]] = field(default_factory=list)
+    known_features: tuple[Tensor, float] | None = None  # and the seconds that their pass took
+    _features: Tensor | None = None
+
+    def features(self, spent_on: str = "refit_flops") -> Tensor:
+        """The dense backbone's on the training images, f32 [n, F]; the first call books their pass."""
+        if self._features is None:
+            if self.known_features is None:
+                with self.cost.timed():
+                    self._features = self.describing_features()
+            else:
+                self._features, seconds = self.known_features
+                self.cost.seconds += seconds
+            setattr(
+                self.cost, spent_on, getattr(self.cost, spent_on) + len(self._features) * self.image_flops
+            )
+        return self._features
+
+    def describing_features(self) -> Tensor:
+        """The same, unbooked: for what only describes the task to a zoo and makes no model."""
+        if self._features is not None:
+            return self._features
+        if self.known_features is not None:
+            return self.known_features[0]
+        return extract_features(
+            self.backbone.model, self.data.train_images, self.backbone.preprocessing, self.recipe.precision
+        )
 
     @property
     def image_flops(self) -> int:
@@ -77,64 +109,118 @@ class _Job:
         return self.zoo
 
 
-def _start_mvp(job: _Job) -> tuple[nn.Module, Mask]:
-    zoo = job.need_zoo("mvp")
+def ask_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
+    """The task's nearest entries, by ``job.vote``."""
     neighbours = nearest_entries(
         zoo,
         job.structure,
         job.backbone,
         job.data,
-        job.features,
+        job.features("similarity_flops"),
         job.vote,
         cost=job.cost,
         seed=job.seed,
         exclude=(job.task_name,),
     )
     job.neighbours = [(n.entry.name, n.similarity) for n in neighbours]
+    return neighbours
+
+
+def voted_mask(job: Job, neighbours: Sequence[Neighbour]) -> Mask:
+    """What these neighbours vote for, with the target's own score where ``job.vote`` wants it."""
+    own = normalised_scores(own_scores(job), job.structure) if job.vote.needs_scores else None
     with job.cost.timed():
-        weights = voter_weights(neighbours, job.vote.weighting)
-        masks = [n.entry.mask for n in neighbours]
-        mask = vote_mask(
-            masks,
+        prior = own if job.vote.prior == "taylor" else weight_prior(job.backbone.model, job.structure)
+        return vote_mask(
+            [n.entry.mask for n in neighbours],
             job.structure,
             keep=job.keep,
-            weights=weights,
-            prior=weight_prior(job.backbone.model, job.structure),
+            weights=voter_weights(neighbours, job.vote.weighting),
+            prior=prior,
             rule=job.vote.rule,
             temperature=job.vote.temperature,
             align=job.align,
             seed=job.seed,
+            score=job.vote.own_score * own if own is not None and job.vote.own_score else None,
         )
+
+
+def merged_model(job: Job, zoo: Zoo, neighbours: Sequence[Neighbour], mask: Mask) -> nn.Module:
+    """The sub-network of ``mask`` with the weights that these neighbours share.
+
+    Where none has an element it is the pre-trained one, or that of the model which the zoo's entries started from.
+    """
+    with job.cost.timed():
+        base: Mapping[str, Tensor] = job.backbone.model.state_dict()
+        if start_path(zoo).exists():
+            start = load_pruned(start_path(zoo), job.backbone.device)
+            wide = expand_state(start.model.state_dict(), start.structure, start.mask, base)
+            base = {
+                n: wide[n] if wide[n].shape == t.shape else t for n, t in base.items()
+            }  # all but the head
+        weights = voter_weights(neighbours, job.vote.weighting)
         states = [n.entry.read().state for n in neighbours]
-        merged = merge_voters(job.backbone.model.state_dict(), states, masks, job.structure, mask, weights)
-        return small_model(job.backbone, job.structure, mask, merged), mask
+        merged = merge_voters(base, states, [n.entry.mask for n in neighbours], job.structure, mask, weights)
+        return small_model(job.backbone, job.structure, mask, merged)
 
 
-def _start_universal(job: _Job) -> tuple[nn.Module, Mask]:
+def _start_mvp(job: Job) -> tuple[nn.Module, Mask]:
+    zoo = job.need_zoo("mvp")
+    neighbours = ask_neighbours(job, zoo)
+    mask = voted_mask(job, neighbours)
+    return merged_model(job, zoo, neighbours, mask), mask
+
+
+def _start_elastic(job: Job) -> tuple[nn.Module, Mask]:
+    zoo = job.need_zoo("elastic")
+    path = elastic_path(zoo)
+    if not path.exists():
+        raise ZooError(
+            f"prune: method 'elastic' needs {path}; make it with build_elastic or `zoo build --elastic`"
+        )
+    mask = voted_mask(job, ask_neighbours(job, zoo))
+    with job.cost.timed():
+        checkpoint = _load_shared(job, path)
+        return prune_model(checkpoint.model, mask, structure=job.structure), mask
+
+
+def _load_shared(job: Job, path: Path) -> PrunedCheckpoint:
+    checkpoint = load_pruned(path, job.backbone.device)
+    if checkpoint.structure.fingerprint != job.structure.fingerprint:
+        raise ZooError(
+            f"prune: {path}: expected a model of structure {job.structure.fingerprint}, "
+            f"got {checkpoint.structure.fingerprint}"
+        )
+    return checkpoint
+
+
+def _start_universal(job: Job) -> tuple[nn.Module, Mask]:
     zoo = job.need_zoo("universal")
     path = universal_path(zoo)
     if not path.exists():
         raise ZooError(
             f"prune: method 'universal' needs {path}; make it with build_universal or `zoo build --universal`"
         )
-    checkpoint = load_pruned(path, job.backbone.device)
-    if (
-        checkpoint.structure.fingerprint != job.structure.fingerprint
-        or checkpoint.extra.get("keep") != job.keep
-    ):
+    checkpoint = _load_shared(job, path)
+    if checkpoint.extra.get("keep") != job.keep:
         raise ZooError(
-            f"prune: {path}: expected a model of structure {job.structure.fingerprint} with keep {job.keep}, "
-            f"got {checkpoint.structure.fingerprint} with keep {checkpoint.extra.get('keep')}"
+            f"prune: {path}: expected a model with keep {job.keep}, got one with keep {checkpoint.extra.get('keep')}"
         )
     return checkpoint.model, checkpoint.mask
 
 
-def _start_one_shot(job: _Job) -> tuple[nn.Module, Mask]:
+def own_scores(job: Job) -> Scores:
+    """Every unit of the dense model scored on the target's training images, by ``job.schedule.criterion``."""
+    features = job.features()
     with job.cost.timed():
         dense = job.backbone.copy_model()
-        set_head(dense, class_mean_head(job.features, job.data.train_labels, job.data.num_classes))
+        set_head(dense, class_mean_head(features, job.data.train_labels, job.data.num_classes))
         trainer = Trainer(dense, job.data, job.backbone.preprocessing, job.recipe, seed=job.seed)
-    scores = scoring_batches(trainer, job.structure, job.schedule, job.cost, seed=job.seed)
+    return scoring_batches(trainer, job.structure, job.schedule, job.cost, seed=job.seed)
+
+
+def _start_one_shot(job: Job) -> tuple[nn.Module, Mask]:
+    scores = own_scores(job)
     with job.cost.timed():
         mask = Mask.from_scores(
             job.structure, scores, job.keep, job.align, global_=job.schedule.global_ranking
@@ -142,19 +228,21 @@ def _start_one_shot(job: _Job) -> tuple[nn.Module, Mask]:
         return small_model(job.backbone, job.structure, mask), mask
 
 
-def _start_random(job: _Job) -> tuple[nn.Module, Mask]:
+def _start_random(job: Job) -> tuple[nn.Module, Mask]:
     with job.cost.timed():
         mask = Mask.random(job.structure, job.keep, job.seed, job.align)
         return small_model(job.backbone, job.structure, mask), mask
 
 
-def _start_dense(job: _Job) -> tuple[nn.Module, Mask]:
+def _start_dense(job: Job) -> tuple[nn.Module, Mask]:
     return job.backbone.copy_model(), Mask.full(job.structure)
 
 
-_STARTS: dict[str, Callable[[_Job], tuple[nn.Module, Mask]]] = {
+Start = Callable[[Job], tuple[nn.Module, Mask]]
+_STARTS: dict[str, Start] = {
     "mvp": _start_mvp,
     "universal": _start_universal,
+    "elastic": _start_elastic,
     "one_shot": _start_one_shot,
     "random": _start_random,
     "dense": _start_dense,
@@ -170,7 +258,7 @@ def prune(
     keep: float = 0.3,
     neighbours: int = 5,
     steps: int = 60,
-    method: str = "mvp",
+    method: str | Start = "mvp",
     scope: str | None = None,
     align: int = 8,
     recipe: Recipe | None = None,
@@ -180,6 +268,8 @@ def prune(
     evaluate_at: Sequence[int] = (),
     on_step: OnStep | None = None,
     resume: Path | None = None,
+    start: PrunedCheckpoint | None = None,
+    features: tuple[Tensor, float] | None = None,
 ) -> Result:
     """Make a small model for one task.
 
@@ -192,9 +282,10 @@ def prune(
         keep: share of each layer's units that stays, in (0, 1].
         neighbours: number of voters (short for ``vote=VoteOptions(neighbours=…)``).
         steps: fine-tuning steps J. For "ifp": the steps after the last removal.
-        method: "mvp" (vote, merge, fine-tune), "universal" (one pruned model of all tasks, fine-tuned), "one_shot"
-            (score once, cut once), "random" (control), "ifp" (iterative pruning from scratch; for heads it is IHP),
-            "dense" (nothing cut).
+        method: "mvp" (vote, merge, fine-tune), "universal" (one pruned model of all tasks, fine-tuned), "elastic" (the
+            vote cuts the zoo's elastic weights), "one_shot" (score once, cut once), "random" (control), "ifp"
+            (iterative pruning from scratch; for heads it is IHP), "dense" (nothing cut). Or a function of the
+            :class:`Job` that returns a small model and its mask: it then goes the same way as the others.
         scope: which units are cut; ResNet "inner" or "all", ViT "heads", "mlp" or "heads+mlp".
         align: kept counts of filters and neurons are rounded to multiples of this.
         recipe: how weights are trained; default by model family.
@@ -204,6 +295,9 @@ def prune(
             clock.
         on_step: called after each training step with (done, all).
         resume: a file by which a long "ifp" run survives an interruption (see ``prune_iteratively``).
+        start: a pruned model of this backbone that "ifp" goes on from.
+        features: the dense backbone's on the task's training images, f32 [n, F], if at hand, and the seconds that
+            their pass took: both are booked where the method needs it, as if it had been made now.
 
     Raises:
         ValueError: keep, neighbours, steps or method out of range; a task with one class.
@@ -213,7 +307,7 @@ def prune(
         raise ValueError(f"prune: keep: expected a ratio in (0, 1], got {keep}")
     if steps < 0:
         raise ValueError(f"prune: steps: expected at least 0, got {steps}")
-    if method not in METHODS:
+    if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"prune: method: expected one of {', '.join(METHODS)}, got {method!r}")
     backbone = Backbone.wrap(model)
     data = task.split() if isinstance(task, Task) else task
@@ -222,15 +316,10 @@ def prune(
     structure = find_structure(backbone.model, scope)
     recipe = recipe or Recipe.for_model(backbone.model)
     cost = Cost()
-    with cost.timed():
-        features = extract_features(
-            backbone.model, data.train_images, backbone.preprocessing, recipe.precision
-        )
-    job = _Job(
+    job = Job(
         backbone,
         data,
         structure,
-        features,
         zoo,
         keep,
         steps,
@@ -241,30 +330,27 @@ def prune(
         vote or VoteOptions(neighbours=neighbours),
         task.name,
         cost,
+        known_features=features,
     )
-    dense_pass = len(features) * job.image_flops
-    if method == "mvp":  # proxy-LEEP compares by these features; elsewhere only class means come from them
-        cost.similarity_flops += dense_pass
-    else:
-        cost.refit_flops += dense_pass
     history = _History(job, evaluate_at)
     if method == "ifp":
-        small, mask = _iterate(job, history, on_step, resume)
+        small, mask = _iterate(job, history, on_step, resume, start)
     else:
-        small, mask = _STARTS[method](job)
+        small, mask = (_STARTS[method] if isinstance(method, str) else method)(job)
         _fine_tune(job, small, history, on_step)
     trained = evaluate(small, data, backbone.preprocessing, recipe.precision)
     classifier = small.get_classifier()  # type: ignore[operator]
-    means = class_means(features, data.train_labels, data.num_classes)
+    described = job.describing_features()
+    means = class_means(described, data.train_labels, data.num_classes)
     tensors = {
         "class_means": means,
-        "temperature": torch.tensor(fit_temperature(features, data.train_labels, means)),
+        "temperature": torch.tensor(fit_temperature(described, data.train_labels, means)),
         "head_weight": classifier.weight.detach().float().clone(),
         "head_bias": classifier.bias.detach().float().clone(),
     }
     with cost.timed():
         fit_head(small, data, backbone.preprocessing, "ridge", recipe.precision)
-    cost.refit_flops += len(features) * count_flops(
+    cost.refit_flops += len(data.train_labels) * count_flops(
         small, (3, backbone.preprocessing.size, backbone.preprocessing.size)
     )
     return Result(
@@ -272,7 +358,7 @@ def prune(
         mask=mask,
         structure=structure,
         task=task,
-        method=method,
+        method=method if isinstance(method, str) else method.__name__,
         keep=keep,
         accuracy=evaluate(small, data, backbone.preprocessing, recipe.precision),
         trained_accuracy=trained,
@@ -284,7 +370,7 @@ def prune(
     )
 
 
-def _fine_tune(job: _Job, small: nn.Module, history: _History, on_step: OnStep | None) -> None:
+def _fine_tune(job: Job, small: nn.Module, history: _History, on_step: OnStep | None) -> None:
     preprocessing, data, precision = job.backbone.preprocessing, job.data, job.recipe.precision
     image_flops = count_flops(small, (3, preprocessing.size, preprocessing.size))
     with job.cost.timed():
@@ -305,10 +391,15 @@ def _fine_tune(job: _Job, small: nn.Module, history: _History, on_step: OnStep |
 
 
 def _iterate(
-    job: _Job, history: _History, on_step: OnStep | None, resume: Path | None
+    job: Job,
+    history: _History,
+    on_step: OnStep | None,
+    resume: Path | None,
+    start: PrunedCheckpoint | None,
 ) -> tuple[nn.Module, Mask]:
     schedule = replace(job.schedule, final_steps=job.steps)
-    total = planned_steps(job.structure, job.keep, job.align, schedule)
+    first = None if start is None else start.mask
+    total = planned_steps(job.structure, job.keep, job.align, schedule, first)
 
     def stepped(model: nn.Module, done: int) -> None:
         history.record(model, done)
@@ -325,16 +416,17 @@ def _iterate(
         align=job.align,
         seed=job.seed,
         cost=job.cost,
-        features=job.features,
+        features=job.features(),
         on_step=stepped,
         resume=resume,
+        start=start,
     )
 
 
 class _History:
     """Accuracy at chosen steps. Looks at a model without changing it: a refitted head is only tried, not put on."""
 
-    def __init__(self, job: _Job, steps: Sequence[int]) -> None:
+    def __init__(self, job: Job, steps: Sequence[int]) -> None:
         self._job, self._steps, self.points = job, frozenset(steps), list[Point]()
 
     def record(self, model: nn.Module, step: int) -> None:
@@ -354,3 +446,13 @@ class _History:
 def universal_path(zoo: Zoo) -> Path:
     """Where a zoo keeps the universal pruned model of its tasks."""
     return Path(zoo.path) / "universal.safetensors"
+
+
+def elastic_path(zoo: Zoo) -> Path:
+    """Where a zoo keeps the elastic backbone of its tasks."""
+    return Path(zoo.path) / "elastic.safetensors"
+
+
+def start_path(zoo: Zoo) -> Path:
+    """Where a zoo keeps the model that its entries started from, if that was not the dense one."""
+    return Path(zoo.path) / "start.safetensors"

@@ -195,9 +195,7 @@ class Trainer:
         """
         if steps <= start:
             return
-        size = self.preprocessing.size
-        per_image = BACKWARD_FACTOR * count_flops(self.model, (3, size, size))
-        per_image += self.teacher.flops if self.teacher is not None else 0
+        self._image_flops = self._count_flops(self.model)
         warmup = min(10, max(1, steps // 10))
         self.model.train()
         for step in range(start, steps):
@@ -210,26 +208,41 @@ class Trainer:
                 batch, labels = self.next_batch()
                 self._step(batch, labels, step)
                 self.cost.steps += 1
-                self.cost.train_flops += per_image * len(labels)
+                self.cost.train_flops += self._image_flops * len(labels)
             if on_step is not None:
                 on_step(step + 1)
         self.model.eval()
 
+    def _count_flops(self, model: nn.Module) -> int:
+        """FLOPs of one image's part in a training step of ``model``."""
+        size = self.preprocessing.size
+        teacher = self.teacher.flops if self.teacher is not None else 0
+        return BACKWARD_FACTOR * count_flops(model, (3, size, size)) + teacher
+
     def _step(self, batch: Tensor, labels: Tensor, step: int) -> None:
-        with autocast(self.device, self.precision):
-            features = forward_features(self.model, batch)
-            logits = self.model.get_classifier()(features)  # type: ignore[operator]
-            loss = nn.functional.cross_entropy(logits.float(), labels)
-            if self.teacher is not None and self.recipe.distillation > 0:
-                loss = loss + self.recipe.distillation * self.teacher.loss(features, batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if not math.isfinite(float(loss.detach())):
+        loss = self._backward(batch, labels, step)
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"training: the loss is {float(loss.detach())} at step {step + 1} with learning rate "
+                f"training: the loss is {loss} at step {step + 1} with learning rate "
                 f"{self.recipe.learning_rate:g}; a smaller one may help"
             )
         self.optimizer.step()
+
+    def _backward(self, batch: Tensor, labels: Tensor, step: int) -> float:
+        """Leaves the gradients of a batch in the model's parameters; returns the loss."""
+        loss = self._loss(self.model, batch, labels)
+        loss.backward()
+        return float(loss.detach())
+
+    def _loss(self, model: nn.Module, batch: Tensor, labels: Tensor) -> Tensor:
+        with autocast(self.device, self.precision):
+            features = forward_features(model, batch)
+            logits = model.get_classifier()(features)  # type: ignore[operator]
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+            if self.teacher is not None and self.recipe.distillation > 0:
+                loss = loss + self.recipe.distillation * self.teacher.loss(features, batch)
+        return loss
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Each step can be used alone: ``nearest_entries`` → ``vote_mask`` → ``merge_v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,9 @@ class VoteOptions:
             few voters softmax at temperature 1 leaves most of the mass on units that have no vote at all.
         temperature: τ of "sample".
         weighting: temperature of the voters' weights softmax(similarity / weighting); None gives each voter the same.
+        own_score: weight λ ≥ 0 of the target's own Taylor score beside the votes: units are ranked by
+            votes / Σw + λ · score / (largest score of the layer). Costs one scoring of the dense model. Only "topk".
+        prior: what breaks ties of the votes: "l2" (norm of the pre-trained weights) or "taylor" (that own score).
     """
 
     neighbours: int = 5
@@ -46,6 +50,8 @@ class VoteOptions:
     rule: str = "topk"
     temperature: float = 1.0
     weighting: float | None = None
+    own_score: float = 0.0
+    prior: str = "l2"
 
     def __post_init__(self) -> None:
         if self.neighbours < 1:
@@ -59,6 +65,17 @@ class VoteOptions:
         for name, value in (("temperature", self.temperature), ("weighting", self.weighting)):
             if value is not None and not value > 0:
                 raise ValueError(f"VoteOptions: {name}: expected a positive number, got {value}")
+        if not 0 <= self.own_score < math.inf:
+            raise ValueError(f"VoteOptions: own_score: expected at least 0, got {self.own_score}")
+        if self.own_score and self.rule != "topk":
+            raise ValueError(f"VoteOptions: own_score: expected rule topk, got {self.rule!r}")
+        if self.prior not in ("l2", "taylor"):
+            raise ValueError(f"VoteOptions: prior: expected l2 or taylor, got {self.prior!r}")
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the target's own units are scored."""
+        return self.own_score > 0 or self.prior == "taylor"
 
 
 @dataclass(frozen=True)
@@ -153,8 +170,12 @@ def weight_prior(model: nn.Module, structure: Structure) -> Tensor:
     """Tie-breaker f32 [U] from the pre-trained model alone: each unit's L2 norm of weights over its layer's largest."""
     from mvp_ext.pruning.scores import score_units
 
-    scores = score_units(model, structure, "l2")
-    return torch.cat([scores[name] / scores[name].max().clamp_min(1e-12) for name in structure.names])
+    return normalised_scores(score_units(model, structure, "l2"), structure)
+
+
+def normalised_scores(scores: Mapping[str, Tensor], structure: Structure) -> Tensor:
+    """f32 [U] in [0, 1] from non-negative scores: each unit's over its layer's largest."""
+    return torch.cat([scores[name] / scores[name].max().clamp_min(1e-30) for name in structure.names])
 
 
 def vote_mask(
@@ -168,6 +189,7 @@ def vote_mask(
     temperature: float = 1.0,
     align: int = 8,
     seed: int = 0,
+    score: Tensor | None = None,
 ) -> Mask:
     """The voters' mask: per layer the units with the most (weighted) votes, or a draw from them.
 
@@ -175,17 +197,45 @@ def vote_mask(
         masks: the voters' masks, all of ``structure``. weights: f32 [N], default 1 each.
         keep: share of units that stays; see ``voted_counts`` for how layers share it, and for ``align``.
         prior: f32 [U], breaks ties (higher first), then the lower index.
+        score: f32 [U], added to the votes of "topk" as a share of all votes: units rank by votes / Σw + score.
     """
+    counts = voted_counts(structure, masks, keep, align)
+    if score is not None:
+        return _scored_vote(masks, structure, counts, weights, prior, score)
     vote = ops.meta_vote(
         torch.stack([m.to_vector() for m in masks]),
         weights,
         layers=structure.units_per_layer,
-        keep=voted_counts(structure, masks, keep, align),
+        keep=counts,
         prior=prior,
         temperature=temperature if rule == "sample" else None,
         seed=seed if rule == "sample" else None,
     )
     return Mask.from_vector(structure, vote.mask)
+
+
+def _scored_vote(
+    masks: Sequence[Mask],
+    structure: Structure,
+    counts: Sequence[int],
+    weights: Tensor | None,
+    prior: Tensor | None,
+    score: Tensor,
+) -> Mask:
+    """Per layer the ``counts`` units with the largest votes / Σw + score; ties by prior, then by the lower index."""
+    share = torch.ones(len(masks), dtype=torch.float64) if weights is None else weights.double()
+    votes = share @ torch.stack([m.to_vector() for m in masks]).double()
+    ranked = votes / share.sum() + score.double()
+    kept = torch.zeros(structure.total_units, dtype=torch.bool)
+    start = 0
+    for units, count in zip(structure.units_per_layer, counts, strict=True):
+        order = torch.arange(start, start + units)
+        for key in (prior, ranked):  # stable sorts: the last one decides first
+            if key is not None:
+                order = order[key[order].sort(descending=True, stable=True).indices]
+        kept[order[:count]] = True
+        start += units
+    return Mask.from_vector(structure, kept)
 
 
 def merge_voters(

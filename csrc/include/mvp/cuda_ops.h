@@ -32,4 +32,12 @@ void residual_add_cuda(const TensorView& residual, const TensorView& y, const Te
                        const TensorView& scale, const TensorView& shift, bool relu, int64_t dim,
                        const TensorView& out, int device, uint64_t stream);
 
+// float16 or bfloat16, all readable in 16-byte vectors (see the .cu). x [M, K], rows may be strided; index
+// lists dense; out [M, N], or [M, O] with a residual, both dense. tiling: 0 small, 1 medium, 2 large.
+// partial: float32 [splits, M, N], the workspace where blocks share the inputs.
+void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const TensorView& bias,
+                        const TensorView& out_index, const TensorView& in_index, int64_t out_block,
+                        int64_t in_block, const TensorView& residual, bool gelu, const TensorView& out,
+                        int64_t tiling, const TensorView& partial, int device, uint64_t stream);
+
 }  // namespace mvp

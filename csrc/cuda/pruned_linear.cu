@@ -1,0 +1,510 @@
+// y[m, j] = act(Σ_k x[m, k] · W[out_j, in_k] + b[out_j])   or   out = residual, with y added at columns out_j
+//
+// out_j and in_k are the kept rows and columns of the FULL weight, which is read where it lies: blocks of
+// them are gathered by the 16-byte asynchronous copies that fill shared memory. float16 and bfloat16, on
+// tensor cores.
+//
+//   row-major W:    a tile is [outputs][inputs]; a row of it is a kept row (any block of rows), its vectors
+//                   run along the inputs (so kept inputs come in blocks of 8).
+//   input-major W:  a tile is [inputs][outputs]; a row of it is a kept input (any block), its vectors run
+//                   along the outputs, and ldmatrix transposes. The gradient of x needs this one, since a
+//                   transposed row-major weight is input-major.
+//
+// Numbers of kept outputs are read once a block; those of kept inputs one stage ahead, so nobody waits for
+// them.
+//
+// Tilings:  small   16 ×  32 outputs × 128 inputs  bound by reading W: many blocks, 8 KB of W a stage; the
+//                                                  four warps share the inputs
+//           medium  64 ×  64 × 64                  when there are too few large tiles for the GPU
+//           large  128 × 128 × 32                  warps of 64 × 64: 16 multiply-adds for a byte of shared
+//                                                  memory read, so that this is not the limit
+// Where even so there are less tiles than multiprocessors and many inputs, blocks share the inputs: they
+// leave sums in `partial` and a second kernel adds these up in order.
+//
+// Bytes: kept W once for each row of tiles (from L2 after the first), x once for each column of tiles, y
+// once. Bias, GELU and residual are applied to the float32 sums, rounded once.
+//
+// With a residual and an out_index, tiles read and write the kept columns only. The removed columns are
+// copied by blocks of their own in the same launch, first of all, so that they use the memory while the
+// others compute. So every byte of the residual is read once and of out written once; a clone before and an
+// addition after would take half as much again at half the columns kept.
+#include <algorithm>
+
+#include "common.cuh"
+#include "gemm_tile.cuh"
+#include "mvp/cuda_ops.h"
+
+namespace mvp::cuda {
+namespace {
+
+constexpr char kOp[] = "pruned_linear";
+
+// Tiling<M, N, K, warps along M, N, K, stages, blocks a multiprocessor>
+using Small = Tiling<16, 32, 128, 1, 1, 4, 4, 4>;
+using Medium = Tiling<64, 64, 64, 2, 2, 1, 4, 3>;
+using Large = Tiling<128, 128, 32, 2, 2, 1, 4, 2>;
+
+// n / divisor for 0 <= n < 2^31, without a division.
+struct Divisor {
+  uint32_t divisor = 1, factor = uint32_t{1} << 31, shift = 31;
+  Divisor() = default;
+  explicit Divisor(uint32_t d) : divisor(d) {
+    while ((uint64_t{1} << (shift - 31)) < d) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d);
+  }
+  __device__ __forceinline__ int quotient(int n) const {
+    return static_cast<int>(uint64_t{static_cast<uint32_t>(n)} * factor >> shift);
+  }
+};
+
+// Which of `units` blocks of positions are kept.
+struct Kept {
+  const void* index;   // null: all
+  bool wide, outputs;  // outputs: for the error message
+  int block, units;
+  Divisor by_block;
+
+  // The block that kept position i lies in; to be given to position().
+  __device__ __forceinline__ int unit(int i) const {
+    if (index == nullptr) return 0;
+    if (!wide) return static_cast<const int32_t*>(index)[by_block.quotient(i)];
+    const int64_t unit = static_cast<const int64_t*>(index)[by_block.quotient(i)];
+    return unit == static_cast<int>(unit) ? static_cast<int>(unit) : -1;
+  }
+  __device__ __forceinline__ int position(int i, int unit) const {
+    if (index == nullptr) return i;
+    require(unit >= 0 && unit < units, outputs ? "pruned_linear: out_index: a value out of range"
+                                               : "pruned_linear: in_index: a value out of range");
+    return unit * block + (i - by_block.quotient(i) * block);
+  }
+};
+
+struct Problem {
+  const void *x, *weight, *bias, *residual;
+  void* out;
+  float* partial;  // [splits, rows, outputs], or null
+  Kept out_index, in_index;
+  int64_t rows, x_stride, weight_stride;
+  int outputs, inputs;  // kept
+  int out_stride;       // the width of out
+  int stages_a_split, splits, copying_blocks, tiles_m;
+  bool gelu, scatter;    // scatter: output j goes to column out_j of out, not j
+  bool quads;            // four outputs of a thread lie side by side in out, 8-byte aligned
+  bool aligned_columns;  // rows of out and residual are whole 16-byte vectors
+};
+
+template <typename T>
+struct alignas(8) Quad {
+  T at[4];
+};
+
+// ---------------------------------------------------------------- from memory to shared memory
+template <typename T, typename Tiling, bool kInputMajor>
+class Loader {
+ public:
+  // columns: of this block's outputs, −1 past the last.
+  __device__ Loader(const Problem& problem, int64_t first_row, int first_output, int first_stage,
+                    const int* columns)
+      : problem_(problem), k_(first_stage * Tiling::kK) {
+    const int thread = static_cast<int>(threadIdx.x);
+    row_ = thread / kXVectors, vector_ = thread % kXVectors;
+    rows_left_ = static_cast<int>(min(problem.rows - first_row, int64_t{Tiling::kM}));
+    x_ = static_cast<const T*>(problem.x) + (first_row + row_) * problem.x_stride + vector_ * kHalves;
+    weight_row_ = thread / kWVectors, weight_vector_ = thread % kWVectors;
+    if constexpr (kInputMajor) {
+      const int column = columns[weight_vector_ * kHalves];  // the vector's others follow it
+      offset_[0] = column;
+    } else {
+#pragma unroll
+      for (int p = 0; p < kWPasses; ++p) {
+        const int column = columns[weight_row_ + p * kWRows];
+        offset_[p] = column < 0 ? -1 : column * problem.weight_stride;
+      }
+    }
+    fetch_units();
+  }
+
+  // Starts this thread's copies of the next stage.
+  __device__ __forceinline__ void load(Stage<Tiling, kInputMajor>& stage) {
+    const bool valid_k = k_ + vector_ * kHalves < problem_.inputs;
+#pragma unroll
+    for (int p = 0; p < kXPasses; ++p) {
+      const int row = row_ + p * kXRows;
+      cp_async16(stage.x.at(row, vector_), x_ + p * kXRows * problem_.x_stride + k_,
+                 valid_k && row < rows_left_);
+    }
+    const T* weight = static_cast<const T*>(problem_.weight);
+#pragma unroll
+    for (int p = 0; p < kWPasses; ++p) {
+      const int row = weight_row_ + p * kWRows, k = k_ + (kInputMajor ? row : weight_vector_ * kHalves);
+      const int64_t output = offset_[kInputMajor ? 0 : p];
+      const bool valid = k < problem_.inputs && output >= 0;
+      int64_t offset = 0;
+      if (valid) {
+        const int input = problem_.in_index.position(k, unit_[kInputMajor ? p : 0]);
+        offset = output + (kInputMajor ? input * problem_.weight_stride : input);
+      }
+      cp_async16(stage.weight.at(row, weight_vector_), weight + offset, valid);
+    }
+    k_ += Tiling::kK;
+    fetch_units();
+  }
+
+ private:
+  static constexpr int kXVectors = Tiling::kK / kHalves, kXRows = Tiling::kThreads / kXVectors;
+  static constexpr int kXPasses = Tiling::kM / kXRows;
+  static constexpr int kWVectors = (kInputMajor ? Tiling::kN : Tiling::kK) / kHalves;
+  static constexpr int kWRows = Tiling::kThreads / kWVectors;
+  static constexpr int kWPasses = (kInputMajor ? Tiling::kK : Tiling::kN) / kWRows;
+  static constexpr int kUnits = kInputMajor ? kWPasses : 1;
+
+  // Those of the next stage: on their way while this one's products are made.
+  __device__ __forceinline__ void fetch_units() {
+#pragma unroll
+    for (int p = 0; p < kUnits; ++p) {
+      const int k = k_ + (kInputMajor ? weight_row_ + p * kWRows : weight_vector_ * kHalves);
+      unit_[p] = k < problem_.inputs ? problem_.in_index.unit(k) : 0;
+    }
+  }
+
+  const Problem& problem_;
+  const T* x_;
+  int64_t offset_[kInputMajor ? 1 : kWPasses];  // of the outputs in the weight; −1: none
+  int row_, vector_, rows_left_, weight_row_, weight_vector_, k_;
+  int unit_[kUnits];
+};
+
+// ---------------------------------------------------------------- from sums to out
+// Four neighbouring outputs: where they go, and their bias.
+struct Target {
+  int first, count;  // outputs [first, first + count) of four
+  bool whole;        // in one piece of 8 bytes
+  int column[4];
+  float bias[4];
+};
+
+template <typename T, typename Columns>
+__device__ __forceinline__ Target make_target(const Problem& problem, int first, Columns&& column_of) {
+  Target target;
+  target.first = first;
+  target.count = min(problem.outputs - first, 4);
+  target.whole = problem.quads && target.count == 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int column = i < target.count ? column_of(first + i) : 0;
+    target.bias[i] = problem.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(problem.bias)[column]);
+    target.column[i] = problem.scatter ? column : first + i;
+  }
+  return target;
+}
+
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
+
+// What is to be added to a target; zeros without a residual.
+template <typename T>
+__device__ __forceinline__ Quad<T> load_residual(const Problem& problem, const Target& target, int64_t row) {
+  Quad<T> quad{};
+  if (problem.residual == nullptr || row >= problem.rows) return quad;
+  const T* residual = static_cast<const T*>(problem.residual) + row * problem.out_stride;
+  if (target.whole) return *reinterpret_cast<const Quad<T>*>(residual + target.column[0]);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < target.count) quad.at[i] = residual[target.column[i]];
+  return quad;
+}
+
+template <typename T>
+__device__ __forceinline__ void store_target(const Problem& problem, const Target& target, int64_t row,
+                                             float4 sums, const Quad<T>& residual) {
+  if (row >= problem.rows) return;
+  const float sum[4] = {sums.x, sums.y, sums.z, sums.w};
+  Quad<T> quad;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float y = sum[i] + target.bias[i];
+    if (problem.gelu) y = gelu(y);
+    if (problem.residual != nullptr) y += to_float(residual.at[i]);
+    quad.at[i] = from_float<T>(y);
+  }
+  T* out = static_cast<T*>(problem.out) + row * problem.out_stride;
+  if (target.whole) {
+    *reinterpret_cast<Quad<T>*>(out + target.column[0]) = quad;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < target.count) out[target.column[i]] = quad.at[i];
+}
+
+__device__ __forceinline__ float* partial_at(const Problem& problem, int split, int64_t row, int output) {
+  return problem.partial + (split * problem.rows + row) * problem.outputs + output;
+}
+
+// The columns of the residual that no output goes to. A block takes 16 rows at a time, a warp 4 of them.
+template <typename T>
+__device__ void copy_removed(const Problem& problem, uint32_t* is_kept) {
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const int columns = problem.out_stride;
+  for (int i = thread; i < ceil_div(columns, 32); i += threads) is_kept[i] = 0;
+  __syncthreads();
+  for (int i = thread; i < problem.outputs; i += threads) {
+    const int column = problem.out_index.position(i, problem.out_index.unit(i));
+    const uint32_t bit = uint32_t{1} << column % 32;
+    const uint32_t before = atomicOr(is_kept + column / 32, bit);
+    require((before & bit) == 0, "pruned_linear: out_index: a value that comes twice, and a residual");
+  }
+  __syncthreads();
+  constexpr int kRows = 4;
+  const int lane = thread % kWarp;
+  const T* residual = static_cast<const T*>(problem.residual);
+  T* out = static_cast<T*>(problem.out);
+  const int64_t step = int64_t{problem.copying_blocks} * (threads / kWarp) * kRows;
+  for (int64_t row = (int64_t{blockIdx.x} * (threads / kWarp) + thread / kWarp) * kRows; row < problem.rows;
+       row += step) {
+    const int rows = static_cast<int>(min(problem.rows - row, int64_t{kRows}));
+    const int64_t offset = row * columns;
+    if (!problem.aligned_columns) {
+      for (int c = lane; c < columns; c += kWarp)
+        if ((is_kept[c / 32] >> c % 32 & 1) == 0)
+          for (int r = 0; r < rows; ++r)
+            out[offset + int64_t{r} * columns + c] = residual[offset + int64_t{r} * columns + c];
+      continue;
+    }
+    for (int c = lane * kHalves; c < columns; c += kWarp * kHalves) {
+      const uint32_t kept = is_kept[c / 32] >> c % 32 & 0xFF;
+      if (kept == 0xFF) continue;
+      Vec16<T> vector[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (r < rows) vector[r] = load16_once(residual + offset + int64_t{r} * columns + c);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= rows) continue;
+        T* to = out + offset + int64_t{r} * columns + c;
+        if (kept == 0) {
+          store16(to, vector[r]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kHalves; ++i)
+            if ((kept >> i & 1) == 0) to[i] = vector[r].at[i];
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- kernels
+template <typename Tiling, bool kInputMajor>
+struct Shared {
+  Stage<Tiling, kInputMajor> stages[Tiling::kStages];
+  int columns[Tiling::kN];  // of the block's outputs in the weight
+  static_assert(sizeof stages >= sizeof(Slab<Tiling>));
+};
+
+// Rows of tiles whose blocks run side by side, so that a tile of W is read by all of them at about the same
+// time, and their x stays in L2 while they walk along the outputs.
+constexpr int kGroup = 8;
+
+// Grid: copying blocks, then tiles, group by group; y: parts of the inputs.
+template <typename T, typename Tiling, bool kInputMajor>
+__global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
+    multiply(const __grid_constant__ Problem problem) {
+  auto& shared = *dynamic_shared<Shared<Tiling, kInputMajor>>();
+  if (blockIdx.x < problem.copying_blocks) {
+    if (blockIdx.y == 0) copy_removed<T>(problem, reinterpret_cast<uint32_t*>(shared.stages));
+    return;
+  }
+  const int tile = static_cast<int>(blockIdx.x) - problem.copying_blocks;
+  const int tiles_n = ceil_div(problem.outputs, Tiling::kN), group = tile / (kGroup * tiles_n);
+  const int in_group = tile - group * (kGroup * tiles_n),
+            height = min(problem.tiles_m - group * kGroup, kGroup);
+  const int tile_n = in_group / height, tile_m = group * kGroup + in_group - tile_n * height;
+  const int64_t first_row = int64_t{tile_m} * Tiling::kM;
+  const int first_output = tile_n * Tiling::kN, split = static_cast<int>(blockIdx.y);
+  for (int i = static_cast<int>(threadIdx.x); i < Tiling::kN; i += Tiling::kThreads) {
+    const int output = first_output + i;
+    shared.columns[i] =
+        output < problem.outputs ? problem.out_index.position(output, problem.out_index.unit(output)) : -1;
+  }
+  __syncthreads();
+
+  WarpProduct<T, Tiling, kInputMajor> product;
+  const int first_stage = split * problem.stages_a_split;
+  const int stages = min(ceil_div(problem.inputs, Tiling::kK) - first_stage, problem.stages_a_split);
+  Loader<T, Tiling, kInputMajor> loader(problem, first_row, first_output, first_stage, shared.columns);
+  multiply_stages(product, shared.stages, stages, [&](int, auto& stage) { loader.load(stage); });
+
+  auto& slab = *reinterpret_cast<Slab<Tiling>*>(shared.stages);
+  const int output = first_output + Slab<Tiling>::column_of_thread();
+  if (problem.partial != nullptr) {
+    const int count = min(problem.outputs - output, 4);
+    const bool whole = problem.outputs % 4 == 0;
+    const auto nothing = [](int) { return 0; };
+    slab.each_row(product, nothing, [&](int row, float4 sum, int) {
+      if (first_row + row >= problem.rows || count <= 0) return;
+      float* to = partial_at(problem, split, first_row + row, output);
+      if (whole) {
+        *reinterpret_cast<float4*>(to) = sum;
+      } else {
+        to[0] = sum.x;
+        if (count > 1) to[1] = sum.y;
+        if (count > 2) to[2] = sum.z;
+        if (count > 3) to[3] = sum.w;
+      }
+    });
+    return;
+  }
+  const Target target =
+      make_target<T>(problem, output, [&](int j) { return shared.columns[j - first_output]; });
+  const auto residual = [&](int row) { return load_residual<T>(problem, target, first_row + row); };
+  slab.each_row(product, residual, [&](int row, float4 sum, const Quad<T>& add) {
+    store_target(problem, target, first_row + row, sum, add);
+  });
+}
+
+constexpr int kAddThreads = 128;
+
+// Adds up the blocks' shares of the inputs, in order. A thread a four of outputs.
+template <typename T>
+__global__ void __launch_bounds__(kAddThreads) add_partial(const __grid_constant__ Problem problem) {
+  const int quads = ceil_div(problem.outputs, 4);
+  const int64_t at = int64_t{blockIdx.x} * kAddThreads + threadIdx.x, row = at / quads;
+  if (row >= problem.rows) return;
+  const int output = static_cast<int>(at - row * quads) * 4;
+  const Target target = make_target<T>(
+      problem, output, [&](int j) { return problem.out_index.position(j, problem.out_index.unit(j)); });
+  const Quad<T> residual = load_residual<T>(problem, target, row);
+  float4 sum = make_float4(0, 0, 0, 0);
+  if (problem.outputs % 4 == 0) {
+#pragma unroll 4
+    for (int s = 0; s < problem.splits; ++s) {
+      const float4 part = *reinterpret_cast<const float4*>(partial_at(problem, s, row, output));
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+  } else {
+    for (int s = 0; s < problem.splits; ++s) {
+      const float* part = partial_at(problem, s, row, output);
+      sum.x += part[0];
+      if (target.count > 1) sum.y += part[1];
+      if (target.count > 2) sum.z += part[2];
+      if (target.count > 3) sum.w += part[3];
+    }
+  }
+  store_target(problem, target, row, sum, residual);
+}
+
+// ---------------------------------------------------------------- host
+template <typename T, typename Tiling, bool kInputMajor>
+void run(Problem problem, DType dtype, const Queue& queue) {
+  using Memory = Shared<Tiling, kInputMajor>;
+  const int64_t outputs = problem.outputs, stages = ceil_div(problem.inputs, Tiling::kK);
+  problem.stages_a_split = static_cast<int>(ceil_div(stages, int64_t{problem.splits}));
+  if (problem.scatter) {
+    MVP_CHECK(problem.out_stride <= static_cast<int64_t>(sizeof(Memory)) * 8, kOp, "too many columns");
+    const int64_t blocks = ceil_div(problem.rows, int64_t{Tiling::kThreads / kWarp * 4});
+    problem.copying_blocks =
+        static_cast<int>(std::min<int64_t>(blocks, int64_t{multiprocessors(queue.device)} * 2));
+  }
+  const int64_t tiles_m = ceil_div(problem.rows, int64_t{Tiling::kM});
+  // A whole group more must still be an int: the kernel computes with them.
+  const int64_t tiles = (tiles_m + kGroup) * ceil_div(outputs, int64_t{Tiling::kN});
+  MVP_CHECK(problem.copying_blocks + tiles <= 0x7FFFFFFF, kOp, "more tiles than a grid has room for");
+  problem.tiles_m = static_cast<int>(tiles_m);
+  const int64_t blocks = problem.copying_blocks + tiles_m * ceil_div(outputs, int64_t{Tiling::kN});
+  const Shape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(problem.splits)),
+                    dim3(Tiling::kThreads), sizeof(Memory)};
+  launch(kOp, dtype, queue, shape, &multiply<T, Tiling, kInputMajor>, problem);
+  if (problem.partial == nullptr) return;
+  const int64_t adding = ceil_div(problem.rows * ceil_div(outputs, 4), int64_t{kAddThreads});
+  MVP_CHECK(adding <= 0x7FFFFFFF, kOp, "more tiles than a grid has room for");
+  launch(kOp, dtype, queue, Shape{dim3(static_cast<unsigned>(adding)), dim3(kAddThreads)}, &add_partial<T>,
+         problem);
+}
+
+template <typename T>
+void run(const Problem& problem, bool input_major, int64_t tiling, DType dtype, const Queue& queue) {
+  const auto with = [&](auto kind) {
+    using Kind = decltype(kind);
+    input_major ? run<T, Kind, true>(problem, dtype, queue) : run<T, Kind, false>(problem, dtype, queue);
+  };
+  if (tiling == 0) return with(Small{});
+  if (tiling == 1) return with(Medium{});
+  with(Large{});
+}
+
+bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+Kept make_kept(const TensorView& index, int64_t block, int64_t size, bool outputs) {
+  Kept kept{};
+  kept.outputs = outputs;
+  if (!index.defined()) return kept;
+  kept.index = index.data;
+  kept.wide = index.dtype == DType::i64;
+  kept.block = static_cast<int>(block);
+  kept.units = static_cast<int>(size / block);
+  kept.by_block = Divisor(static_cast<uint32_t>(block));
+  return kept;
+}
+
+}  // namespace
+}  // namespace mvp::cuda
+
+namespace mvp {
+
+void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const TensorView& bias,
+                        const TensorView& out_index, const TensorView& in_index, int64_t out_block,
+                        int64_t in_block, const TensorView& residual, bool gelu, const TensorView& out,
+                        int64_t tiling, const TensorView& partial, int device, uint64_t stream) {
+  using namespace cuda;
+  const bool input_major = weight.stride[1] != 1;
+  const int64_t weight_stride = weight.stride[input_major ? 1 : 0];
+  Problem problem{};
+  problem.rows = x.shape[0];
+  problem.scatter = residual.defined() && out_index.defined();
+  const int64_t outputs = out_index.defined() ? out_index.shape[0] * out_block : weight.shape[0];
+  const int64_t inputs = x.shape[1];
+  if (problem.rows == 0 || outputs == 0) return;
+  MVP_CHECK(std::max({outputs, inputs, weight.shape[0], weight.shape[1]}) < 0x7FFFFF00, kOp, "too large");
+  MVP_CHECK(x.stride[1] == 1 && x.stride[0] % kHalves == 0 && inputs % kHalves == 0 && aligned(x.data, 16),
+            kOp, "x: expected rows of 16-byte vectors");
+  MVP_CHECK(weight_stride % kHalves == 0 && aligned(weight.data, 16), kOp,
+            "weight: expected rows of 16-byte vectors");
+  if (input_major)
+    MVP_CHECK(
+        weight.stride[0] == 1 && outputs % kHalves == 0 && (!out_index.defined() || out_block % kHalves == 0),
+        kOp, "weight: expected outputs that are read in 16-byte vectors");
+  else
+    MVP_CHECK(!in_index.defined() || in_block % kHalves == 0, kOp,
+              "weight: expected inputs that are read in 16-byte vectors");
+  MVP_CHECK(x.dtype == weight.dtype && x.dtype == out.dtype, kOp, "one dtype");
+  problem.x = x.data;
+  problem.weight = weight.data;
+  problem.bias = bias.data;
+  problem.residual = residual.data;
+  problem.out = out.data;
+  problem.partial = partial.ptr<float>();
+  problem.splits = partial.defined() ? static_cast<int>(partial.shape[0]) : 1;
+  problem.out_index = make_kept(out_index, out_block, weight.shape[0], true);
+  problem.in_index = make_kept(in_index, in_block, weight.shape[1], false);
+  problem.x_stride = x.stride[0];
+  problem.weight_stride = weight_stride;
+  problem.outputs = static_cast<int>(outputs);
+  problem.inputs = static_cast<int>(inputs);
+  problem.out_stride = static_cast<int>(residual.defined() ? weight.shape[0] : outputs);
+  problem.gelu = gelu;
+  problem.quads = problem.out_stride % 4 == 0 && aligned(out.data, 8) && aligned(residual.data, 8) &&
+                  (!problem.scatter || out_block % 4 == 0);
+  problem.aligned_columns =
+      problem.out_stride % kHalves == 0 && aligned(out.data, 16) && aligned(residual.data, 16);
+  const Queue queue(device, stream);
+  switch (x.dtype) {
+    case DType::f16:
+      return cuda::run<F16>(problem, input_major, tiling, x.dtype, queue);
+    case DType::bf16:
+      return cuda::run<Bf16>(problem, input_major, tiling, x.dtype, queue);
+    default:
+      MVP_CHECK(false, kOp, "expected float16 or bfloat16");
+  }
+}
+
+}  // namespace mvp

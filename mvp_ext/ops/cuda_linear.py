@@ -1,0 +1,180 @@
+"""pruned_linear on CUDA tensors: which way a call goes, and the kernel's outputs, workspace and launch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mvp_ext.ops import cuda
+
+# Rows of x, outputs and inputs of a tile: Small, Medium and Large of csrc/cuda/pruned_linear.cu.
+TILINGS = ((16, 32, 128), (64, 64, 64), (128, 128, 32))
+_VECTOR = 8  # elements of 16 bits in a 16-byte vector
+
+
+class Plan(NamedTuple):
+    """How the kernel goes about a call: the tiling's number, and among how many blocks a tile's inputs are divided."""
+
+    tiling: int
+    splits: int
+
+
+_forced: Plan | Literal["kernel", "library"] | None = None
+
+
+@contextlib.contextmanager
+def linear_by(way: Plan | Literal["kernel", "library"]) -> Iterator[None]:
+    """For benchmarks and tests: in here every call that the kernel can do goes this way, whatever the rules say."""
+    global _forced
+    before, _forced = _forced, way
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+) -> Plan | None:
+    """The kernel's plan; None: cutting the weight and the library's GEMM do this call."""
+    if not _readable(x, weight, out_index, in_index, out_block, in_block):
+        return None
+    if isinstance(_forced, Plan):
+        return _forced
+    rows, outputs = math.prod(x.shape[:-1]), _outputs(weight, out_index, out_block)
+    if (_forced or _kernel_or_library(rows, outputs, x.shape[-1])) == "library":
+        return None
+    return _kernel_plan(rows, outputs, x.shape[-1], _multiprocessors(x.device))
+
+
+def _outputs(weight: Tensor, out_index: Tensor | None, out_block: int) -> int:
+    return weight.shape[0] if out_index is None else out_index.shape[0] * out_block
+
+
+def _readable(
+    x: Tensor,
+    weight: Tensor,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+) -> bool:
+    """Whether the kernel can read what is kept in 16-byte vectors, on tensor cores' types."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if x.shape[-1] % _VECTOR or x.shape[-1] == 0 or weight.data_ptr() % 16:
+        return False
+    by_output, by_input = weight.stride()
+    if by_input == 1:
+        return by_output % _VECTOR == 0 and (in_index is None or in_block % _VECTOR == 0)
+    return (
+        by_output == 1
+        and by_input % _VECTOR == weight.shape[0] % _VECTOR == 0
+        and (out_index is None or out_block % _VECTOR == 0)
+    )
+
+
+# What the rule takes for an H100's numbers.
+_BYTES_A_SECOND = 3.3e12
+_FLOPS_A_SECOND = 8e14  # of the library's wgmma kernels, dense
+_SHARE_OF_LIBRARY = 0.6  # that mma.sync, which our kernel uses, reaches on Hopper
+_LAUNCH_SECONDS = 2e-6
+
+
+def _kernel_or_library(rows: int, outputs: int, inputs: int) -> Literal["kernel", "library"]:
+    """Which of the two takes less time for x [rows, inputs] and ``outputs`` kept outputs.
+
+    NOT YET MEASURED on a GPU: a model, whose constants (or form) a measurement is to replace. The library's way packs
+    first: reads and writes what is kept of the weight, 4 · outputs · inputs bytes, with a launch for the weight and one
+    for the bias. Ours saves that, which is most of the time at few and middling rows, and loses where the GEMM's own
+    time counts: there the library's kernels reach more of Hopper's tensor cores.
+    """
+    packing = 2 * _LAUNCH_SECONDS + 4 * outputs * inputs / _BYTES_A_SECOND
+    product = 2 * rows * outputs * inputs / _FLOPS_A_SECOND
+    return "library" if product * (1 / _SHARE_OF_LIBRARY - 1) > packing else "kernel"
+
+
+_MIN_STAGES = 8  # of a block, where blocks share a tile's inputs: less would be all start and end
+_MAX_SPLITS = 16
+
+
+def _kernel_plan(rows: int, outputs: int, inputs: int, multiprocessors: int) -> Plan:
+    """The largest tiling that has a tile for each multiprocessor. Not yet measured, either."""
+
+    def tiles(tiling: int) -> int:
+        return math.ceil(rows / TILINGS[tiling][0]) * math.ceil(outputs / TILINGS[tiling][1])
+
+    if rows <= TILINGS[0][0]:
+        tiling = 0
+    else:
+        tiling = 2 if rows > TILINGS[1][0] and tiles(2) >= multiprocessors else 1
+    stages = math.ceil(inputs / TILINGS[tiling][2])
+    splits = min(multiprocessors // max(tiles(tiling), 1), stages // _MIN_STAGES, _MAX_SPLITS)
+    return Plan(tiling, _even(stages, splits))
+
+
+def _even(stages: int, splits: int) -> int:
+    """As many splits as have stages when each but the last has the same number of them."""
+    return math.ceil(stages / math.ceil(stages / splits)) if splits > 1 else 1
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the emulator's
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def pruned_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+    residual: Tensor | None,
+    gelu: bool,
+    plan: Plan,
+) -> Tensor:
+    outputs = _outputs(weight, out_index, out_block)
+    if residual is not None:
+        residual = residual.contiguous()
+        if outputs == 0:
+            return residual.clone()
+    out = (x if residual is None else residual).new_empty(
+        (*x.shape[:-1], outputs if residual is None else weight.shape[0])
+    )
+    rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
+    x = x.reshape(rows, inputs)
+    if x.stride(1) != 1 or x.stride(0) % _VECTOR or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    # Blocks that get no inputs would leave their part of the workspace unwritten.
+    splits = _even(math.ceil(inputs / TILINGS[plan.tiling][2]), plan.splits)
+    cuda.kernels().pruned_linear_cuda(
+        x,
+        weight,
+        None if bias is None else bias.contiguous(),
+        None if out_index is None else out_index.contiguous(),
+        None if in_index is None else in_index.contiguous(),
+        out_block,
+        in_block,
+        residual,
+        gelu,
+        out,
+        plan.tiling,
+        None if splits == 1 else x.new_empty((splits, rows, outputs), dtype=torch.float32),
+        *cuda.queue(x),
+    )
+    return out
