@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from backends import move, on_gpu, skip_float64_on_gpu
+from emulator import emulated
 from isa import OLDER, run_on
 
 from mvp_ext.ops import importance, reference, registry
@@ -21,9 +23,9 @@ def eager(a, grad, kind, dim, heads):
     return (example.abs() if kind == "taylor" else example.square()).sum(0)
 
 
-def assert_close(a, grad, dim=1, heads=None):
+def assert_close(a, grad, dim=1, heads=None, kinds=KINDS):
     """At most twice the error of the same-dtype torch expression, both against float64."""
-    for kind in KINDS:
+    for kind in kinds:
         ours = importance(a, grad, kind=kind, dim=dim, heads=heads)
         exact = reference.importance(a.double(), grad.double(), kind=kind, dim=dim, heads=heads)
         assert ours.dtype == (torch.float64 if a.dtype == torch.float64 else torch.float32)
@@ -53,8 +55,9 @@ def draw(shape, dtype=torch.float32, seed=0):
         (4, 64, 56, 56), (2, 16, 112, 112), (1, 2, 300, 300),
     ],
 )  # fmt: skip
-def test_images(shape, dtype):
-    a, grad = draw(shape, dtype)
+def test_images(shape, dtype, device):
+    skip_float64_on_gpu(dtype, device)
+    a, grad = move(device, *draw(shape, dtype))
     assert_close(a, grad)
     assert_close(a.to(memory_format=torch.channels_last), grad.to(memory_format=torch.channels_last))
 
@@ -63,21 +66,23 @@ def test_images(shape, dtype):
 @pytest.mark.parametrize(
     "shape", [(1, 1, 6), (3, 197, 384), (2, 65, 66), (2, 31, 6), (1, 4099, 12), (5, 1, 1536)]
 )
-def test_tokens(shape, dtype):
-    a, grad = draw(shape, dtype)
+def test_tokens(shape, dtype, device):
+    skip_float64_on_gpu(dtype, device)
+    a, grad = move(device, *draw(shape, dtype))
     assert_close(a, grad, dim=-1)
     assert_close(a, grad, dim=2, heads=6 if shape[2] % 6 == 0 else None)
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 0, 3, 3), (2, 4, 0, 3), (3, 4)])
-def test_empty_and_flat(shape):
-    assert_close(*draw(shape))
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 0, 3, 3), (2, 4, 0, 3), (3, 4), (40, 64)])
+def test_empty_and_flat(shape, device):
+    assert_close(*move(device, *draw(shape)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_views(dtype):
+def test_views(dtype, device):
     """Slices with an offset, steps, unit dimensions anywhere, broadcasts, two different layouts."""
-    a, grad = draw((4, 20, 18, 22), dtype)
+    skip_float64_on_gpu(dtype, device)
+    a, grad = move(device, *draw((4, 20, 18, 22), dtype))
     assert_close(a[1:, 3:16, ::2, 1:], grad[1:, 3:16, ::2, 1:])
     assert_close(a[..., ::3], grad[..., ::3])
     assert_close(a, grad, dim=2)
@@ -86,14 +91,94 @@ def test_views(dtype):
     assert_close(a, grad.to(memory_format=torch.channels_last))
     assert_close(a.to(memory_format=torch.channels_last), grad)
     assert_close(a[:1].expand(4, -1, -1, -1), grad)
-    wide, wide_grad = draw((2, 3, 8, 4, 5), dtype)
+    wide, wide_grad = move(device, *draw((2, 3, 8, 4, 5), dtype))
     for dim in (1, 2, 3, 4):
         assert_close(wide, wide_grad, dim=dim)
 
 
-def test_by_hand():
+# Of the CUDA kernels: rows that end anywhere in a vector and around the share of a lane, a group, a warp; one long row;
+# few and many examples; channels that are whole vectors and not, more and fewer than a block's.
+EDGES = [
+    (3, 5, 2), (2, 3, 57), (2, 3, 64), (1, 2, 65), (2, 2, 121), (2, 3, 249), (33, 2, 250), (1, 2, 16385), (70, 3, 4),
+    (35, 8, 3), (2, 600, 3), (1, 64, 700), (2, 520, 9),
+]  # fmt: skip
+
+
+def draw_whole(shape, dtype=torch.float32):
+    """Small whole numbers: their sums are exact in any order, and an element too many or too few is seen."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randint(-4, 5, shape, generator=generator).to(dtype) for _ in range(2))
+
+
+def assert_exact(a, grad, dim=1, heads=None):
+    for kind in KINDS:
+        ours = importance(a, grad, kind=kind, dim=dim, heads=heads)
+        assert torch.equal(
+            ours, reference.importance(a.double(), grad.double(), kind=kind, dim=dim, heads=heads).float()
+        )
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.sanitize)],
+    ids=str,
+)
+def test_edges(dtype, device):
+    for shape in EDGES:
+        for offset in (0, 3):  # from a multiple of 16 bytes
+            flat = [torch.cat([x.new_zeros(offset), x.flatten()])[offset:] for x in draw_whole(shape, dtype)]
+            a, grad = (x.to(device).view(shape) for x in flat)
+            assert_exact(a, grad)
+            batch, columns, rows = shape
+            a, grad = (x.view(batch, rows, columns).transpose(1, 2) for x in (a, grad))
+            assert_exact(a, grad, heads=columns // 2 if columns % 2 == 0 else None)
+
+
+@pytest.mark.sanitize
+def test_slices(device):
+    """Rows and columns that are parts of longer ones; a and grad that lie in memory in different ways."""
+    a, grad = move(device, *draw_whole((3, 16, 9, 21)))
+    assert_exact(a[1:, :, :, 3:16], grad[1:, :, :, 3:16])
+    assert_exact(a[:, 3:7], grad[:, 3:7])
+    last = [x.to(memory_format=torch.channels_last) for x in (a, grad)]
+    for cut in (slice(0, 8), slice(4, 9)):
+        assert_exact(last[0][:, cut], last[1][:, cut])
+    flat, flat_grad = a.flatten(), grad.flatten()
+    assert_exact(flat[1:9070].view(3, 1, 3023), flat_grad[:9069].view(3, 1, 3023))
+    assert_exact(
+        flat[1:].as_strided((2, 3, 40), (400, 100, 1)), flat_grad.as_strided((2, 3, 40), (400, 100, 1))
+    )
+    assert_exact(a[:1].expand(4, -1, -1, -1), grad[:1].expand(4, -1, -1, -1))
+
+
+@pytest.mark.parametrize("schedule", range(1, 5))
+def test_schedules(schedule):
+    """In whatever order the threads of the CUDA kernels run, the same bits come out."""
+    for shape, dim, heads in (
+        ((2, 5, 7, 7), 1, None),
+        ((2, 3, 40, 41), 1, None),
+        ((33, 20, 24), 2, 3),
+        ((2, 6, 5, 4), 2, None),
+    ):
+        a, grad = draw(shape)
+        results = []
+        for order in (0, schedule):
+            with emulated(order):
+                results.append(importance(a, grad, kind="taylor", dim=dim, heads=heads))
+        assert torch.equal(*results)
+        torch.testing.assert_close(results[0], importance(a, grad, kind="taylor", dim=dim, heads=heads))
+
+
+def test_what_a_gpu_does_not_take():
+    a, grad = draw((2, 3, 4), torch.float64)
+    with emulated(), pytest.raises(TypeError, match="a: expected float32, float16 or bfloat16 on a GPU"):
+        importance(a, grad, kind="taylor")
+
+
+def test_by_hand(device):
     a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[-1.0, 1.0], [1.0, 1.0]]])  # [B = 2, C = 2, P = 2]
     grad = torch.tensor([[[1.0, -1.0], [1.0, 0.0]], [[1.0, -1.0], [-5.0, 1.0]]])
+    a, grad = move(device, a, grad)
     assert importance(a, grad, kind="taylor").tolist() == [
         1 + 2,
         3 + 4,
@@ -105,8 +190,8 @@ def test_by_hand():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_special_values_stay_in_their_unit(value, layout):
-    a, grad = draw((2, 33, 5, 7))
+def test_special_values_stay_in_their_unit(value, layout, device):
+    a, grad = move(device, *draw((2, 33, 5, 7)))
     a[1, 32, 4, 6] = value
     a, grad = a.contiguous(memory_format=layout), grad.contiguous(memory_format=layout)
     for kind in KINDS:
@@ -132,8 +217,9 @@ def test_special_values_stay_in_their_row(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_repeats_and_threads_agree(dtype, layout):
-    a, grad = (x.contiguous(memory_format=layout) for x in draw((5, 33, 61, 67), dtype))
+def test_repeats_and_threads_agree(dtype, layout, device):
+    shape = (5, 33, 61, 67) if device.type == "cuda" or not on_gpu(device) else (3, 33, 11, 13)
+    a, grad = (x.to(device).contiguous(memory_format=layout) for x in draw(shape, dtype))
     before = torch.get_num_threads()
     results = []
     try:

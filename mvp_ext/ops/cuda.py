@@ -42,6 +42,24 @@ def queue(tensor: Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
+def importance(a: Tensor, grad: Tensor | None, kind: str, dim: int, scores: Tensor) -> Tensor:
+    if a.numel() == 0:
+        return scores.fill_(float("nan") if kind == "activation" else 0.0)  # a mean, a sum of nothing
+    if grad is not None and not _alike(a, grad):
+        grad = torch.empty_like(a).copy_(grad)  # a copy costs less than reading two layouts at once
+        if not _alike(a, grad):  # a has holes, or does not start where torch lets tensors start
+            a = torch.empty_like(a).copy_(a)
+    module = kernels()
+    workspace = torch.empty(module.importance_workspace_cuda(a, dim), dtype=torch.float32, device=a.device)
+    module.importance_cuda(a, grad, kind, dim, workspace, scores, *queue(a))
+    return scores
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """The same strides, and as far from a multiple of 16 bytes: so are their rows."""
+    return a.stride() == b.stride() and (a.data_ptr() - b.data_ptr()) % 16 == 0
+
+
 def meta_vote(
     masks: Tensor,
     weights: Tensor | None,

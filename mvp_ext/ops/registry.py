@@ -24,8 +24,13 @@ def _importance_fake(a: Tensor, grad: Tensor | None, kind: str, dim: int, units:
     return a.new_empty(units, dtype=torch.float64 if a.dtype is torch.float64 else torch.float32)
 
 
-def _importance_cpu(a: Tensor, grad: Tensor | None, kind: str, dim: int, units: int) -> Tensor:
+def _importance(a: Tensor, grad: Tensor | None, kind: str, dim: int, units: int) -> Tensor:
+    on_gpu = cuda.runs(a)
+    if on_gpu:
+        cuda.reject_float64("importance", "a", a)
     scores = _importance_fake(a, grad, kind, dim, units)
+    if on_gpu:
+        return cuda.importance(a, grad, kind, dim, scores)
     if grad is not None and grad.stride() != a.stride():
         grad = torch.empty_like(a).copy_(grad)  # a copy costs less than reading two layouts at once
     native().importance_cpu(a, grad, kind, dim, scores, torch.get_num_threads())
@@ -35,13 +40,15 @@ def _importance_cpu(a: Tensor, grad: Tensor | None, kind: str, dim: int, units: 
 importance_op = define(
     "importance(Tensor a, Tensor? grad, str kind, int dim, int units) -> Tensor",
     fake=_importance_fake,
-    cpu=_importance_cpu,
+    cpu=_importance,
+    cuda=_importance,
 )
 
 
 def importance(a: Tensor, grad: Tensor | None, kind: str, dim: int, units: int) -> Tensor:
-    if not torch.compiler.is_compiling() and nobody_listens() and type(a) is Tensor and a.is_cpu:
-        return _importance_cpu(a, grad, kind, dim, units)
+    plain = type(a) is Tensor and (a.is_cpu or a.is_cuda)
+    if plain and not torch.compiler.is_compiling() and nobody_listens():
+        return _importance(a, grad, kind, dim, units)
     return importance_op(a, grad, kind, dim, units)
 
 

@@ -11,6 +11,12 @@
 
 namespace mvp {
 
+// a and grad: not empty, of the same strides (any) and equally far from a multiple of 16 bytes; the workspace
+// is float32, of as many elements as importance_workspace_cuda says.
+int64_t importance_workspace_cuda(const TensorView& a, int64_t dim);
+void importance_cuda(const TensorView& a, const TensorView& grad, const std::string& kind, int64_t dim,
+                     const TensorView& workspace, const TensorView& scores, int device, uint64_t stream);
+
 // Weighted vote, optional Gumbel noise, exact top-k with ties, sorted indices: one launch for all layers (of
 // up to 240) and all targets. Weights and prior contiguous float32, outputs contiguous.
 void meta_vote_cuda(const TensorView& masks, const TensorView& weights, const TensorView& prior,
