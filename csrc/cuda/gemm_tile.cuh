@@ -124,55 +124,63 @@ __device__ __forceinline__ void multiply_stages(WarpProduct<T, Tiling, kInputMaj
   __syncthreads();  // the stages are free for other use
 }
 
-// The block's sums, row by row, through shared memory: 16 rows a warp at a time, padded so that the
-// fragments' rows lie in different banks. Every thread gets four columns of the tile, always the same.
+// The block's sums, row by row, through shared memory, padded so that the fragments' rows lie in different
+// banks. Every thread gets four columns of the tile, always the same.
 template <typename Tiling>
 struct Slab {
-  static constexpr int kQuads = Tiling::kN / 4, kRows = Tiling::kWarpsM * 16;
-  static constexpr int kRowsAtOnce = Tiling::kThreads / kQuads, kPasses = kRows / kRowsAtOnce;
-  static_assert(Tiling::kThreads % kQuads == 0 && kRows % kRowsAtOnce == 0);
-  float at[Tiling::kWarpsK][kRows][Tiling::kN + 8];
+  static constexpr int kQuads = Tiling::kN / 4, kRowsAtOnce = Tiling::kThreads / kQuads;
+  static constexpr int kPasses = Tiling::kM / kRowsAtOnce, kBatch = kPasses < 4 ? kPasses : 4;
+  static_assert(Tiling::kThreads % kQuads == 0 && Tiling::kM % (kRowsAtOnce * kBatch) == 0);
+  float at[Tiling::kWarpsK][Tiling::kM][Tiling::kN + 8];
 
   __device__ static int column_of_thread() { return static_cast<int>(threadIdx.x) % kQuads * 4; }
 
-  // Calls `use(row, sums, prepare(row))` for each row of the tile. What `prepare` loads is on its way while
-  // the sums are laid out, for all rows of a pass at once.
+  // Calls `use(row, sums, prepare(row))` for each row of the tile; what `prepare` loads is on its way while
+  // the rows before are used. Not unrolled further: with a long `use` the code would outgrow its cache.
   template <typename Product, typename Prepare, typename Use>
   __device__ __forceinline__ void each_row(const Product& product, Prepare&& prepare, Use&& use) {
-    const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-    const int part = warp / (Tiling::kWarpsM * Tiling::kWarpsN), above = warp % Tiling::kWarpsM * 16;
     const int my_row = static_cast<int>(threadIdx.x) / kQuads, column = column_of_thread();
+    decltype(prepare(0)) next[kBatch];
 #pragma unroll
-    for (int i = 0; i < Tiling::kFragmentsM; ++i) {
-      const auto row_of = [&](int pass) {
-        const int row = pass * kRowsAtOnce + my_row;
-        return row / 16 * (Tiling::kM / Tiling::kWarpsM) + i * 16 + row % 16;
-      };
-      decltype(prepare(0)) prepared[kPasses];
+    for (int b = 0; b < kBatch; ++b) next[b] = prepare(b * kRowsAtOnce + my_row);
+    put(product);
+    __syncthreads();
+#pragma unroll 1
+    for (int first = my_row; first < Tiling::kM; first += kBatch * kRowsAtOnce) {
+      decltype(prepare(0)) prepared[kBatch];
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) prepared[pass] = prepare(row_of(pass));
-      if (i > 0) __syncthreads();
+      for (int b = 0; b < kBatch; ++b) {
+        prepared[b] = next[b];
+        const int ahead = first + (kBatch + b) * kRowsAtOnce;
+        if (ahead < Tiling::kM) next[b] = prepare(ahead);
+      }
 #pragma unroll
-      for (int j = 0; j < Tiling::kFragmentsN; ++j)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float* to = &at[part][above + half * 8 + lane / 4][product.first_n + j * 8 + lane % 4 * 2];
-          *reinterpret_cast<float2*>(to) =
-              make_float2(product.sum[i][j][2 * half], product.sum[i][j][2 * half + 1]);
-        }
-      __syncthreads();
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int row = pass * kRowsAtOnce + my_row;
+      for (int b = 0; b < kBatch; ++b) {
+        const int row = first + b * kRowsAtOnce;
         float4 sum = *reinterpret_cast<const float4*>(&at[0][row][column]);
 #pragma unroll
         for (int k = 1; k < Tiling::kWarpsK; ++k) {
           const float4 more = *reinterpret_cast<const float4*>(&at[k][row][column]);
           sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
         }
-        use(row_of(pass), sum, prepared[pass]);
+        use(row, sum, prepared[b]);
       }
     }
+  }
+
+ private:
+  template <typename Product>
+  __device__ __forceinline__ void put(const Product& product) {
+    const unsigned part = threadIdx.x / kWarp / (Tiling::kWarpsM * Tiling::kWarpsN);
+    const unsigned row = product.first_m + product.lane / 4, column = product.first_n + product.lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < Tiling::kFragmentsM; ++i)
+#pragma unroll
+      for (int j = 0; j < Tiling::kFragmentsN; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<float2*>(&at[part][row + i * 16 + half * 8][column + j * 8]) =
+              make_float2(product.sum[i][j][2 * half], product.sum[i][j][2 * half + 1]);
   }
 };
 

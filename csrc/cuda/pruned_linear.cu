@@ -71,10 +71,11 @@ struct Kept {
     const int64_t unit = static_cast<const int64_t*>(index)[by_block.quotient(i)];
     return unit == static_cast<int>(unit) ? static_cast<int>(unit) : -1;
   }
-  __device__ __forceinline__ int position(int i, int unit) const {
+  // Without meaning where it is not `valid`.
+  __device__ __forceinline__ int position(int i, int unit, bool valid = true) const {
     if (index == nullptr) return i;
-    require(unit >= 0 && unit < units, outputs ? "pruned_linear: out_index: a value out of range"
-                                               : "pruned_linear: in_index: a value out of range");
+    require(!valid || (unit >= 0 && unit < units), outputs ? "pruned_linear: out_index: a value out of range"
+                                                           : "pruned_linear: in_index: a value out of range");
     return unit * block + (i - by_block.quotient(i) * block);
   }
 };
@@ -111,15 +112,16 @@ class Loader {
     rows_left_ = static_cast<int>(min(problem.rows - first_row, int64_t{Tiling::kM}));
     x_ = static_cast<const T*>(problem.x) + (first_row + row_) * problem.x_stride + vector_ * kHalves;
     weight_row_ = thread / kWVectors, weight_vector_ = thread % kWVectors;
+    outputs_left_ = problem.outputs - first_output;
+    const auto start_of = [&](int column) {
+      return static_cast<const T*>(problem.weight) +
+             max(column, 0) * (kInputMajor ? 1 : problem.weight_stride);
+    };
     if constexpr (kInputMajor) {
-      const int column = columns[weight_vector_ * kHalves];  // the vector's others follow it
-      offset_[0] = column;
+      weight_[0] = start_of(columns[weight_vector_ * kHalves]);  // the vector's other columns follow this one
     } else {
 #pragma unroll
-      for (int p = 0; p < kWPasses; ++p) {
-        const int column = columns[weight_row_ + p * kWRows];
-        offset_[p] = column < 0 ? -1 : column * problem.weight_stride;
-      }
+      for (int p = 0; p < kWPasses; ++p) weight_[p] = start_of(columns[weight_row_ + p * kWRows]);
     }
     fetch_units();
   }
@@ -133,18 +135,24 @@ class Loader {
       cp_async16(stage.x.at(row, vector_), x_ + p * kXRows * problem_.x_stride + k_,
                  valid_k && row < rows_left_);
     }
-    const T* weight = static_cast<const T*>(problem_.weight);
+    if constexpr (kInputMajor) {
+      const bool any = weight_vector_ * kHalves < outputs_left_;
 #pragma unroll
-    for (int p = 0; p < kWPasses; ++p) {
-      const int row = weight_row_ + p * kWRows, k = k_ + (kInputMajor ? row : weight_vector_ * kHalves);
-      const int64_t output = offset_[kInputMajor ? 0 : p];
-      const bool valid = k < problem_.inputs && output >= 0;
-      int64_t offset = 0;
-      if (valid) {
-        const int input = problem_.in_index.position(k, unit_[kInputMajor ? p : 0]);
-        offset = output + (kInputMajor ? input * problem_.weight_stride : input);
+      for (int p = 0; p < kWPasses; ++p) {
+        const int row = weight_row_ + p * kWRows;
+        const bool valid = any && k_ + row < problem_.inputs;
+        const int64_t input = problem_.in_index.position(k_ + row, unit_[p], valid);
+        cp_async16(stage.weight.at(row, weight_vector_), weight_[0] + input * problem_.weight_stride, valid);
       }
-      cp_async16(stage.weight.at(row, weight_vector_), weight + offset, valid);
+    } else {
+      const int k = k_ + weight_vector_ * kHalves;
+      const int input = problem_.in_index.position(k, unit_[0], k < problem_.inputs);
+#pragma unroll
+      for (int p = 0; p < kWPasses; ++p) {
+        const int row = weight_row_ + p * kWRows;
+        cp_async16(stage.weight.at(row, weight_vector_), weight_[p] + input,
+                   k < problem_.inputs && row < outputs_left_);
+      }
     }
     k_ += Tiling::kK;
     fetch_units();
@@ -169,8 +177,8 @@ class Loader {
 
   const Problem& problem_;
   const T* x_;
-  int64_t offset_[kInputMajor ? 1 : kWPasses];  // of the outputs in the weight; −1: none
-  int row_, vector_, rows_left_, weight_row_, weight_vector_, k_;
+  const T* weight_[kInputMajor ? 1 : kWPasses];  // where this thread's outputs start
+  int row_, vector_, rows_left_, weight_row_, weight_vector_, outputs_left_, k_;
   int unit_[kUnits];
 };
 
@@ -296,9 +304,12 @@ __device__ void copy_removed(const Problem& problem, uint32_t* is_kept) {
 // ---------------------------------------------------------------- kernels
 template <typename Tiling, bool kInputMajor>
 struct Shared {
-  Stage<Tiling, kInputMajor> stages[Tiling::kStages];
+  union {
+    Stage<Tiling, kInputMajor> stages[Tiling::kStages];
+    Slab<Tiling> slab;
+    uint32_t is_kept[sizeof(Stage<Tiling, kInputMajor>) * Tiling::kStages / 4];  // columns, in copy_removed
+  };
   int columns[Tiling::kN];  // of the block's outputs in the weight
-  static_assert(sizeof stages >= sizeof(Slab<Tiling>));
 };
 
 // Rows of tiles whose blocks run side by side, so that a tile of W is read by all of them at about the same
@@ -311,7 +322,7 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     multiply(const __grid_constant__ Problem problem) {
   auto& shared = *dynamic_shared<Shared<Tiling, kInputMajor>>();
   if (blockIdx.x < problem.copying_blocks) {
-    if (blockIdx.y == 0) copy_removed<T>(problem, reinterpret_cast<uint32_t*>(shared.stages));
+    if (blockIdx.y == 0) copy_removed<T>(problem, shared.is_kept);
     return;
   }
   const int tile = static_cast<int>(blockIdx.x) - problem.copying_blocks;
@@ -334,13 +345,12 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
   Loader<T, Tiling, kInputMajor> loader(problem, first_row, first_output, first_stage, shared.columns);
   multiply_stages(product, shared.stages, stages, [&](int, auto& stage) { loader.load(stage); });
 
-  auto& slab = *reinterpret_cast<Slab<Tiling>*>(shared.stages);
   const int output = first_output + Slab<Tiling>::column_of_thread();
   if (problem.partial != nullptr) {
     const int count = min(problem.outputs - output, 4);
     const bool whole = problem.outputs % 4 == 0;
     const auto nothing = [](int) { return 0; };
-    slab.each_row(product, nothing, [&](int row, float4 sum, int) {
+    shared.slab.each_row(product, nothing, [&](int row, float4 sum, int) {
       if (first_row + row >= problem.rows || count <= 0) return;
       float* to = partial_at(problem, split, first_row + row, output);
       if (whole) {
@@ -357,7 +367,7 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
   const Target target =
       make_target<T>(problem, output, [&](int j) { return shared.columns[j - first_output]; });
   const auto residual = [&](int row) { return load_residual<T>(problem, target, first_row + row); };
-  slab.each_row(product, residual, [&](int row, float4 sum, const Quad<T>& add) {
+  shared.slab.each_row(product, residual, [&](int row, float4 sum, const Quad<T>& add) {
     store_target(problem, target, first_row + row, sum, add);
   });
 }
@@ -400,7 +410,8 @@ void run(Problem problem, DType dtype, const Queue& queue) {
   const int64_t outputs = problem.outputs, stages = ceil_div(problem.inputs, Tiling::kK);
   problem.stages_a_split = static_cast<int>(ceil_div(stages, int64_t{problem.splits}));
   if (problem.scatter) {
-    MVP_CHECK(problem.out_stride <= static_cast<int64_t>(sizeof(Memory)) * 8, kOp, "too many columns");
+    MVP_CHECK(problem.out_stride <= static_cast<int64_t>(sizeof(Memory::is_kept)) * 8, kOp,
+              "too many columns");
     const int64_t blocks = ceil_div(problem.rows, int64_t{Tiling::kThreads / kWarp * 4});
     problem.copying_blocks =
         static_cast<int>(std::min<int64_t>(blocks, int64_t{multiprocessors(queue.device)} * 2));
