@@ -86,17 +86,16 @@ struct WarpProduct {
   }
 };
 
-// Adds up `count` stages. `load(s, stage)` starts this thread's copies of stage s; it is called for every s
-// in order. While a set of fragments is multiplied, the next one is read and kStages - 1 stages are on
-// their way; one barrier a stage: it says that the next one has come, and that the last one may be
-// overwritten.
+// Adds up `count` stages. `load(stage)` starts this thread's copies of the next stage; it is called `count`
+// times. While a set of fragments is multiplied, the next one is read and kStages - 1 stages are on their
+// way; one barrier a stage: it says that the next one has come, and that the last one may be overwritten.
 template <typename T, typename Tiling, bool kInputMajor, typename Load>
 __device__ __forceinline__ void multiply_stages(WarpProduct<T, Tiling, kInputMajor>& product,
                                                 Stage<Tiling, kInputMajor>* stages, int count, Load&& load) {
   constexpr int kStages = Tiling::kStages, kSteps = Tiling::kSteps;
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
-    if (s < count) load(s, stages[s]);
+    if (s < count) load(stages[s]);
     cp_async_commit();
   }
   cp_async_wait<kStages - 2>();
@@ -114,7 +113,7 @@ __device__ __forceinline__ void multiply_stages(WarpProduct<T, Tiling, kInputMaj
       }
       product.fetch(stages[current], (step + 1) % kSteps);  // past the end: read, not multiplied
       if (step == 0) {
-        if (s + kStages - 1 < count) load(s + kStages - 1, stages[free]);
+        if (s + kStages - 1 < count) load(stages[free]);
         cp_async_commit();
       }
       product.multiply(step);

@@ -18,7 +18,7 @@
 //           medium  64 ×  64 × 64                  when there are too few large tiles for the GPU
 //           large  128 × 128 × 32                  warps of 64 × 64: 16 multiply-adds for a byte of shared
 //                                                  memory read, so that this is not the limit
-// Where even so there are less tiles than multiprocessors and many inputs, blocks share the inputs: they
+// Where even so there are fewer tiles than multiprocessors and many inputs, blocks share the inputs: they
 // leave sums in `partial` and a second kernel adds these up in order.
 //
 // Bytes: kept W once for each row of tiles (from L2 after the first), x once for each column of tiles, y
@@ -26,8 +26,9 @@
 //
 // With a residual and an out_index, tiles read and write the kept columns only. The removed columns are
 // copied by blocks of their own in the same launch, first of all, so that they use the memory while the
-// others compute. So every byte of the residual is read once and of out written once; a clone before and an
-// addition after would take half as much again at half the columns kept.
+// others compute. So each value of the residual is read once and of out written once, where a clone before
+// and an addition after would read and write the kept ones twice. (Where kept and removed columns alternate,
+// both write to the same sectors, but these are still in L2.)
 #include <algorithm>
 
 #include "common.cuh"
@@ -46,9 +47,9 @@ using Large = Tiling<128, 128, 32, 2, 2, 1, 4, 2>;
 
 // n / divisor for 0 <= n < 2^31, without a division.
 struct Divisor {
-  uint32_t divisor = 1, factor = uint32_t{1} << 31, shift = 31;
+  uint32_t factor = uint32_t{1} << 31, shift = 31;
   Divisor() = default;
-  explicit Divisor(uint32_t d) : divisor(d) {
+  explicit Divisor(uint32_t d) {
     while ((uint64_t{1} << (shift - 31)) < d) ++shift;
     factor = static_cast<uint32_t>(((uint64_t{1} << shift) + d - 1) / d);
   }
@@ -100,86 +101,143 @@ struct alignas(8) Quad {
 };
 
 // ---------------------------------------------------------------- from memory to shared memory
-template <typename T, typename Tiling, bool kInputMajor>
-class Loader {
+// Rows of x: [kM][kK].
+template <typename T, typename Tiling>
+class XLoader {
  public:
-  // columns: of this block's outputs, −1 past the last.
-  __device__ Loader(const Problem& problem, int64_t first_row, int first_output, int first_stage,
-                    const int* columns)
-      : problem_(problem), k_(first_stage * Tiling::kK) {
-    const int thread = static_cast<int>(threadIdx.x);
-    row_ = thread / kXVectors, vector_ = thread % kXVectors;
+  __device__ XLoader(const Problem& problem, int64_t first_row, int first_input)
+      : problem_(problem), k_(first_input + static_cast<int>(threadIdx.x) % kVectors * kHalves) {
     rows_left_ = static_cast<int>(min(problem.rows - first_row, int64_t{Tiling::kM}));
-    x_ = static_cast<const T*>(problem.x) + (first_row + row_) * problem.x_stride + vector_ * kHalves;
-    weight_row_ = thread / kWVectors, weight_vector_ = thread % kWVectors;
-    outputs_left_ = problem.outputs - first_output;
-    const auto start_of = [&](int column) {
-      return static_cast<const T*>(problem.weight) +
-             max(column, 0) * (kInputMajor ? 1 : problem.weight_stride);
-    };
-    if constexpr (kInputMajor) {
-      weight_[0] = start_of(columns[weight_vector_ * kHalves]);  // the vector's other columns follow this one
-    } else {
-#pragma unroll
-      for (int p = 0; p < kWPasses; ++p) weight_[p] = start_of(columns[weight_row_ + p * kWRows]);
-    }
-    fetch_units();
+    x_ = static_cast<const T*>(problem.x) + (first_row + row(0)) * problem.x_stride;
   }
 
   // Starts this thread's copies of the next stage.
-  __device__ __forceinline__ void load(Stage<Tiling, kInputMajor>& stage) {
-    const bool valid_k = k_ + vector_ * kHalves < problem_.inputs;
+  template <typename Tile>
+  __device__ __forceinline__ void load(Tile& tile) {
+    const bool valid = k_ < problem_.inputs;
 #pragma unroll
-    for (int p = 0; p < kXPasses; ++p) {
-      const int row = row_ + p * kXRows;
-      cp_async16(stage.x.at(row, vector_), x_ + p * kXRows * problem_.x_stride + k_,
-                 valid_k && row < rows_left_);
-    }
-    if constexpr (kInputMajor) {
-      const bool any = weight_vector_ * kHalves < outputs_left_;
-#pragma unroll
-      for (int p = 0; p < kWPasses; ++p) {
-        const int row = weight_row_ + p * kWRows;
-        const bool valid = any && k_ + row < problem_.inputs;
-        const int64_t input = problem_.in_index.position(k_ + row, unit_[p], valid);
-        cp_async16(stage.weight.at(row, weight_vector_), weight_[0] + input * problem_.weight_stride, valid);
-      }
-    } else {
-      const int k = k_ + weight_vector_ * kHalves;
-      const int input = problem_.in_index.position(k, unit_[0], k < problem_.inputs);
-#pragma unroll
-      for (int p = 0; p < kWPasses; ++p) {
-        const int row = weight_row_ + p * kWRows;
-        cp_async16(stage.weight.at(row, weight_vector_), weight_[p] + input,
-                   k < problem_.inputs && row < outputs_left_);
-      }
-    }
+    for (int p = 0; p < Tiling::kM / kRows; ++p)
+      cp_async16(tile.at(row(p), threadIdx.x % kVectors), x_ + p * kRows * problem_.x_stride + k_,
+                 valid && row(p) < rows_left_);
     k_ += Tiling::kK;
-    fetch_units();
   }
 
  private:
-  static constexpr int kXVectors = Tiling::kK / kHalves, kXRows = Tiling::kThreads / kXVectors;
-  static constexpr int kXPasses = Tiling::kM / kXRows;
-  static constexpr int kWVectors = (kInputMajor ? Tiling::kN : Tiling::kK) / kHalves;
-  static constexpr int kWRows = Tiling::kThreads / kWVectors;
-  static constexpr int kWPasses = (kInputMajor ? Tiling::kK : Tiling::kN) / kWRows;
-  static constexpr int kUnits = kInputMajor ? kWPasses : 1;
-
-  // Those of the next stage: on their way while this one's products are made.
-  __device__ __forceinline__ void fetch_units() {
-#pragma unroll
-    for (int p = 0; p < kUnits; ++p) {
-      const int k = k_ + (kInputMajor ? weight_row_ + p * kWRows : weight_vector_ * kHalves);
-      unit_[p] = k < problem_.inputs ? problem_.in_index.unit(k) : 0;
-    }
-  }
+  static constexpr int kVectors = Tiling::kK / kHalves, kRows = Tiling::kThreads / kVectors;
+  __device__ static int row(int pass) { return static_cast<int>(threadIdx.x) / kVectors + pass * kRows; }
 
   const Problem& problem_;
   const T* x_;
-  const T* weight_[kInputMajor ? 1 : kWPasses];  // where this thread's outputs start
-  int row_, vector_, rows_left_, weight_row_, weight_vector_, outputs_left_, k_;
-  int unit_[kUnits];
+  int k_, rows_left_;
+};
+
+template <typename T, typename Tiling, bool kInputMajor>
+class WeightLoader;
+
+// Row-major: [kN][kK]. A thread's vectors of a stage begin at one input, in several outputs.
+template <typename T, typename Tiling>
+class WeightLoader<T, Tiling, false> {
+ public:
+  struct Shared {};
+  __device__ static void prepare(const Problem&, int, Shared&) {}
+
+  // columns: of this block's outputs in the weight, −1 past the last.
+  __device__ WeightLoader(const Problem& problem, int first_output, int first_input, const int* columns,
+                          Shared&)
+      : problem_(problem), k_(first_input + static_cast<int>(threadIdx.x) % kVectors * kHalves) {
+    outputs_left_ = problem.outputs - first_output;
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p) {
+      const int column = columns[row(p)];
+      weight_[p] = static_cast<const T*>(problem.weight) + max(column, 0) * problem.weight_stride;
+    }
+    fetch_unit();
+  }
+
+  template <typename Tile>
+  __device__ __forceinline__ void load(Tile& tile) {
+    const bool valid = k_ < problem_.inputs;
+    const int input = problem_.in_index.position(k_, unit_, valid);
+#pragma unroll
+    for (int p = 0; p < kPasses; ++p)
+      cp_async16(tile.at(row(p), threadIdx.x % kVectors), weight_[p] + input,
+                 valid && row(p) < outputs_left_);
+    k_ += Tiling::kK;
+    fetch_unit();
+  }
+
+ private:
+  static constexpr int kVectors = Tiling::kK / kHalves, kRows = Tiling::kThreads / kVectors;
+  static constexpr int kPasses = Tiling::kN / kRows;
+  __device__ static int row(int pass) { return static_cast<int>(threadIdx.x) / kVectors + pass * kRows; }
+  // The next stage's: on its way while this one's products are made.
+  __device__ __forceinline__ void fetch_unit() {
+    unit_ = k_ < problem_.inputs ? problem_.in_index.unit(k_) : 0;
+  }
+
+  const Problem& problem_;
+  const T* weight_[kPasses];  // the outputs' rows
+  int k_, unit_, outputs_left_;
+};
+
+// Input-major: [kK][kN]. A thread's vectors of a stage lie in several inputs, which others of the block need,
+// too: one thread finds out where an input is, and shares it, a barrier before it is needed.
+template <typename T, typename Tiling>
+class WeightLoader<T, Tiling, true> {
+ public:
+  struct Shared {
+    int inputs[Tiling::kStages][Tiling::kK];  // of a stage, in the weight; −1 past the last
+  };
+  // For the stages that are loaded before the first barrier, and the one after them.
+  __device__ static void prepare(const Problem& problem, int first_input, Shared& shared) {
+    for (int i = static_cast<int>(threadIdx.x); i < Tiling::kStages * Tiling::kK; i += Tiling::kThreads) {
+      const int k = first_input + i;
+      shared.inputs[i / Tiling::kK][i % Tiling::kK] = place(problem, k, fetch_unit(problem, k));
+    }
+  }
+
+  __device__ WeightLoader(const Problem& problem, int, int first_input, const int* columns, Shared& shared)
+      : problem_(problem), shared_(shared) {
+    const int column = columns[threadIdx.x % kVectors * kHalves];  // the vector's others follow it
+    valid_ = column >= 0;
+    weight_ = static_cast<const T*>(problem.weight) + max(column, 0);
+    next_ = first_input + Tiling::kStages * Tiling::kK + static_cast<int>(threadIdx.x);
+    unit_ = fetch_unit(problem, next_);
+  }
+
+  template <typename Tile>
+  __device__ __forceinline__ void load(Tile& tile) {
+    const int slot = loaded_ % Tiling::kStages;
+#pragma unroll
+    for (int p = 0; p < Tiling::kK / kRows; ++p) {
+      const int row = static_cast<int>(threadIdx.x) / kVectors + p * kRows, input = shared_.inputs[slot][row];
+      cp_async16(tile.at(row, threadIdx.x % kVectors), weight_ + input * problem_.weight_stride,
+                 valid_ && input >= 0);
+    }
+    if (++loaded_ < Tiling::kStages) return;
+    if (threadIdx.x < Tiling::kK) {
+      shared_.inputs[loaded_ % Tiling::kStages][threadIdx.x] = place(problem_, next_, unit_);
+      next_ += Tiling::kK;
+      unit_ = fetch_unit(problem_, next_);
+    }
+  }
+
+ private:
+  static constexpr int kVectors = Tiling::kN / kHalves, kRows = Tiling::kThreads / kVectors;
+  static_assert(Tiling::kK <= Tiling::kThreads && (Tiling::kStages & (Tiling::kStages - 1)) == 0);
+  __device__ static int fetch_unit(const Problem& problem, int k) {
+    return k < problem.inputs ? problem.in_index.unit(k) : 0;
+  }
+  __device__ static int place(const Problem& problem, int k, int unit) {
+    return k < problem.inputs ? problem.in_index.position(k, unit) : -1;
+  }
+
+  const Problem& problem_;
+  Shared& shared_;
+  const T* weight_;
+  bool valid_;
+  int next_, unit_;  // this thread's share of the stage after the next
+  unsigned loaded_ = 0;
 };
 
 // ---------------------------------------------------------------- from sums to out
@@ -302,7 +360,7 @@ __device__ void copy_removed(const Problem& problem, uint32_t* is_kept) {
 }
 
 // ---------------------------------------------------------------- kernels
-template <typename Tiling, bool kInputMajor>
+template <typename T, typename Tiling, bool kInputMajor>
 struct Shared {
   union {
     Stage<Tiling, kInputMajor> stages[Tiling::kStages];
@@ -310,6 +368,7 @@ struct Shared {
     uint32_t is_kept[sizeof(Stage<Tiling, kInputMajor>) * Tiling::kStages / 4];  // columns, in copy_removed
   };
   int columns[Tiling::kN];  // of the block's outputs in the weight
+  typename WeightLoader<T, Tiling, kInputMajor>::Shared weight;
 };
 
 // Rows of tiles whose blocks run side by side, so that a tile of W is read by all of them at about the same
@@ -320,7 +379,7 @@ constexpr int kGroup = 8;
 template <typename T, typename Tiling, bool kInputMajor>
 __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     multiply(const __grid_constant__ Problem problem) {
-  auto& shared = *dynamic_shared<Shared<Tiling, kInputMajor>>();
+  auto& shared = *dynamic_shared<Shared<T, Tiling, kInputMajor>>();
   if (blockIdx.x < problem.copying_blocks) {
     if (blockIdx.y == 0) copy_removed<T>(problem, shared.is_kept);
     return;
@@ -337,13 +396,19 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     shared.columns[i] =
         output < problem.outputs ? problem.out_index.position(output, problem.out_index.unit(output)) : -1;
   }
+  using Weight = WeightLoader<T, Tiling, kInputMajor>;
+  const int first_stage = split * problem.stages_a_split, first_input = first_stage * Tiling::kK;
+  Weight::prepare(problem, first_input, shared.weight);
   __syncthreads();
 
   WarpProduct<T, Tiling, kInputMajor> product;
-  const int first_stage = split * problem.stages_a_split;
   const int stages = min(ceil_div(problem.inputs, Tiling::kK) - first_stage, problem.stages_a_split);
-  Loader<T, Tiling, kInputMajor> loader(problem, first_row, first_output, first_stage, shared.columns);
-  multiply_stages(product, shared.stages, stages, [&](int, auto& stage) { loader.load(stage); });
+  XLoader<T, Tiling> x(problem, first_row, first_input);
+  Weight weight(problem, first_output, first_input, shared.columns, shared.weight);
+  multiply_stages(product, shared.stages, stages, [&](auto& stage) {
+    x.load(stage.x);
+    weight.load(stage.weight);
+  });
 
   const int output = first_output + Slab<Tiling>::column_of_thread();
   if (problem.partial != nullptr) {
@@ -406,7 +471,7 @@ __global__ void __launch_bounds__(kAddThreads) add_partial(const __grid_constant
 // ---------------------------------------------------------------- host
 template <typename T, typename Tiling, bool kInputMajor>
 void run(Problem problem, DType dtype, const Queue& queue) {
-  using Memory = Shared<Tiling, kInputMajor>;
+  using Memory = Shared<T, Tiling, kInputMajor>;
   const int64_t outputs = problem.outputs, stages = ceil_div(problem.inputs, Tiling::kK);
   problem.stages_a_split = static_cast<int>(ceil_div(stages, int64_t{problem.splits}));
   if (problem.scatter) {
