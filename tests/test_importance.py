@@ -149,6 +149,11 @@ def test_slices(device):
         flat[1:].as_strided((2, 3, 40), (400, 100, 1)), flat_grad.as_strided((2, 3, 40), (400, 100, 1))
     )
     assert_exact(a[:1].expand(4, -1, -1, -1), grad[:1].expand(4, -1, -1, -1))
+    # Heads that are blocks of rows, and that are wider than what a block of threads has beside each other.
+    assert_exact(a, grad, heads=4)
+    wide = move(device, *draw_whole((2, 3, 520)))
+    for heads in (1, 5, 26):
+        assert_exact(*wide, dim=2, heads=heads)
 
 
 @pytest.mark.parametrize("schedule", range(1, 5))

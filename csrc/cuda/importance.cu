@@ -2,22 +2,19 @@
 // csrc/cpu/importance.cpp. Two launches:
 //
 //   sum positions   partial [B, splits, C] float32 ← a, g, read once in 16-byte vectors, several of them
-//   under
-//                   way in each thread. Three kernels, by layout:
-//     rows          positions contiguous (NCHW): 8, 16 or 32 lanes a row, or a warp a piece of a row. Vectors
-//                   start at multiples of 16 bytes, wherever the rows do: at a row's ends they hold elements
-//                   of its neighbours, which are left out. Short rows go four to a lane.
+//                   under way in each thread. Three kernels, by layout:
+//     rows          positions contiguous (NCHW): 8, 16 or 32 lanes a row, or a warp a piece of a row.
+//                   Vectors start at multiples of 16 bytes, wherever the rows do: at a row's ends they hold
+//                   elements of its neighbours, which are left out. Short rows go four to a lane.
 //     columns       channels contiguous (channels_last, [B, n, C]): a thread keeps a vector of channels and
-//                   walks down the positions; the threads of a block that share channels meet in shared
-//                   memory.
+//                   walks down the positions; a block's threads that share channels meet in shared memory,
+//                   and so do the channels of a head, where a block has all of them.
 //     strided       anything else: a warp a channel, element by element.
-//   add examples    scores [units] ← partial: the sum s of an example's unit is complete here, so |s| or s²
-//   is
-//                   taken and added up over the batch. From here on float64, as on the CPU.
+//   add examples    scores [units] ← partial: here the sum s of an example's unit is complete, so |s| or s²
+//                   is taken and added up over the batch. From here on float64, as on the CPU.
 //
 // Long sums are cut so that no chain of float32 additions is longer than 16 or so, and so that a single
-// example keeps the whole GPU busy; the cuts depend on the shape alone, and the same bits come out every
-// time.
+// example keeps the whole GPU busy; the cuts depend on the shape alone: the same bits come out every time.
 #include <algorithm>
 #include <type_traits>
 
@@ -32,7 +29,7 @@ constexpr int kSlots = 4;  // vectors of a, and as many of g, under way in a thr
 constexpr int64_t kMaxCount = int64_t{1} << 30;
 // Enough warps, or blocks, for the largest GPU to hide its memory's latency. No property of the device is
 // asked for: the sums would depend on it.
-constexpr int64_t kEnoughWarps = 4096, kEnoughBlocks = 512;
+constexpr int64_t kEnoughWarps = 4096, kEnoughBlocks = 1024;
 constexpr int64_t kMaxSteps = 16;  // of a thread, each kSlots vectors, until its sum is written
 
 enum class Layout { rows, short_rows, columns, strided };
@@ -44,11 +41,12 @@ struct Dim {
 
 struct Problem {
   const void *a, *g;  // of the same strides, and equally far from a multiple of 16 bytes
-  float* partial;     // [batch, splits, channels]
+  float* partial;     // [batch, splits, channels / fold]
   Dim batch, channel, position[kMaxDims - 2];
   int64_t extent;  // elements from the first to the last, of which not all need be the tensor's
   bool even_rows;  // one stride from channel to channel, also into the next example
   uint32_t positions, splits;
+  uint32_t fold;   // columns: so many channels are summed up at once, a whole unit's, or 1
   uint32_t piece;  // of a split: vectors (rows), positions (columns, strided)
   int rank;        // of the positions
   int lanes;       // short rows: log₂ of those to a row; columns: vectors of channels to a block
@@ -279,12 +277,21 @@ __global__ void __launch_bounds__(kThreads, 3) sum_columns(const __grid_constant
     for (int j = 0; j < kVector; ++j) sums[row * width + lane * kVector + j] = total[j];
   }
   __syncthreads();
-  float* partial = problem.partial + int64_t{piece} * problem.channel.size + first_channel;
-  const int64_t left = problem.channel.size - first_channel;
-  for (int c = static_cast<int>(threadIdx.x); c < width && c < left; c += kThreads) {
+  const int fold = static_cast<int>(problem.fold);
+  float* partial = problem.partial + (int64_t{piece} * problem.channel.size + first_channel) / fold;
+  const int count = static_cast<int>(min(problem.channel.size - first_channel, int64_t{width}));
+  for (int c = static_cast<int>(threadIdx.x); c < count; c += kThreads) {
     float sum = 0.0f;
     for (int r = 0; r < rows_at_once; ++r) sum += sums[r * width + c];
-    partial[c] = sum;
+    (fold == 1 ? partial : sums)[c] = sum;
+  }
+  if (fold == 1) return;
+  __syncthreads();
+  for (int u = static_cast<int>(threadIdx.x) / kWarp; u < count / fold; u += kThreads / kWarp) {
+    float sum = 0.0f;
+    for (int c = static_cast<int>(threadIdx.x) % kWarp; c < fold; c += kWarp) sum += sums[u * fold + c];
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarp == 0) partial[u] = sum;
   }
 }
 
@@ -339,6 +346,7 @@ __device__ __forceinline__ double of_example(double sum, Kind kind) {
   return kind == Kind::taylor2 ? sum * sum : kind == Kind::taylor ? fabs(sum) : sum;
 }
 
+constexpr int kLoads = 8;
 constexpr int kExampleWarps = 32;  // at most: with fewer examples, as many as those
 
 // Units of one channel: a lane a unit; each warp has its share of the examples, one after the other in
@@ -354,13 +362,19 @@ __global__ void __launch_bounds__(kExampleWarps* kWarp) add_examples(const __gri
   if (unit < x.units) {
     const float* partial = x.partial + unit;
     int64_t split = 0;
-#pragma unroll 8
-    for (int64_t row = begin; row < end; ++row) {
-      sum += static_cast<double>(partial[row * x.units]);
-      if (++split == x.splits) {
-        score += of_example(sum, x.kind);
-        sum = 0.0;
-        split = 0;
+    for (int64_t row = begin; row < end; row += kLoads) {
+      float terms[kLoads];  // all on their way before the first is added
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) terms[i] = row + i < end ? partial[(row + i) * x.units] : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (row + i >= end) break;
+        sum += static_cast<double>(terms[i]);
+        if (++split == x.splits) {
+          score += of_example(sum, x.kind);
+          sum = 0.0;
+          split = 0;
+        }
       }
     }
   }
@@ -384,10 +398,15 @@ __global__ void __launch_bounds__(kExampleWarps* kWarp)
   for (int64_t b = warp; b < x.batch; b += warps) {
     const float* example = unit + b * x.splits * channels;
     double sum = 0.0;
-#pragma unroll 4
-    for (uint32_t i = lane; i < terms; i += kWarp) {
-      const uint32_t split = i / width;
-      sum += static_cast<double>(example[split * channels + (i - split * width)]);
+    for (uint32_t first = lane; first < terms; first += kLoads * kWarp) {
+      float some[kLoads];
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const uint32_t term = first + i * kWarp, split = term / width;
+        some[i] = term < terms ? example[split * channels + (term - split * width)] : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) sum += static_cast<double>(some[i]);
     }
     score += of_example(warp_sum(sum), x.kind);
   }
@@ -404,6 +423,9 @@ struct Plan {
   Layout layout = Layout::strided;
   bool vectors = false;  // columns: 16 bytes of channels a thread
   int64_t blocks = 0;
+  int64_t partial_sums() const {
+    return int64_t{problem.batch.size} * problem.splits * (problem.channel.size / problem.fold);
+  }
 };
 
 // As few dimensions of positions as the strides allow, the smallest stride last.
@@ -437,9 +459,10 @@ int64_t steps_a_piece(int64_t count, int64_t steps, int64_t enough) {
   return some;
 }
 
-Plan plan_for(const TensorView& a, int dim) {
+Plan plan_for(const TensorView& a, int dim, int64_t units) {
   MVP_CHECK(dim >= 1 && dim < a.ndim, "importance", "dim must be a dimension of a after the batch");
   MVP_CHECK(a.numel() > 0, "importance", "a must not be empty");
+  MVP_CHECK(units > 0 && a.shape[dim] % units == 0, "importance", "units must divide the channels");
   Plan plan;
   Problem& x = plan.problem;
   const int64_t batch = a.shape[0], channels = a.shape[dim], positions = a.numel() / (batch * channels);
@@ -449,6 +472,7 @@ Plan plan_for(const TensorView& a, int dim) {
   x.batch = {static_cast<uint32_t>(batch), a.stride[0]};
   x.channel = {static_cast<uint32_t>(channels), a.stride[dim]};
   set_positions(x, a, dim);
+  x.fold = 1;
   x.extent = 1;
   for (int d = 0; d < a.ndim; ++d) x.extent += (a.shape[d] - 1) * a.stride[d];
 
@@ -481,6 +505,8 @@ Plan plan_for(const TensorView& a, int dim) {
     const int64_t taken = steps_a_piece(batch * x.chunks, steps, kEnoughBlocks);
     x.splits = static_cast<uint32_t>(ceil_div(steps, taken));
     x.piece = static_cast<uint32_t>(taken * step);
+    const int64_t width = channels / units, beside = x.lanes * (plan.vectors ? vector : 1);
+    if (beside % width == 0) x.fold = static_cast<uint32_t>(width);
     plan.blocks = batch * x.splits * x.chunks;
     MVP_CHECK(plan.blocks <= INT32_MAX, "importance", "more elements than a grid has room for");
     return plan;
@@ -519,15 +545,15 @@ void sum_positions(const Plan& plan, DType dtype, const Queue& queue) {
 
 namespace mvp {
 
-int64_t importance_workspace_cuda(const TensorView& a, int64_t dim) {
-  const cuda::Problem& x = cuda::plan_for(a, static_cast<int>(dim)).problem;
-  return int64_t{x.batch.size} * x.splits * x.channel.size;
+int64_t importance_workspace_cuda(const TensorView& a, int64_t dim, int64_t units) {
+  return cuda::plan_for(a, static_cast<int>(dim), units).partial_sums();
 }
 
 void importance_cuda(const TensorView& a, const TensorView& grad, const std::string& kind, int64_t dim,
                      const TensorView& workspace, const TensorView& scores, int device, uint64_t stream) {
   using namespace cuda;
-  Plan plan = plan_for(a, static_cast<int>(dim));
+  const int64_t units = scores.shape[0];
+  Plan plan = plan_for(a, static_cast<int>(dim), units);
   Problem& x = plan.problem;
   const bool product = kind != "activation";
   if (product) {
@@ -538,9 +564,7 @@ void importance_cuda(const TensorView& a, const TensorView& grad, const std::str
     MVP_CHECK((reinterpret_cast<uintptr_t>(a.data) - reinterpret_cast<uintptr_t>(grad.data)) % 16 == 0,
               "importance", "a and grad must be aligned alike");
   }
-  const int64_t units = scores.shape[0], width = x.channel.size / units;
-  MVP_CHECK(workspace.numel() >= int64_t{x.batch.size} * x.splits * x.channel.size, "importance",
-            "the workspace is too small");
+  MVP_CHECK(workspace.numel() >= plan.partial_sums(), "importance", "the workspace is too small");
   x.g = product ? grad.data : a.data;
   x.partial = workspace.ptr<float>();
   const Queue queue(device, stream);
@@ -559,11 +583,10 @@ void importance_cuda(const TensorView& a, const TensorView& grad, const std::str
   examples.batch = x.batch.size;
   examples.splits = x.splits;
   examples.units = units;
-  examples.width = width;
-  examples.divisor =
-      product ? 1.0 : static_cast<double>(x.batch.size) * x.positions * static_cast<double>(width);
+  examples.width = x.channel.size / x.fold / units;
+  examples.divisor = product ? 1.0 : static_cast<double>(a.numel() / units);
   examples.kind = kind == "taylor" ? Kind::taylor : kind == "taylor2" ? Kind::taylor2 : Kind::activation;
-  const bool lane_a_unit = width == 1 && (examples.batch >= kExampleWarps || examples.splits < 8);
+  const bool lane_a_unit = examples.width == 1 && (examples.batch >= kExampleWarps || examples.splits < 8);
   const int64_t blocks = lane_a_unit ? ceil_div(units, kWarp) : units;
   const unsigned threads = static_cast<unsigned>(std::min<int64_t>(examples.batch, kExampleWarps)) * kWarp;
   const Shape shape{dim3(static_cast<unsigned>(blocks)), dim3(threads), sizeof(double) * threads};

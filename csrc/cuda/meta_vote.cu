@@ -15,7 +15,6 @@
 // written.
 #include <algorithm>
 #include <climits>
-#include <limits>
 
 #include "common.cuh"
 #include "mvp/cuda_ops.h"

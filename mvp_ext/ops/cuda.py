@@ -50,7 +50,8 @@ def importance(a: Tensor, grad: Tensor | None, kind: str, dim: int, scores: Tens
         if not _alike(a, grad):  # a has holes, or does not start where torch lets tensors start
             a = torch.empty_like(a).copy_(a)
     module = kernels()
-    workspace = torch.empty(module.importance_workspace_cuda(a, dim), dtype=torch.float32, device=a.device)
+    partial_sums = module.importance_workspace_cuda(a, dim, scores.shape[0])
+    workspace = torch.empty(partial_sums, dtype=torch.float32, device=a.device)
     module.importance_cuda(a, grad, kind, dim, workspace, scores, *queue(a))
     return scores
 

@@ -13,7 +13,7 @@ namespace mvp {
 
 // a and grad: not empty, of the same strides (any) and equally far from a multiple of 16 bytes; the workspace
 // is float32, of as many elements as importance_workspace_cuda says.
-int64_t importance_workspace_cuda(const TensorView& a, int64_t dim);
+int64_t importance_workspace_cuda(const TensorView& a, int64_t dim, int64_t units);
 void importance_cuda(const TensorView& a, const TensorView& grad, const std::string& kind, int64_t dim,
                      const TensorView& workspace, const TensorView& scores, int device, uint64_t stream);
 
