@@ -178,9 +178,18 @@ def _kept_part(
         weight = _kept_rows(weight, rows, row_block)
     if cols is not None and col_block > 1:
         return weight.reshape(weight.shape[0], -1, col_block).index_select(1, cols).flatten(1)
-    if cols is None:
-        return weight
-    return weight.index_select(1, cols) if cuda.runs(weight) else pack([weight], [None], [cols])[0]
+    return weight if cols is None else pack([weight], [None], [cols])[0]
+
+
+def _kept_in_one_launch(
+    weight: Tensor, bias: Tensor | None, rows: Tensor | None, cols: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """weight[rows][:, cols] and bias[rows], for a GPU, where a launch often takes longer than the copy."""
+    turned = not weight.is_contiguous()
+    part = (weight.t(), cols, rows) if turned else (weight, rows, cols)
+    parts = [part] if bias is None or rows is None else [part, (bias, rows, None)]
+    kept, *kept_bias = pack(*map(list, zip(*parts, strict=True)))
+    return kept.t() if turned else kept, kept_bias[0] if kept_bias else bias
 
 
 def _pruned_linear_library(
@@ -194,9 +203,13 @@ def _pruned_linear_library(
     residual: Tensor | None,
 ) -> Tensor:
     try:
-        if bias is not None and out_index is not None:
-            bias = _kept_rows(bias, out_index, out_block)
-        weight = _kept_part(weight, out_index, in_index, out_block, in_block)
+        single = out_block == in_block == 1 and not (out_index is in_index is None)
+        if cuda.runs(weight) and single and (weight.is_contiguous() or weight.t().is_contiguous()):
+            weight, bias = _kept_in_one_launch(weight, bias, out_index, in_index)
+        else:
+            if bias is not None and out_index is not None:
+                bias = _kept_rows(bias, out_index, out_block)
+            weight = _kept_part(weight, out_index, in_index, out_block, in_block)
     except (
         IndexError,
         RuntimeError,
