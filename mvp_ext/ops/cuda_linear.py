@@ -97,8 +97,8 @@ def _kernel_or_library(rows: int, outputs: int, inputs: int) -> Literal["kernel"
 
     NOT YET MEASURED on a GPU: a model, whose constants (or form) a measurement is to replace. The library's way packs
     first: reads and writes what is kept of the weight, 4 · outputs · inputs bytes, in one launch or, where blocks are
-    kept, a second one for the bias. Ours saves that, which is most of the time at few and middling rows, and loses where the GEMM's own
-    time counts: there the library's kernels reach more of Hopper's tensor cores.
+    kept, two with the bias. Ours saves that, which is most of the time at few and middling rows, and loses where the
+    GEMM's own time counts: there the library's kernels reach more of Hopper's tensor cores.
     """
     packing = 2 * _LAUNCH_SECONDS + 4 * outputs * inputs / _BYTES_A_SECOND
     product = 2 * rows * outputs * inputs / _FLOPS_A_SECOND
