@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mvp_ext.ops import pruned_linear
-from mvp_ext.ops.cuda_linear import linear_by
+from mvp_ext.ops.cuda_linear import Plan, has_hopper, linear_by
 
 WIDTHS = {"ViT-S": (384, 6), "ViT-B": (768, 12), "ViT-L": (1024, 16)}
 ROWS = (1, 16, 197, 1576, 6304, 16384)
@@ -77,7 +77,7 @@ def add_case(
     def ours() -> Tensor:
         return pruned_linear(x, weight, bias, out_index, in_index, out_block=out_block, in_block=in_block)
 
-    def by(way: Literal["kernel", "library"]) -> Tensor:
+    def by(way: Plan | Literal["kernel", "library"]) -> Tensor:
         with linear_by(way):
             return ours()
 
@@ -94,6 +94,7 @@ def add_case(
         ours,
         {
             "kernel": lambda: by("kernel"),
+            "wgmma kernel": (lambda: by(Plan(3, 1))) if has_hopper(device) else None,
             "library": lambda: by("library"),
             "dense": lambda: F.linear(full_x, weight, bias),
             "masked dense": lambda: F.linear(full_x, weight * kept, bias),

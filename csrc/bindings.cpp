@@ -108,6 +108,11 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["cpu_bf16_pairs"] = false;
 #endif
+#ifdef MVP_WITH_HOPPER
+    info["hopper"] = true;
+#else
+    info["hopper"] = false;
+#endif
 #ifdef MVP_WITH_CUDA
     info["cuda"] = true;
     info["cuda_archs"] = MVP_CUDA_ARCHS;

@@ -59,6 +59,11 @@ struct WarpProduct {
     first_k = warp / (Tiling::kWarpsM * Tiling::kWarpsN) * (Tiling::kSteps * 2);
   }
 
+  // Two neighbouring sums of fragment (i, j), in its upper or lower eight rows.
+  __device__ __forceinline__ float2 pair(int i, int j, int half) const {
+    return make_float2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
+  }
+
   // Fragments of 16 inputs, into set step % 2.
   __device__ __forceinline__ void fetch(Stage<Tiling, kInputMajor>& stage, unsigned step) {
     const unsigned set = step % 2, k = first_k + step * 2;
@@ -179,7 +184,7 @@ struct Slab {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           *reinterpret_cast<float2*>(&at[part][row + i * 16 + half * 8][column + j * 8]) =
-              make_float2(product.sum[i][j][2 * half], product.sum[i][j][2 * half + 1]);
+              product.pair(i, j, half);
   }
 };
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from mvp_ext.ops import cuda
+from mvp_ext.ops._native import build_info
 
-# Rows of x, outputs and inputs of a tile: Small, Medium and Large of csrc/cuda/pruned_linear.cu.
-TILINGS = ((16, 32, 128), (64, 64, 64), (128, 128, 32))
+# Rows of x, outputs and inputs of a tile: Small, Medium and Large of csrc/cuda/pruned_linear.cu, and Hopper's.
+TILINGS = ((16, 32, 128), (64, 64, 64), (128, 128, 32), (128, 128, 64))
+_HOPPER = 3
 _VECTOR = 8  # elements of 16 bits in a 16-byte vector
 
 
@@ -51,6 +53,10 @@ def plan(
     if not _readable(x, weight, out_index, in_index, out_block, in_block):
         return None
     if isinstance(_forced, Plan):
+        if _forced.tiling == _HOPPER and not has_hopper(x.device):
+            raise RuntimeError(
+                "pruned_linear: Plan(3, 1) needs a GPU of compute capability 9.0 and a build with MVP_CUDA_ARCHS for it"
+            )
         return _forced
     rows, outputs = math.prod(x.shape[:-1]), _outputs(weight, out_index, out_block)
     if (_forced or _kernel_or_library(rows, outputs, x.shape[-1])) == "library":
@@ -107,6 +113,13 @@ def _kernel_or_library(rows: int, outputs: int, inputs: int) -> Literal["kernel"
 
 _MIN_STAGES = 8  # of a block, where blocks share a tile's inputs: less would be all start and end
 _MAX_SPLITS = 16
+
+
+def has_hopper(device: torch.device) -> bool:
+    """Whether the kernel by wgmma can run. No rule chooses it before it has been run on a GPU: see docs/cuda.md."""
+    if device.type != "cuda":
+        return cuda.stand_in
+    return bool(build_info()["hopper"]) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _kernel_plan(rows: int, outputs: int, inputs: int, multiprocessors: int) -> Plan:
