@@ -536,3 +536,41 @@ def test_pretrain(name):
     assert not backbone.model.training
     with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
         pretrain(model, data, steps=0, image_size=32)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_pretraining_goes_on_where_it_was(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("mvp_ext.pruning.pretrain.SAVE_EVERY", 2)
+    data, path = digits_task().data, tmp_path / "backbone.partial"
+    options = {"steps": 7, "image_size": 32, "recipe": RECIPE}
+    whole, accuracy, cost = pretrain(tiny_backbone(name).model, data, **options)
+
+    def stop(done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny_backbone(name).model, data, **options, resume=path, on_step=stop)
+    assert path.exists()
+    steps = []
+    again = pretrain(
+        tiny_backbone(name).model, data, **options, resume=path, on_step=lambda done, _: steps.append(done)
+    )
+    assert steps == [5, 6, 7]
+    assert states_equal(again[0].model.state_dict(), whole.model.state_dict())
+    assert (again[1], again[2].steps, again[2].train_flops) == (accuracy, cost.steps, cost.train_flops)
+    assert not path.exists()
+    # Another run's state, or a damaged one, is no beginning.
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny_backbone(name).model, data, **options, resume=path, on_step=stop)
+    for _ in range(2):
+        steps.clear()
+        pretrain(
+            tiny_backbone(name).model,
+            data,
+            **{**options, "steps": 1},
+            resume=path,
+            on_step=lambda done, _: steps.append(done),
+        )
+        assert steps == [1]
+        path.write_bytes(b"no such file")

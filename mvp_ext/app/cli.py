@@ -98,7 +98,10 @@ def pretrain(
     device: options.Device = "auto",
     threads: options.Threads = None,
 ) -> None:
-    """Train a backbone from scratch on all classes, where no pre-trained weights are at hand."""
+    """Train a backbone from scratch on all classes, where no pre-trained weights are at hand.
+
+    After Ctrl-C or a crash the same command goes on where it was.
+    """
     options.set_threads(threads)
     place = options.device_of(device)
     images = options.data_of(data)
@@ -115,6 +118,7 @@ def pretrain(
             learning_rate=learning_rate or family.learning_rate * (10 if family.optimizer == "sgd" else 3),
             batch_size=batch_size or family.batch_size,
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar("pre-training") as progress:
         backbone, accuracy, cost = run_pretraining(
             network,
@@ -124,8 +128,8 @@ def pretrain(
             recipe=recipe,
             seed=seed,
             on_step=lambda done, total: progress("", done, total),
+            resume=out.with_suffix(".partial"),
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
     backbone.save(out)
     say(
         f"{out}: {model} at {size} pixels, {100 * accuracy:.1f} % on {len(images.test_labels)} test images of "

@@ -41,6 +41,11 @@ class Cost:
         mine, theirs = asdict(self), asdict(other)
         return Cost(**{name: mine[name] + theirs[name] for name in mine})
 
+    def add(self, earlier: Cost) -> None:
+        """Book an interrupted run's cost on the one that goes on from it (what is redone was spent twice)."""
+        for name, value in asdict(self + earlier).items():
+            setattr(self, name, value)
+
     def to_dict(self) -> dict[str, float]:
         return {**asdict(self), "flops": self.flops}
 

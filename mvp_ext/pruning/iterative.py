@@ -154,7 +154,7 @@ def prune_iteratively(
         trainer.restore(_without_prefix(saved.extra))
         final_done = int(saved.extra["final_done"])
         done = int(saved.extra["done"])
-        _take_over(cost, Cost.from_dict(saved.extra["cost"]))
+        cost.add(Cost.from_dict(saved.extra["cost"]))
     else:
         final_done = 0
         with cost.timed():
@@ -237,9 +237,3 @@ def _without_prefix(extra: Mapping[str, Any]) -> dict[str, Tensor]:
     return {
         name.removeprefix("trainer/"): value for name, value in extra.items() if name.startswith("trainer/")
     }
-
-
-def _take_over(cost: Cost, earlier: Cost) -> None:
-    """Book an interrupted run's cost on the one that goes on from it (what is redone is booked twice: it was spent)."""
-    for name, value in vars(cost + earlier).items():
-        setattr(cost, name, value)
