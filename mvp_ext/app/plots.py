@@ -85,7 +85,7 @@ def to_png(draw: Callable[[Theme], Figure], theme: Theme = LIGHT, dpi: int = 130
 
 def accuracy_against_steps(results: Results, theme: Theme) -> Figure:
     """Mean accuracy (band: ± s.e. over tasks) after so many fine-tuning steps, one line an arm."""
-    figure, axes = _figure(theme, 7.2, 3.8)
+    figure, axes = new_figure(theme, 7.2, 3.8)
     last = 1.0
     for position, arm in enumerate(results["arms"]):
         curve = learning_curve(arm["tasks"])
@@ -107,7 +107,7 @@ def accuracy_against_steps(results: Results, theme: Theme) -> Figure:
             lw=0,
         )
         last = max(last, *steps)
-    _dense_line(axes, results.get("dense_accuracy"), theme)
+    dense_line(axes, results.get("dense_accuracy"), theme)
     if (
         last > 200
     ):  # a from-scratch arm takes many times the steps: a linear axis would squeeze the others to a line
@@ -118,13 +118,13 @@ def accuracy_against_steps(results: Results, theme: Theme) -> Figure:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("fine-tuning steps of the target task")
     axes.set_ylabel("test accuracy (%)")
-    _legend(axes, theme)
+    add_legend(axes, theme)
     return figure
 
 
 def accuracy_against_cost(arms: list[Arm], dense_accuracy: float | None, theme: Theme) -> Figure:
     """Mean accuracy (bar: ± s.e. over tasks) against what one task's pruned model cost, one point an arm."""
-    figure, axes = _figure(theme, 7.2, 3.4)
+    figure, axes = new_figure(theme, 7.2, 3.4)
     for position, arm in enumerate(arms):
         if arm.flops <= 0:
             continue
@@ -140,7 +140,7 @@ def accuracy_against_cost(arms: list[Arm], dense_accuracy: float | None, theme: 
             ls="none",
             label=arm.name,
         )
-    _dense_line(axes, dense_accuracy, theme)
+    dense_line(axes, dense_accuracy, theme)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops_text(value)))
     axes.margins(x=0.15)
@@ -150,13 +150,13 @@ def accuracy_against_cost(arms: list[Arm], dense_accuracy: float | None, theme: 
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("training, scoring and similarity FLOPs a task")
     axes.set_ylabel("test accuracy (%)")
-    _legend(axes, theme)
+    add_legend(axes, theme)
     return figure
 
 
 def overlap_against_similarity(results: Results, theme: Theme) -> Figure:
     """IoU of two tasks' masks against the tasks' similarity, with the line of independent draws."""
-    figure, axes = _figure(theme, 7.2, 3.6)
+    figure, axes = new_figure(theme, 7.2, 3.6)
     groups: dict[str, list[tuple[float, float]]] = {}
     for point in results["overlap"]:
         groups.setdefault(point.get("group", "pairs of tasks"), []).append(
@@ -179,7 +179,7 @@ def overlap_against_similarity(results: Results, theme: Theme) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("similarity of the two tasks")
     axes.set_ylabel("overlap of their masks (IoU)")
-    _legend(axes, theme)
+    add_legend(axes, theme)
     return figure
 
 
@@ -189,7 +189,7 @@ def kept_units(results: Results, theme: Theme) -> Figure:
     shared: dict[tuple[float, ...], list[str]] = {}
     for arm in layers[0]["kept"]:
         shared.setdefault(tuple(layer["kept"][arm] for layer in layers), []).append(arm)
-    figure, axes = _figure(theme, 7.2, 3.6)
+    figure, axes = new_figure(theme, 7.2, 3.6)
     positions = range(len(layers))
     axes.bar(positions, [layer["units"] for layer in layers], width=0.8, color=theme.grid, label="dense")
     width = 0.7 / len(shared)
@@ -207,7 +207,7 @@ def kept_units(results: Results, theme: Theme) -> Figure:
     axes.set_xticks(list(positions), [layer["name"] for layer in layers], rotation=45, ha="right")
     axes.grid(False, axis="x")
     axes.set_ylabel("units (filters, heads, neurons)")
-    _legend(axes, theme)
+    add_legend(axes, theme)
     return figure
 
 
@@ -251,7 +251,8 @@ def latency(results: Results, theme: Theme) -> Figure:
     return figure
 
 
-def _figure(theme: Theme, width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(theme: Theme, width: float, height: float) -> tuple[Figure, Axes]:
+    """One panel in the page's style; sizes in inches."""
     figure, axes = _panels(theme, width, height, 1)
     return figure, axes[0]
 
@@ -276,12 +277,14 @@ def _panels(theme: Theme, width: float, height: float, count: int) -> tuple[Figu
     return figure, panels
 
 
-def _dense_line(axes: Axes, accuracy: float | None, theme: Theme) -> None:
+def dense_line(axes: Axes, accuracy: float | None, theme: Theme) -> None:
+    """The dense model's accuracy, where it is known."""
     if accuracy is not None:
         axes.axhline(100 * accuracy, color=theme.muted, lw=1.2, ls=":", label="dense model")
 
 
-def _legend(axes: Axes, theme: Theme) -> None:
+def add_legend(axes: Axes, theme: Theme) -> None:
+    """Outside, at the right: no line can hide it."""
     axes.legend(
         loc="upper left",
         bbox_to_anchor=(1.01, 1.0),

@@ -76,7 +76,22 @@ def render_report(results: Results) -> str:
         "layers": "Kept units per layer",
         "latency": "Latency",
     }
-    sections = [_figure(titles[name], draw, captions[name]) for name, draw in drawn.items()]
+    sections = [figure(titles[name], draw, captions[name]) for name, draw in drawn.items()]
+    body = f"""<p class="lead">{_lead(results, arms)}</p>
+{bullets("Findings", findings(results, arms))}
+<div class="wide">{table(table_columns(arms), table_rows(results, arms))}</div>
+<p class="note">Accuracy: mean ± standard error over {max(arm.tasks for arm in arms)} tasks. Differences are
+paired, task by task. A multiply-add counts as two FLOPs.{_dense_note(results)}</p>
+{"".join(sections)}
+{bullets("Read this before quoting it", limits(results))}
+{facts("Setting", results["setting"])}
+{facts("Machine and versions", results.get("environment", {}))}
+<p class="note">{escape(" · ".join(x for x in (results.get("command"), results.get("created")) if x))}</p>"""
+    return page(results["title"], body)
+
+
+def page(title: str, body: str) -> str:
+    """A whole page around ``body`` (HTML). It loads nothing, and tells the browser so."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -84,21 +99,12 @@ def render_report(results: Results) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(results["title"])}</title>
+<title>{escape(title)}</title>
 <style>{_STYLE}</style>
 </head>
 <body><main>
-<h1>{escape(results["title"])}</h1>
-<p class="lead">{_lead(results, arms)}</p>
-{_list("Findings", findings(results, arms))}
-<div class="wide">{_table(table_columns(arms), table_rows(results, arms))}</div>
-<p class="note">Accuracy: mean ± standard error over {max(arm.tasks for arm in arms)} tasks. Differences are
-paired, task by task. A multiply-add counts as two FLOPs.{_dense_note(results)}</p>
-{"".join(sections)}
-{_list("Read this before quoting it", limits(results))}
-{_facts("Setting", results["setting"])}
-{_facts("Machine and versions", results.get("environment", {}))}
-<p class="note">{escape(" · ".join(x for x in (results.get("command"), results.get("created")) if x))}</p>
+<h1>{escape(title)}</h1>
+{body}
 </main></body>
 </html>
 """
@@ -241,7 +247,8 @@ def _overlap_caption(results: Results) -> str:
     )
 
 
-def _figure(title: str, draw: object, caption: str) -> str:
+def figure(title: str, draw: object, caption: str) -> str:
+    """A figure in its light and dark version, as data URIs, with its caption."""
     light, dark = (_data_uri(plots.to_svg(draw, theme)) for theme in (plots.LIGHT, plots.DARK))  # type: ignore[arg-type]
     return (
         f"<figure><h2>{escape(title)}</h2><div class='wide'><picture>"
@@ -255,7 +262,8 @@ def _data_uri(svg: bytes) -> str:
     return f"data:image/svg+xml;base64,{b64encode(svg).decode()}"
 
 
-def _table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
+    """``columns``: (title, side) of each."""
     head = "".join(f"<th class='{side}'>{escape(name)}</th>" for name, side in columns)
     body = "".join(
         "<tr>"
@@ -267,17 +275,19 @@ def _table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) ->
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _list(title: str, sentences: Sequence[str]) -> str:
+def bullets(title: str, sentences: Sequence[str]) -> str:
+    """A titled list; nothing where there is no sentence."""
     if not sentences:
         return ""
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
     return f"<section><h2>{escape(title)}</h2><ul>{items}</ul></section>\n"
 
 
-def _facts(title: str, facts: Results) -> str:
-    if not facts:
+def facts(title: str, values: Results) -> str:
+    """Names and values behind a title that opens."""
+    if not values:
         return ""
-    rows = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in facts.items())
+    rows = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in values.items())
     return f"<details><summary>{escape(title)}</summary><dl>{rows}</dl></details>\n"
 
 

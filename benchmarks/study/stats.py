@@ -1,0 +1,93 @@
+"""Means, paired tests and their correction. Tasks are what is drawn at random: seeds of one task are averaged first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+BOOTSTRAP_DRAWS = 10_000
+Scores = Mapping[tuple[Hashable, int], float]  # (task, seed) → accuracy
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A paired difference over tasks.
+
+    Attributes:
+        difference, error: mean over tasks and its standard error (None for one task).
+        low, high: 95 % percentile bootstrap over tasks.
+        p: two-sided paired t-test over tasks; 1 where it cannot be made (fewer than two tasks, or all differences 0).
+        tasks, runs: tasks, and (task, seed) pairs that both sides have.
+    """
+
+    difference: float
+    error: float | None
+    low: float
+    high: float
+    p: float
+    tasks: int
+    runs: int
+
+
+def by_task(scores: Scores) -> dict[Hashable, float]:
+    """Each task's mean over its seeds."""
+    grouped: dict[Hashable, list[float]] = {}
+    for (task, _), value in scores.items():
+        grouped.setdefault(task, []).append(value)
+    return {task: math.fsum(values) / len(values) for task, values in grouped.items()}
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and standard error (None for a single value)."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def paired(first: Scores, second: Scores, seed: int = 0) -> Paired | None:
+    """``first`` − ``second`` over the tasks and seeds that both have; None where they share none."""
+    common = first.keys() & second.keys()
+    if not common:
+        return None
+    per_task = by_task({key: first[key] - second[key] for key in common})
+    differences = np.array([per_task[task] for task in sorted(per_task, key=repr)])
+    mean, error = mean_error(differences.tolist())
+    draws = np.random.default_rng(seed).integers(0, len(differences), (BOOTSTRAP_DRAWS, len(differences)))
+    low, high = np.percentile(differences[draws].mean(1), [2.5, 97.5])
+    p = 1.0
+    if error:
+        p = float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
+    elif error == 0 and mean != 0:  # the same difference on every task
+        p = 0.0
+    return Paired(mean, error, float(low), float(high), p, len(differences), len(common))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: family-wise adjusted p-values, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def mantel(x: np.ndarray, y: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Spearman's correlation of two symmetric matrices' pairs, and its one-sided p by permuting the objects.
+
+    Pairs of tasks share tasks, so that an ordinary test of the correlation would see too many observations.
+    """
+    upper = np.triu_indices(len(x), 1)
+    ranked = stats.rankdata(x[upper])
+    observed = float(np.corrcoef(ranked, stats.rankdata(y[upper]))[0, 1])
+    generator, hits = np.random.default_rng(seed), 0
+    for _ in range(draws):
+        order = generator.permutation(len(x))
+        hits += np.corrcoef(ranked, stats.rankdata(y[np.ix_(order, order)][upper]))[0, 1] >= observed - 1e-12
+    return observed, (hits + 1) / (draws + 1)
