@@ -1,0 +1,185 @@
+"""A study's results as one JSON document, and questions to it.
+
+format, name, title, machine, created, command, commit, environment, config
+worlds: {name: {keep, steps, neighbours, similarity, tasks: published class lists, dense: {split: [accuracy, …]},
+         made: {"zoo distilled/k0.1": {seconds, flops, steps, accuracy, count}, …}, rates: {arm: {rate: accuracy}},
+         chosen: {arm: rate}, overlap?, latency?}}
+columns, rows: one row an arm's run on one task with one seed
+parts: progress of each part
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from mvp_ext.app.environment import environment
+from mvp_ext.pruning.cost import Cost
+
+from .arms import ARMS, Point
+from .runner import progress
+from .stats import Scores
+from .study import Study
+from .units import Unit, point_text
+
+FORMAT = 1
+COLUMNS = (
+    "world",
+    "split",
+    "task",
+    "seed",
+    "arm",
+    "point",
+    "accuracy",
+    "flops",
+    "seconds",
+    "steps",
+    "model_flops",
+)
+
+
+def collect(study: Study, units: Sequence[Unit], command: str = "") -> dict[str, Any]:
+    """What the journal of ``study`` has."""
+    journal, config = study.journal, study.config
+    rows, worlds = [], {}
+    for name in dict.fromkeys(part.world for part in config.parts):
+        world = config.worlds[name]
+        made: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        dense: dict[str, dict[int, float]] = defaultdict(dict)
+        extra: dict[str, Any] = {}
+        for key, record in journal.records.items():
+            owner, kind, *rest = key.split("/")
+            result = record["result"]
+            if owner != name:
+                continue
+            if kind == "arm":
+                split, _, index = rest[2].rpartition("-")
+                cost = result.get("cost", {})
+                numbers = [cost.get("flops", 0), round(cost.get("seconds", 0.0), 3), cost.get("steps", 0)]
+                head = [name, split, int(index), int(rest[3][1:]), rest[0], rest[1]]
+                rows.append([*head, result["accuracy"], *numbers, result.get("flops", 0)])
+            elif kind == "features":
+                split, _, index = rest[0].rpartition("-")
+                dense[split][int(index)] = result["accuracy"]
+            elif kind in ("overlap", "latency"):
+                extra[kind] = result
+            elif kind != "rate" and [*rest, ""][-1] != "s1":  # a second seed only says what chance does
+                entry = made["/".join([kind, *rest[:1]])]
+                entry["count"] += 1
+                cost = Cost.from_dict(result["cost"]).to_dict()
+                for field in ("seconds", "flops", "steps"):
+                    entry[field] += cost[field]
+                entry["accuracy"] += result.get("accuracy") or 0.0
+        for entry in made.values():
+            entry["accuracy"] /= entry["count"]
+        arms = dict.fromkeys(arm for part in config.parts if part.world == name for arm in part.arms)
+        scores = {arm: study.rate_scores(name, arm) for arm in arms}
+        worlds[name] = {
+            "keep": world.keep,
+            "steps": config.steps,
+            "neighbours": config.neighbours,
+            "similarity": config.similarity,
+            "domains": [list(domain) for domain in world.domains],
+            "pretrained here": bool(world.backbone.pretrain_steps),
+            "model": f"{world.backbone.model} at {world.backbone.image_size} px, scope {world.scope}",
+            "kinds": {split: s.kind for split, s in world.splits.items()},
+            "tasks": study.world(name).tasks.published(),
+            "dense": {s: [values[i] for i in sorted(values)] for s, values in sorted(dense.items())},
+            "made": {key: dict(value) for key, value in sorted(made.items())},
+            "rates": {arm: {f"{r:g}": a for r, a in found.items()} for arm, found in scores.items() if found},
+            "chosen": {arm: study.rate(name, arm) for arm, found in scores.items() if found},
+            **extra,
+        }
+    return {
+        "format": FORMAT,
+        "name": config.name,
+        "title": config.title,
+        "machine": config.machine,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": _commit(),
+        "environment": environment(),
+        "default arm": config.default_arm,
+        "notes": list(config.notes),
+        "config": dataclasses.asdict(config),
+        "worlds": worlds,
+        "columns": list(COLUMNS),
+        "rows": sorted(rows, key=lambda row: [str(v) for v in row[:6]]),
+        "parts": list(progress(journal, units)),
+    }
+
+
+class Table:
+    """Questions to a results document."""
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.results = results
+        self.worlds: dict[str, Any] = results["worlds"]
+        self._runs: dict[tuple[str, str, str, str], dict[tuple[int, int], dict[str, float]]] = defaultdict(
+            dict
+        )
+        for values in results["rows"]:
+            row = dict(zip(results["columns"], values, strict=True))
+            self._runs[row["world"], row["split"], row["arm"], row["point"]][row["task"], row["seed"]] = row
+
+    def point(self, world: str, **changes: Any) -> Point:
+        """The default point of a world, some of its values replaced."""
+        w = self.worlds[world]
+        return replace(Point(w["steps"], w["keep"], w["neighbours"], "nearest", w["similarity"]), **changes)
+
+    def runs(
+        self, world: str, split: str, arm: str, **changes: Any
+    ) -> dict[tuple[int, int], dict[str, float]]:
+        """(task, seed) → row, of an arm at a point."""
+        if arm not in ARMS:
+            return {}
+        text = point_text(ARMS[arm], self.point(world, **changes))
+        return dict(self._runs.get((world, split, arm, text), {}))
+
+    def scores(self, world: str, split: str, arm: str, **changes: Any) -> Scores:
+        return {key: row["accuracy"] for key, row in self.runs(world, split, arm, **changes).items()}
+
+    def values(self, world: str, split: str, arm: str, factor: str) -> list[Any]:
+        """The values of one factor for which an arm has runs, the others at their defaults, ascending."""
+        candidates = sorted({v for part in self.results["config"]["parts"] for v in part[factor]}, key=repr)
+        default = getattr(self.point(world), factor)
+        found = [v for v in {*candidates, default} if self.runs(world, split, arm, **{factor: v})]
+        return sorted(found, key=lambda v: (isinstance(v, str), v))
+
+    def arms(self, world: str, split: str) -> list[str]:
+        """Arms with runs at the default point, in the registry's order."""
+        return [arm for arm in ARMS if self.runs(world, split, arm)]
+
+    def splits(self, world: str, kinds: Iterable[str] = ("shared", "hidden", "other")) -> list[str]:
+        return [split for split, kind in self.worlds[world]["kinds"].items() if kind in kinds]
+
+    def shared_cost(self, world: str, arm: str, keep: float | None = None) -> dict[str, float]:
+        """Seconds, FLOPs and steps of what an arm needs that is made once; 0 where it needs nothing."""
+        total = {"seconds": 0.0, "flops": 0.0, "steps": 0.0}
+        keep = self.worlds[world]["keep"] if keep is None else keep
+        names: list[str] = []
+        for need in ARMS[arm].needs:
+            if need == "elastic":
+                names += ["elastic", f"zoo plain/k{self.worlds[world]['keep']:g}"]
+            else:
+                names.append(f"{need}/k{keep:g}")
+                if "specialised" in need:
+                    names.append(f"universal start/k{keep:g}")
+        for name in names:
+            for field in total:
+                total[field] += self.worlds[world]["made"].get(name, {}).get(field, 0.0)
+        return total
+
+
+def _commit() -> str:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
