@@ -144,3 +144,17 @@ def made(flops: int, median_ms: float) -> Measurement:
 def test_share_of_saving(flops: int, ms: float, share: float | None) -> None:
     got = measure.share_of_saving(made(100, 10.0), made(flops, ms), 1)
     assert got == (None if share is None else pytest.approx(share))
+
+
+def test_counts_are_remembered_only_where_nothing_changed() -> None:
+    """A stride, a size or another forward is another count; other weights are not."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+    whole = measure.count_flops(model, (3, 8, 8))
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    assert measure.count_flops(model, (3, 8, 8)) == whole
+    assert measure.count_flops(model, (3, 16, 16)) == 4 * whole
+    model[0].stride = (2, 2)
+    assert measure.count_flops(model, (3, 8, 8)) == whole // 4
+    model[0].forward = lambda images: images  # type: ignore[method-assign]
+    assert measure.count_flops(model, (3, 8, 8)) == 0

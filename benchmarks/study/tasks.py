@@ -128,7 +128,7 @@ def load_source(source: str, files: Path) -> ImageData:
     """As ``load_data``, with paths below ``files``; ``idx:FOLDER`` reads the MNIST family's files."""
     if source.startswith("idx:"):
         return _read_idx(files / source.removeprefix("idx:"))
-    if source == "digits" or source.startswith("cifar100"):
+    if source.partition(":")[0] in ("digits", "cifar100"):
         return load_data(source)
     paths = sorted(files.glob(source))
     if not paths:

@@ -83,7 +83,36 @@ def count_flops(model: nn.Module, input_shape: Sequence[int], *, batch: int = 1)
         model: runs once, in eval mode and without gradients; its mode is restored.
         input_shape: of one image, (C, H, W).
         batch: images in the pass; the count grows in proportion.
+
+    Counts are remembered by all that decides them: modules, with their numbers, and shapes. A pass that counts takes
+    tens of milliseconds, and iterative pruning asks for the same shapes again and again.
     """
+    if any("forward" in vars(module) for module in model.modules()):  # replaced: who knows by what
+        return _count_flops(model, input_shape, batch)
+    key = (_signature(model), tuple(input_shape), batch)
+    if key not in _counted:
+        if len(_counted) >= REMEMBERED_COUNTS:
+            _counted.clear()
+        _counted[key] = _count_flops(model, input_shape, batch)
+    return _counted[key]
+
+
+REMEMBERED_COUNTS = 4096
+_counted: dict[Any, int] = {}
+
+
+def _signature(model: nn.Module) -> tuple[object, ...]:
+    """Equal for models that compute alike but for the values of their weights."""
+    plain = (bool, int, float, str, tuple, type(None))
+    modules = [
+        (name, type(m), repr({k: v for k, v in vars(m).items() if k != "training" and isinstance(v, plain)}))
+        for name, m in model.named_modules()
+    ]
+    tensors = [(n, tuple(t.shape), t.dtype) for n, t in model.state_dict(keep_vars=True).items()]
+    return (*modules, *tensors)
+
+
+def _count_flops(model: nn.Module, input_shape: Sequence[int], batch: int) -> int:
     with _evaluating([model]), FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter:
         model(_example(model, input_shape, batch))
     return int(counter.get_total_flops())
