@@ -12,6 +12,7 @@ inline void def_cuda_ops(pybind11::module_& m) {
   };
   def("importance_cuda", &importance_cuda);
   def("importance_workspace_cuda", &importance_workspace_cuda);
+  def("merge_cuda", &merge_cuda);
   def("meta_vote_cuda", &meta_vote_cuda);
   def("pack_cuda", &pack_cuda);
   def("pruned_linear_cuda", &pruned_linear_cuda);

@@ -1,12 +1,14 @@
 // pack:    packed[i, m, j, :] = full[rows[i], m, cols[j], :]     for a whole list of tensors in one launch
 // unpack:  full[rows[i], m, cols[j], :] = packed[i, m, j, :]
 //
-// How a tensor is seen, cut into tiles and walked is said in slices.cuh. Elements are only moved, so they
-// travel in the longest words (up to 16 bytes) that addresses and kept columns are multiples of: where rows
-// alone are cut, 16 bytes; columns of a linear layer, element by element. A block first looks up where its
-// tile's lines and columns lie, in shared memory; then consecutive threads move consecutive words of the
-// compact tensor, and those of the full tensor lie in as few sectors as the lists allow. Bytes moved: the
-// compact bytes once; of the full tensor each touched sector (32 bytes) once.
+// How a tensor is seen is said in slices.cuh. The words of a compact tensor are cut into tiles, a block works
+// on one: whole lines, or a part of one (a row of a contiguous tensor is one line). Elements are only moved,
+// so they travel in the longest words (up to 16 bytes) that addresses and kept columns are multiples of:
+// where rows alone are cut, 16 bytes; columns of a linear layer, element by element. A block first looks up
+// where its tile's lines and columns lie, in shared memory; then consecutive threads move consecutive words
+// of the compact tensor, and those of the full tensor lie in as few sectors as the lists allow; a thread
+// steps to its next word by adding to the digits of its position, so that divisions are made once a tile.
+// Bytes moved: the compact bytes once; of the full tensor each touched sector (32 bytes) once.
 #include <algorithm>
 
 #include "mvp/cuda_ops.h"
@@ -20,6 +22,7 @@ constexpr int kLog2Longest = 4;  // a word of 16 bytes
 struct Entry {
   char* full;
   char* packed;
+  uint32_t first_tile;
   Slicing slicing;
 };
 
@@ -43,6 +46,65 @@ __host__ __device__ constexpr uint32_t tile_words(int log2_word) {
 }
 // Lines × columns are at most the tile's words; a part of a line may cut a column at both ends.
 constexpr size_t kSharedBytes = (kMostTileWords + 4) * sizeof(uint32_t);
+
+// A position in a compact tensor.
+struct Digits {
+  uint32_t inner, column, line;
+};
+
+struct CompactShape {
+  uint32_t inner, columns, width, lines;  // words, columns, words of a line
+
+  __host__ __device__ CompactShape(const Slicing& slicing, const Indices& rows, const Indices& columns)
+      : inner(slicing.inner()),
+        columns(columns.size),
+        width(inner * columns.size),
+        lines(rows.size * slicing.lines_a_row()) {}
+
+  __device__ __forceinline__ Digits split(uint32_t word) const {
+    const uint32_t line = word / width, in_line = word - line * width, column = in_line / inner;
+    return {in_line - column * inner, column, line};
+  }
+
+  // Adds two positions.
+  __device__ __forceinline__ void advance(Digits& digits, const Digits& by) const {
+    digits.inner += by.inner;
+    digits.column += by.column;
+    digits.line += by.line;
+    if (digits.inner >= inner) digits.inner -= inner, ++digits.column;
+    if (digits.column >= columns) digits.column -= columns, ++digits.line;
+  }
+
+  // A tile has at most so many words.
+  __host__ __device__ uint32_t lines_a_tile(uint32_t words) const {
+    return width < words ? words / width : 1;
+  }
+  __host__ __device__ uint32_t tiles_a_line(uint32_t words) const { return ceil_div(width, words); }
+  uint64_t tiles(uint32_t words) const {
+    return width <= words ? ceil_div(lines, lines_a_tile(words)) : uint64_t{lines} * tiles_a_line(words);
+  }
+};
+
+struct Tile {
+  uint32_t line, start, lines,
+      count;  // the first line, where the tile starts in it; how many lines and words
+
+  __device__ __forceinline__ Tile(const CompactShape& shape, uint32_t number, uint32_t words) {
+    if (shape.width <= words) {
+      const uint32_t height = shape.lines_a_tile(words);
+      line = number * height;
+      start = 0;
+      lines = min(height, shape.lines - line);
+      count = lines * shape.width;
+    } else {
+      const uint32_t across = shape.tiles_a_line(words);
+      line = number / across;
+      start = (number - line * across) * words;
+      lines = 1;
+      count = min(words, shape.width - start);
+    }
+  }
+};
 
 template <int kLog2Bytes>
 struct Word;
@@ -149,7 +211,7 @@ __global__ void __launch_bounds__(kSliceThreads, 5) move_slices(const __grid_con
   const Slicing& slicing = entry.slicing;
   const Indices rows = table.lists[slicing.row_list], columns = table.lists[slicing.column_list];
   const CompactShape shape(slicing, rows, columns);
-  const Tile tile(shape, blockIdx.x - slicing.first_tile, tile_words(slicing.log2_word));
+  const Tile tile(shape, blockIdx.x - entry.first_tile, tile_words(slicing.log2_word));
   const Places places(
       slicing, rows, columns, shape, tile,
       kPack ? "pack: rows or cols: a value out of range" : "unpack: rows or cols: a value out of range");
@@ -222,7 +284,7 @@ class Launcher {
         reinterpret_cast<uintptr_t>(full.data) | reinterpret_cast<uintptr_t>(packed.data) | column;
     int log2_word = kLog2Longest;
     while (multiple % (uint64_t{1} << log2_word) != 0) --log2_word;
-    Entry entry{full.ptr<char>(), packed.ptr<char>(),
+    Entry entry{full.ptr<char>(), packed.ptr<char>(), 0,
                 make_slicing(rows, columns, column >> log2_word, lines_a_row, name())};
     Slicing& slicing = entry.slicing;
     slicing.log2_word = static_cast<uint8_t>(log2_word);
@@ -234,7 +296,7 @@ class Launcher {
       launch_table();
     slicing.row_list = number_of(lists_, rows.list);
     slicing.column_list = number_of(lists_, columns.list);
-    slicing.first_tile = static_cast<uint32_t>(tiles_);
+    entry.first_tile = static_cast<uint32_t>(tiles_);
     tiles_ += tiles;
     entries_.push_back(entry);
   }

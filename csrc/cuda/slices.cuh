@@ -1,11 +1,9 @@
 // What pack and merge share: the tensors of a model, each cut along its rows and columns, as tables in kernel
 // parameters.
 //
-// A tensor is seen as lines of columns of inner words (of 1 to 16 bytes). A row of a contiguous tensor is one
-// line, a row of a channels_last one is as many lines as it has pixels, each of columns of one word. Without
-// a list of columns a row is one column. The words of the compact tensor are cut into tiles, which blocks
-// work on: whole lines, or a part of one. Threads take words side by side, and step from one to their next by
-// adding to the digits of its position, so that divisions are made once a tile.
+// A tensor is seen as rows of columns of inner words (contiguous), or as rows of lines of columns of one word
+// (channels_last; a line is a pixel). A word has 1 to 16 bytes. Without a list of columns a row is one
+// column.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +16,7 @@ namespace mvp::cuda {
 
 constexpr int kSliceThreads = 256;
 constexpr uint32_t kNowhere = 0xFFFFFFFF;
-constexpr int64_t kMostWordsOfLine = int64_t{1} << 31;  // fewer
+constexpr int64_t kMostWordsOfRow = int64_t{1} << 31;  // fewer
 
 // A list of kept rows or columns.
 struct Indices {
@@ -41,7 +39,6 @@ struct Indices {
 struct Slicing {
   uint32_t rows, columns;          // of the full tensor
   uint32_t other;                  // words of a column, or, where columns are innermost, lines of a row
-  uint32_t first_tile;             // tiles are counted over all tensors of a launch
   uint16_t row_list, column_list;  // numbers of Indices
   uint8_t log2_word;               // bytes
   bool columns_innermost;
@@ -50,72 +47,14 @@ struct Slicing {
   __host__ __device__ uint32_t lines_a_row() const { return columns_innermost ? other : 1; }
 };
 
-// A position in a compact tensor.
-struct Digits {
-  uint32_t inner, column, line;
-};
-
-struct CompactShape {
-  uint32_t inner, columns, width, lines;  // words, columns, words of a line
-
-  __host__ __device__ CompactShape(const Slicing& slicing, const Indices& rows, const Indices& columns)
-      : inner(slicing.inner()),
-        columns(columns.size),
-        width(inner * columns.size),
-        lines(rows.size * slicing.lines_a_row()) {}
-
-  __device__ __forceinline__ Digits split(uint32_t word) const {
-    const uint32_t line = word / width, in_line = word - line * width, column = in_line / inner;
-    return {in_line - column * inner, column, line};
-  }
-
-  // Adds two positions.
-  __device__ __forceinline__ void advance(Digits& digits, const Digits& by) const {
-    digits.inner += by.inner;
-    digits.column += by.column;
-    digits.line += by.line;
-    if (digits.inner >= inner) digits.inner -= inner, ++digits.column;
-    if (digits.column >= columns) digits.column -= columns, ++digits.line;
-  }
-
-  // A tile has at most so many words.
-  __host__ __device__ uint32_t lines_a_tile(uint32_t words) const {
-    return width < words ? words / width : 1;
-  }
-  __host__ __device__ uint32_t tiles_a_line(uint32_t words) const { return ceil_div(width, words); }
-  uint64_t tiles(uint32_t words) const {
-    return width <= words ? ceil_div(lines, lines_a_tile(words)) : uint64_t{lines} * tiles_a_line(words);
-  }
-};
-
-struct Tile {
-  uint32_t line, start, lines,
-      count;  // the first line, where the tile starts in it; how many lines and words
-
-  __device__ __forceinline__ Tile(const CompactShape& shape, uint32_t number, uint32_t words) {
-    if (shape.width <= words) {
-      const uint32_t height = shape.lines_a_tile(words);
-      line = number * height;
-      start = 0;
-      lines = min(height, shape.lines - line);
-      count = lines * shape.width;
-    } else {
-      const uint32_t across = shape.tiles_a_line(words);
-      line = number / across;
-      start = (number - line * across) * words;
-      lines = 1;
-      count = min(words, shape.width - start);
-    }
-  }
-};
-
-// The entry that a tile belongs to: the last that does not start behind it.
+// The entry that a tile belongs to: the last that does not start behind it. Tiles are counted over all
+// tensors of a launch.
 template <typename Entry>
 __device__ __forceinline__ uint32_t find_entry(const Entry* entries, uint32_t count, uint32_t tile) {
   uint32_t low = 0, high = count;
   while (high - low > 1) {
     const uint32_t middle = (low + high) / 2;
-    if (entries[middle].slicing.first_tile <= tile)
+    if (entries[middle].first_tile <= tile)
       low = middle;
     else
       high = middle;
@@ -148,14 +87,15 @@ inline Kept make_kept(const TensorView& view, int64_t bound, const char* op) {
 
 inline Slicing make_slicing(const Kept& rows, const Kept& columns, int64_t inner, int64_t lines_a_row,
                             const char* op) {
-  MVP_CHECK(inner * columns.bound < kMostWordsOfLine && inner * columns.list.size < kMostWordsOfLine, op,
+  const int64_t other = inner * lines_a_row;  // one of them is 1
+  MVP_CHECK(other * columns.bound < kMostWordsOfRow && other * columns.list.size < kMostWordsOfRow, op,
             "a row of a tensor is too long");
   MVP_CHECK(rows.list.size * lines_a_row < int64_t{kNowhere}, op, "a tensor has too many rows");
   Slicing slicing{};
   slicing.rows = rows.bound;
   slicing.columns = columns.bound;
   slicing.columns_innermost = lines_a_row > 1;
-  slicing.other = static_cast<uint32_t>(slicing.columns_innermost ? lines_a_row : inner);
+  slicing.other = static_cast<uint32_t>(other);
   return slicing;
 }
 

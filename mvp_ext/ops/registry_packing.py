@@ -140,7 +140,33 @@ def _merge_fake(
     return _pack_fake(base, rows, cols)
 
 
-def _merge_cpu(
+def _merge_into(
+    base: list[Tensor],
+    voters: list[Tensor],
+    voter_rows: Indices,
+    voter_cols: Indices,
+    weights: Tensor,
+    rows: Indices,
+    cols: Indices,
+    merged: list[Tensor],
+) -> None:
+    if cuda.runs(base[0]):
+        cuda_packing.merge(base, voters, voter_rows, voter_cols, weights, rows, cols, merged)
+    else:
+        native().merge_cpu(
+            base,
+            voters,
+            voter_rows,
+            voter_cols,
+            weights.tolist(),
+            rows,
+            cols,
+            merged,
+            torch.get_num_threads(),
+        )
+
+
+def _merge(
     base: list[Tensor],
     voters: list[Tensor],
     voter_rows: Indices,
@@ -153,8 +179,7 @@ def _merge_cpu(
     merged = _pack_fake(full, rows, cols)
     forms = [torch.channels_last if is_channels_last(t) else torch.contiguous_format for t in full]
     parts = [v.contiguous(memory_format=forms[at % len(base)]) for at, v in enumerate(voters)]
-    threads = torch.get_num_threads()
-    native().merge_cpu(full, parts, voter_rows, voter_cols, weights.tolist(), rows, cols, merged, threads)
+    _merge_into(full, parts, voter_rows, voter_cols, weights, rows, cols, merged)
     return merged
 
 
@@ -162,7 +187,8 @@ merge_op = define(
     "merge(Tensor[] base, Tensor[] voters, Tensor?[] voter_rows, Tensor?[] voter_cols, Tensor weights,"
     " Tensor?[] rows, Tensor?[] cols) -> Tensor[]",
     fake=_merge_fake,
-    cpu=_merge_cpu,
+    cpu=_merge,
+    cuda=_merge,
 )
 
 
@@ -179,7 +205,7 @@ def merge_plain(
     if torch.compiler.is_compiling() or not nobody_listens():
         return None
     layouts = native().packed_layouts(base, rows, cols)
-    if not layouts or cuda.runs(base[0]):
+    if not layouts:
         return None
     everything = list(zip(voter_rows, voter_cols, voters, strict=True))
     if not all(type(x) is list for voter in everything for x in voter):
@@ -190,6 +216,5 @@ def merge_plain(
     flat_rows, flat_cols, flat_parts = (
         [x for one in of for x in one] for of in zip(*everything, strict=True)
     )
-    threads = torch.get_num_threads()
-    native().merge_cpu(base, flat_parts, flat_rows, flat_cols, weights.tolist(), rows, cols, merged, threads)
+    _merge_into(base, flat_parts, flat_rows, flat_cols, weights, rows, cols, merged)
     return merged

@@ -17,6 +17,16 @@ int64_t importance_workspace_cuda(const TensorView& a, int64_t dim, int64_t unit
 void importance_cuda(const TensorView& a, const TensorView& grad, const std::string& kind, int64_t dim,
                      const TensorView& workspace, const TensorView& scores, int device, uint64_t stream);
 
+// Weighted mean of compact models, as merge_cpu: all tensors dense in one layout (contiguous or
+// channels_last), voters in the dtypes of the base. weights: contiguous float32. workspace: int32 [Σ R + K]
+// over the different pairs of a voter's (or no) list and a wanted (or no) list, of R rows or columns of which
+// K are wanted.
+void merge_cuda(const std::vector<TensorView>& base, const std::vector<TensorView>& voters,
+                const std::vector<TensorView>& voter_rows, const std::vector<TensorView>& voter_cols,
+                const TensorView& weights, const std::vector<TensorView>& rows,
+                const std::vector<TensorView>& cols, const TensorView& workspace,
+                const std::vector<TensorView>& out, int device, uint64_t stream);
+
 // Weighted vote, optional Gumbel noise, exact top-k with ties, sorted indices: one launch for all layers (of
 // up to 240) and all targets. Weights and prior contiguous float32, outputs contiguous.
 void meta_vote_cuda(const TensorView& masks, const TensorView& weights, const TensorView& prior,
