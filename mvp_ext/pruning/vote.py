@@ -269,9 +269,13 @@ def merge_voters(
     device = next(iter(dense_state.values())).device
     on_device: dict[int, Tensor] = {}  # the tensors of a model share few index tensors: each is moved once
 
+    def move(index: Tensor | None) -> Tensor | None:
+        if index is not None and id(index) not in on_device:
+            on_device[id(index)] = index.to(device)
+        return None if index is None else on_device[id(index)]
+
     def side(of: Mapping[str, tuple[Tensor | None, Tensor | None]], dim: int) -> list[Tensor | None]:
-        indices = [of.get(n, everything)[dim] for n in names]
-        return [None if i is None else on_device.setdefault(id(i), i.to(device)) for i in indices]
+        return [move(of.get(n, everything)[dim]) for n in names]
 
     merged = ops.ops_for(device).merge(
         [dense_state[n] for n in names],
