@@ -137,9 +137,10 @@ def load_source(source: str, files: Path) -> ImageData:
 
 
 def join_data(parts: Sequence[ImageData], size: int) -> ImageData:
-    """Several data sets as one, at one image size. A class's name is preceded by its data set's.
+    """Several data sets as one, at one image size.
 
-    Superclasses stay; a data set without them becomes one. Images are mirrored only where all data sets allow it.
+    The names of classes without superclasses are preceded by their data set's. Superclasses stay; a data set without
+    them becomes one. Images are mirrored only where all data sets allow it.
     """
     first = 0
     columns: dict[str, list[Any]] = {f"{w}_{k}": [] for w in ("train", "test") for k in ("images", "labels")}
@@ -151,7 +152,8 @@ def join_data(parts: Sequence[ImageData], size: int) -> ImageData:
             images, labels = part.split(which)
             columns[f"{which}_images"].append(resize(images, size))
             columns[f"{which}_labels"].append(labels + first)
-        names += [f"{part.name}/{name}" for name in part.class_names]
+        grouped = part.superclass_of_class is not None
+        names += [name if grouped else f"{part.name}/{name}" for name in part.class_names]
         own = part.superclass_of_class or (0,) * len(part.class_names)
         groups += [len(group_names) + group for group in own]
         group_names += list(part.superclass_names or (part.name,))

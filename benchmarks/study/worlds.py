@@ -123,6 +123,7 @@ class WorldAtWork:
             image_size=config.image_size,
             recipe=recipe,
             seed=self.config.seed,
+            resume=self.backbone_path.with_suffix(".partial"),
         )
         backbone.save(self.backbone_path)
         return {"accuracy": accuracy, "cost": cost.to_dict(), "classes": len(backbone.classes)}
