@@ -40,8 +40,7 @@ def _importance(a: Tensor, grad: Tensor | None, kind: str, dim: int, units: int)
 importance_op = define(
     "importance(Tensor a, Tensor? grad, str kind, int dim, int units) -> Tensor",
     fake=_importance_fake,
-    cpu=_importance,
-    cuda=_importance,
+    run=_importance,
 )
 
 
@@ -98,8 +97,7 @@ meta_vote_op = define(
     "meta_vote(Tensor masks, Tensor? weights, Tensor? prior, int[] layers, int[] kept, float? temperature, int seed)"
     " -> (Tensor mask, Tensor index, Tensor votes)",
     fake=_meta_vote_fake,
-    cpu=_meta_vote,
-    cuda=_meta_vote,
+    run=_meta_vote,
 )
 
 
@@ -306,8 +304,7 @@ pruned_linear_op = define(
     "pruned_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? out_index, Tensor? in_index, int out_block,"
     " int in_block, Tensor? residual, bool gelu=False) -> Tensor",
     fake=_pruned_linear_fake,
-    cpu=_pruned_linear,
-    cuda=_pruned_linear,
+    run=_pruned_linear,
 )
 
 
@@ -382,8 +379,7 @@ residual_add_op = define(
     "residual_add(Tensor residual, Tensor y, Tensor? index, Tensor? scale, Tensor? shift, bool relu, int dim)"
     " -> Tensor",
     fake=_residual_add_fake,
-    cpu=_residual_add,
-    cuda=_residual_add,
+    run=_residual_add,
 )
 
 

@@ -76,8 +76,7 @@ def _pack(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tensor]:
 pack_op = define(
     "pack(Tensor[] tensors, Tensor?[] rows, Tensor?[] cols) -> Tensor[]",
     fake=_pack_fake,
-    cpu=_pack,
-    cuda=_pack,
+    run=_pack,
 )
 
 
@@ -123,8 +122,7 @@ def _unpack(packed: list[Tensor], out: list[Tensor], rows: Indices, cols: Indice
 unpack = define(
     "unpack(Tensor[] packed, Tensor(a!)[] out, Tensor?[] rows, Tensor?[] cols) -> ()",
     fake=_unpack_fake,
-    cpu=_unpack,
-    cuda=_unpack,
+    run=_unpack,
 )
 
 
@@ -187,8 +185,7 @@ merge_op = define(
     "merge(Tensor[] base, Tensor[] voters, Tensor?[] voter_rows, Tensor?[] voter_cols, Tensor weights,"
     " Tensor?[] rows, Tensor?[] cols) -> Tensor[]",
     fake=_merge_fake,
-    cpu=_merge,
-    cuda=_merge,
+    run=_merge,
 )
 
 
