@@ -3,12 +3,14 @@
 #   PYTHON=python3.12        which Python makes the environment
 #   TORCH=torch==2.13.0      which torch; installed first and alone, from whichever index serves your machine
 #   PYTEST_ARGS="-k vote"    passed to pytest
+#   WORKERS=2                processes that share the tests
 #   DEMO_ARGS="--help"       passed to `mvp-ext demo`
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+WORKERS ?= 2
 DEMO_ARGS ?=
 
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
@@ -55,7 +57,7 @@ demo: install
 # From inside $(VENV), so that `import mvp_ext` finds what was installed and not the source tree, also in the
 # processes that tests start.
 test: install
-	cd $(VENV) && bin/pytest -c ../pyproject.toml --rootdir=.. ../tests $(PYTEST_ARGS)
+	cd $(VENV) && bin/pytest -c ../pyproject.toml --rootdir=.. ../tests -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
