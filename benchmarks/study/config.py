@@ -6,7 +6,7 @@ import dataclasses
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 try:
     import tomllib
@@ -116,7 +116,8 @@ class Config:
 
     ``rates``: the learning rates tried for each arm, on ``rate_tasks`` development tasks (``costly_rate_tasks`` for
     arms that take many steps). ``ceiling``: tasks of the zoo that are pruned with a second seed. ``latency_seconds``:
-    spent on timing each model; 0: none is timed.
+    spent on timing each model; 0: none is timed. ``clock``: what costs in seconds are read from, "wall", or "cpu" where
+    units of one thread each share a machine with other work.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Config:
     costly_rate_tasks: int = 1
     ceiling: int = 3
     latency_seconds: float = 1.0
+    clock: Literal["wall", "cpu"] = "wall"
     latency_keeps: tuple[float, ...] = ()
     default_arm: str = "mvp"
     notes: tuple[str, ...] = field(default=())
@@ -143,6 +145,8 @@ class Config:
                 raise ValueError(f"part {part.name!r}: no world {part.world!r} among {sorted(self.worlds)}")
             if unknown := set(part.splits) - set(self.worlds[part.world].splits) - {"development"}:
                 raise ValueError(f"part {part.name!r}: world {part.world!r} has no split {min(unknown)!r}")
+        if self.clock == "cpu" and self.threads != 1:
+            raise ValueError(f"clock 'cpu' counts the seconds of one core: expected threads = 1, got {self.threads}")
         names = [part.name for part in self.parts]
         if len(set(names)) < len(names):
             raise ValueError(f"parts must have different names, got {names}")
@@ -189,6 +193,10 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return tuple(_build(k, v, where) for k, v in zip(inner, value, strict=True))
     if origin is dict:
         return {k: _build(arguments[1], v, f"{where}: {k}") for k, v in value.items()}
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: expected one of {', '.join(map(repr, arguments))}, got {value!r}")
+        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind):

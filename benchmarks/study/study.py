@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mvp_ext.app.peers import prune_with_torch_pruning
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops, measure
 from mvp_ext.model.storage import write_atomic
-from mvp_ext.pruning.cost import BACKWARD_FACTOR
+from mvp_ext.pruning.cost import BACKWARD_FACTOR, use_clock
 from mvp_ext.pruning.iterative import Schedule, round_ratios
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.vote import VoteOptions, proxy_leep, small_model
@@ -54,6 +55,7 @@ class Study:
         self.journal = Journal(folder)
         self._worlds: dict[str, WorldAtWork] = {}
         torch.set_num_threads(config.threads)
+        use_clock({"wall": time.perf_counter, "cpu": time.process_time}[config.clock])
 
     def world(self, name: str) -> WorldAtWork:
         if name not in self._worlds:

@@ -5,7 +5,6 @@ Everything made here lies below ``folder``; making it again gives the same numbe
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from mvp_ext.model.structure import Structure, find_structure
 from mvp_ext.model.timm_compat import create_model
 from mvp_ext.pruning.backbone import Backbone, extract_features, load_backbone
 from mvp_ext.pruning.build import build_elastic, build_universal, build_zoo, pooled_task
-from mvp_ext.pruning.cost import Cost
+from mvp_ext.pruning.cost import Cost, now
 from mvp_ext.pruning.elastic import ElasticOptions
 from mvp_ext.pruning.heads import ridge_head
 from mvp_ext.pruning.iterative import Schedule, planned_steps, round_ratios
@@ -201,9 +200,9 @@ class WorldAtWork:
         """The dense model's features of a task, kept for all arms; and its accuracy with a ridge head."""
         data = self.task(split, index).split()
         precision, preprocessing = self.recipe.precision, self.backbone.preprocessing
-        begin = time.perf_counter()
+        begin = now()
         train = extract_features(self.backbone.model, data.train_images, preprocessing, precision)
-        seconds = time.perf_counter() - begin
+        seconds = now() - begin
         test = extract_features(self.backbone.model, data.test_images, preprocessing, precision)
         head = ridge_head(train, data.train_labels, data.num_classes)
         path = self._features_path(split, index)
