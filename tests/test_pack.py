@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from emulator import emulated
 from isa import OLDER, run_on
 from torch import Tensor
 
-from mvp_ext.ops import pack, reference, unpack
+from mvp_ext.ops import memory, pack, reference, unpack
+from mvp_ext.ops.memory import HUGE_BYTES
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
@@ -318,3 +320,48 @@ def test_tensors_are_read_without_dlpack_too() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[0.0, 4.0, 0.0, 0.0, 4.0, 0.0]"
+
+
+# Outputs so large that they lie in a mapping of their own (mvp_ext/ops/memory.py).
+
+
+def large_model(seed: int) -> list[Tensor]:
+    small, wide = make((64,), torch.float32, seed), make((8, 3, 3, 3), torch.float32, seed)
+    weights = [make((2048, 1024 + i), dtype, seed + i) for i, dtype in enumerate(DTYPES[:4])]
+    filters = make((512, 512, 3, 3), torch.float32, seed).contiguous(memory_format=torch.channels_last)
+    return [small, *weights, wide, filters]
+
+
+def test_large_outputs_are_exact_apart_and_independent() -> None:
+    tensors = large_model(0)
+    rows: list[Tensor | None] = [None, *(kept(2048, 0.9) for _ in range(4)), None, kept(512)]
+    cols: list[Tensor | None] = [None] * 6 + [kept(512)]
+    expected = reference.pack(tensors, rows, cols)
+    first, second = pack(tensors, rows, cols), pack(tensors, rows, cols)
+    assert sum(t.nbytes for t in first) > HUGE_BYTES
+    for tensor in first:
+        tensor.zero_()  # reaches no other output, of this call or another
+    assert_equal(second, expected)
+    for tensor, wanted in zip(second, expected, strict=True):
+        assert tensor.untyped_storage().nbytes() == wanted.untyped_storage().nbytes()
+    assert second[-1].is_contiguous(memory_format=torch.channels_last)
+    survivor = second[-1]
+    del first, second, tensor
+    for seed in (1, 2):  # memory that was given back is used again, but not what still lives in
+        other = large_model(seed)
+        assert_equal(pack(other, rows, cols), reference.pack(other, rows, cols))
+    assert torch.equal(survivor, expected[-1])
+    assert len(memory._spare) <= memory.SPARES
+
+
+def test_large_outputs_can_be_saved_and_trained(tmp_path: Path) -> None:
+    tensors = [t.float() for t in large_model(3)]
+    nothing: list[Tensor | None] = [None] * len(tensors)
+    packed = pack(tensors, nothing, nothing)
+    torch.save(packed[1], tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").stat().st_size < 1.1 * packed[1].nbytes
+    assert torch.equal(torch.load(tmp_path / "one.pt"), tensors[1])
+    parameters = [torch.nn.Parameter(t) for t in packed]
+    torch.stack([p.sum() for p in parameters]).sum().backward()
+    torch.optim.SGD(parameters, lr=1.0).step()
+    assert_equal([p.detach() for p in parameters], [t - 1 for t in tensors])

@@ -13,6 +13,7 @@ from torch import Tensor
 from mvp_ext.ops import cuda, cuda_packing
 from mvp_ext.ops._native import native
 from mvp_ext.ops.define import define, nobody_listens
+from mvp_ext.ops.memory import empty_tensors
 
 Indices = list[Tensor | None]
 
@@ -88,7 +89,7 @@ def pack_plain(tensors: list[Tensor], rows: Indices, cols: Indices) -> list[Tens
     layouts = native().packed_layouts(tensors, rows, cols)
     if not layouts:
         return None
-    packed = [t.new_empty_strided(shape, stride) for t, (shape, stride) in zip(tensors, layouts, strict=True)]
+    packed = empty_tensors(tensors, layouts)
     _pack_into(tensors, rows, cols, packed)
     return packed
 

@@ -39,8 +39,7 @@ class Cost:
         score_flops: forward and backward passes that only score units.
         similarity_flops: passes that only compare the task with the zoo's tasks.
         refit_flops: passes for normalisation statistics and for the heads (class means, ridge).
-        seconds: wall-clock (or another clock's seconds, ``use_clock``) of everything above, evaluation on test images left
-            out.
+        seconds: wall-clock (``use_clock``: another clock's) of everything above, without evaluation on test images.
     """
 
     steps: int = 0
