@@ -299,11 +299,11 @@ def _random(run: Run, job: Job) -> Made:
 @_arm("task-independent one-shot", "Taylor scores of all zoo classes pooled: one mask for every task")
 def _task_independent(run: Run, job: Job) -> Made:
     pooled = run.world.pooled().split()
-    pool = replace(job, data=pooled, known_features=None, _features=None)
-    features = pool.features()
+    pool = replace(job, data=pooled, known_features=None, _features=None, _glance=None)
+    features, labels = pool.glance()
     with job.cost.timed():
         dense = job.backbone.copy_model()
-        set_head(dense, class_mean_head(features, pooled.train_labels, pooled.num_classes))
+        set_head(dense, class_mean_head(features, labels, pooled.num_classes))
         trainer = Trainer(dense, pooled, job.backbone.preprocessing, job.recipe, seed=0)
     scores = scoring_batches(trainer, job.structure, replace(job.schedule, score_batches=8), job.cost)
     with job.cost.timed():
@@ -334,10 +334,10 @@ def torch_pruning_scores(job: Job) -> Scores:
     from mvp_ext.app.peers import _torch_pruning as torch_pruning
 
     tp = torch_pruning()
-    features = job.features()
+    features, labels = job.glance()
     with job.cost.timed():
         dense = job.backbone.copy_model()
-        set_head(dense, class_mean_head(features, job.data.train_labels, job.data.num_classes))
+        set_head(dense, class_mean_head(features, labels, job.data.num_classes))
         trainer = Trainer(dense, job.data, job.backbone.preprocessing, job.recipe, seed=job.seed)
         size = job.backbone.preprocessing.size
         images = []

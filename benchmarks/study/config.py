@@ -146,7 +146,9 @@ class Config:
             if unknown := set(part.splits) - set(self.worlds[part.world].splits) - {"development"}:
                 raise ValueError(f"part {part.name!r}: world {part.world!r} has no split {min(unknown)!r}")
         if self.clock == "cpu" and self.threads != 1:
-            raise ValueError(f"clock 'cpu' counts the seconds of one core: expected threads = 1, got {self.threads}")
+            raise ValueError(
+                f"clock 'cpu' counts the seconds of one core: expected threads = 1, got {self.threads}"
+            )
         names = [part.name for part in self.parts]
         if len(set(names)) < len(names):
             raise ValueError(f"parts must have different names, got {names}")

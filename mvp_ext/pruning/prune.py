@@ -25,7 +25,7 @@ from mvp_ext.pruning.heads import class_mean_head, class_means, fit_temperature,
 from mvp_ext.pruning.iterative import Schedule, planned_steps, prune_iteratively, scoring_batches
 from mvp_ext.pruning.result import Point, Result
 from mvp_ext.pruning.scores import Scores
-from mvp_ext.pruning.tasks import Task, TaskData
+from mvp_ext.pruning.tasks import Task, TaskData, few_of_each
 from mvp_ext.pruning.training import Recipe, Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
 from mvp_ext.pruning.vote import (
     Neighbour,
@@ -40,6 +40,8 @@ from mvp_ext.pruning.vote import (
 )
 from mvp_ext.pruning.zoo import Zoo, ZooError
 from mvp_ext.pruning.zoo_entry import BackboneIdentity
+
+GLANCE_IMAGES = 320  # of all classes together: similarities and scores hardly change with more
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
@@ -67,30 +69,43 @@ class Job:
     neighbours: list[tuple[str, float]] = field(default_factory=list)
     known_features: tuple[Tensor, float] | None = None  # and the seconds that their pass took
     _features: Tensor | None = None
+    _glance: tuple[Tensor, Tensor] | None = None
 
-    def features(self, spent_on: str = "refit_flops") -> Tensor:
-        """The dense backbone's on the training images, f32 [n, F]; the first call books their pass."""
+    def features(self) -> Tensor:
+        """The dense backbone's on all training images, f32 [n, F]; the first call books their pass."""
         if self._features is None:
-            if self.known_features is None:
-                with self.cost.timed():
-                    self._features = self.describing_features()
-            else:
-                self._features, seconds = self.known_features
-                self.cost.seconds += seconds
-            setattr(
-                self.cost, spent_on, getattr(self.cost, spent_on) + len(self._features) * self.image_flops
-            )
+            self._features = self._extract(None, "refit_flops")
         return self._features
 
-    def describing_features(self) -> Tensor:
-        """The same, unbooked: for what only describes the task to a zoo and makes no model."""
+    def glance(self, spent_on: str = "refit_flops") -> tuple[Tensor, Tensor]:
+        """The same of a few images of each class, f32 [m, F], with their labels, int64 [m]: enough to find the task's
+        neighbours and to score units, at a fraction of the pass. All of them where they have been paid for.
+        """
         if self._features is not None:
-            return self._features
+            return self._features, self.data.train_labels
+        if self._glance is None:
+            index = few_of_each(self.data.train_labels, GLANCE_IMAGES, self.seed)
+            self._glance = self._extract(index, spent_on), self.data.train_labels[index]
+        return self._glance
+
+    def _extract(self, index: Tensor | None, spent_on: str) -> Tensor:
+        images = self.data.train_images if index is None else self.data.train_images[index]
+        setattr(self.cost, spent_on, getattr(self.cost, spent_on) + len(images) * self.image_flops)
         if self.known_features is not None:
-            return self.known_features[0]
-        return extract_features(
-            self.backbone.model, self.data.train_images, self.backbone.preprocessing, self.recipe.precision
-        )
+            known, seconds = self.known_features
+            self.cost.seconds += seconds * len(images) / len(known)
+            return known if index is None else known[index]
+        with self.cost.timed():
+            return extract_features(
+                self.backbone.model, images, self.backbone.preprocessing, self.recipe.precision
+            )
+
+    def description(self) -> tuple[Tensor, Tensor]:
+        """Features and labels of images that describe the task to a zoo; unbooked, for they make no model."""
+        if self.known_features is not None:
+            return self.known_features[0], self.data.train_labels
+        unbooked = replace(self, cost=Cost())
+        return unbooked.glance()
 
     @property
     def image_flops(self) -> int:
@@ -111,13 +126,15 @@ class Job:
 
 def ask_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
     """The task's nearest entries, by ``job.vote``."""
+    features, labels = job.glance("similarity_flops")
     neighbours = nearest_entries(
         zoo,
         job.structure,
         job.backbone,
         job.data,
-        job.features("similarity_flops"),
+        features,
         job.vote,
+        labels=labels,
         cost=job.cost,
         seed=job.seed,
         exclude=(job.task_name,),
@@ -211,10 +228,10 @@ def _start_universal(job: Job) -> tuple[nn.Module, Mask]:
 
 def own_scores(job: Job) -> Scores:
     """Every unit of the dense model scored on the target's training images, by ``job.schedule.criterion``."""
-    features = job.features()
+    features, labels = job.glance()
     with job.cost.timed():
         dense = job.backbone.copy_model()
-        set_head(dense, class_mean_head(features, job.data.train_labels, job.data.num_classes))
+        set_head(dense, class_mean_head(features, labels, job.data.num_classes))
         trainer = Trainer(dense, job.data, job.backbone.preprocessing, job.recipe, seed=job.seed)
     return scoring_batches(trainer, job.structure, job.schedule, job.cost, seed=job.seed)
 
@@ -340,11 +357,11 @@ def prune(
         _fine_tune(job, small, history, on_step)
     trained = evaluate(small, data, backbone.preprocessing, recipe.precision)
     classifier = small.get_classifier()  # type: ignore[operator]
-    described = job.describing_features()
-    means = class_means(described, data.train_labels, data.num_classes)
+    described, labels = job.description()
+    means = class_means(described, labels, data.num_classes)
     tensors = {
         "class_means": means,
-        "temperature": torch.tensor(fit_temperature(described, data.train_labels, means)),
+        "temperature": torch.tensor(fit_temperature(described, labels, means)),
         "head_weight": classifier.weight.detach().float().clone(),
         "head_bias": classifier.bias.detach().float().clone(),
     }

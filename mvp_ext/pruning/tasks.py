@@ -288,3 +288,16 @@ def _nearest_name(kind: str, name: str, known: Sequence[str], where: str) -> int
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"known: {', '.join(known[:20])}"
     raise ValueError(f"unknown {kind} {name!r} in {where!r}; {hint}")
+
+
+def few_of_each(labels: Tensor, count: int, seed: int) -> Tensor:
+    """About ``count`` of n images, evenly of all classes (at least one of each): int64 indices, ascending.
+
+    Args:
+        labels: int64 [n].
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels[order]
+    each = -(-count // max(1, len(labels.unique())))
+    chosen = [order[shuffled == label][:each] for label in labels.unique()]
+    return torch.cat(chosen).sort().values if chosen else order

@@ -108,6 +108,7 @@ def nearest_entries(
     features: Tensor,
     options: VoteOptions,
     *,
+    labels: Tensor | None = None,
     cost: Cost | None = None,
     seed: int = 0,
     exclude: Sequence[str] = (),
@@ -115,7 +116,8 @@ def nearest_entries(
     """The zoo's entries nearest to a task, nearest first; ties by name.
 
     Args:
-        features: the dense backbone's features on ``data.train_images``, f32 [n, F].
+        features: the dense backbone's features on ``data.train_images``, f32 [n, F]; or on some images of the task,
+            whose ``labels``, int64 [n], are then given too.
         exclude: names of entries that must not vote (the task's own, say).
 
     Raises:
@@ -128,7 +130,8 @@ def nearest_entries(
             raise ZooError(
                 f"zoo {zoo.path}: expected at least one entry to vote, got none (after excluding {list(exclude)})"
             )
-        ranked = [Neighbour(e, proxy_leep(e.read().extra, features, data.train_labels)) for e in entries]
+        labels = data.train_labels if labels is None else labels
+        ranked = [Neighbour(e, proxy_leep(e.read().extra, features, labels)) for e in entries]
         ranked.sort(key=lambda n: (-n.similarity, n.entry.name))
         if options.similarity != "proxy_leep":
             shortlist = ranked[: max(options.shortlist, options.neighbours)]
