@@ -5,7 +5,8 @@ kernel held the device back until all of the call was enqueued, so that the CPU'
 of calls with warm caches, waited for at its end, divided by their number: what a caller sees, launches included.
 
 Goals are least ratios of a peer's device time to ours, least shares of a limit, or a greatest device time. Each file
-names command, commit and machine. ``--dry-run`` calls everything once on the CPU, at small sizes, and times nothing.
+names command, commit and machine, and is written anew after each case: a run that is cut off leaves what it measured.
+``--dry-run`` calls everything once on the CPU, at small sizes, and times nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from harness import ROOT, _ratio, _summary, environment
@@ -51,6 +52,8 @@ class CudaBench:
         self.device = torch.device("cpu" if self.dry else "cuda")
         self.rows: list[dict[str, Any]] = []
         self.left_out: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.environment: dict[str, Any] | None = None
         self.began = time.perf_counter()
         self.timer = None if self.dry else Timer()
 
@@ -80,7 +83,7 @@ class CudaBench:
         flops: int | None = None,
         most_us: float | None = None,
     ) -> None:
-        """Time ``ours`` against ``peers`` (None: a peer that could not be made).
+        """Time ``ours`` against ``peers`` (None: a peer that could not be made). A case that fails, fails alone.
 
         Args:
             goals: for some peers, the least ratio (peer's device time / ours) that is wanted.
@@ -92,27 +95,50 @@ class CudaBench:
         """
         if not self.wants(name):
             return
-        if check is not None:
-            check()
         contenders = {"ours": ours, **{k: v for k, v in peers.items() if v is not None}}
         if self.timer is None:
+            if check is not None:
+                check()
             for run in contenders.values():
                 run()
             self.rows.append({"case": name})
             return
+        try:
+            if check is not None:
+                check()
+            row = self._measure(self.timer, name, contenders, goals or {}, moved, least_share, flops, most_us)
+        except Exception as error:
+            self.failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            print(f"{self.op}: {name}: FAILED: {self.failed[name]}", file=sys.stderr, flush=True)
+        else:
+            self.rows.append(row)
+            ratios = " ".join(f"{k} {v:.2f}x" for k, v in row["ratios"].items())
+            median = row["device_us"]["ours"]["median"]
+            print(f"{self.op}: {name}: {median:.1f} us; {ratios}", file=sys.stderr, flush=True)
+        self._write()
+
+    def _measure(
+        self,
+        timer: Timer,
+        name: str,
+        contenders: dict[str, Run],
+        goals: Mapping[str, float],
+        moved: int | None,
+        least_share: float | None,
+        flops: int | None,
+        most_us: float | None,
+    ) -> dict[str, Any]:
         if moved:
             half = torch.empty(max(1, moved // 2), dtype=torch.uint8, device=self.device)
             other = torch.empty_like(half)
             contenders["copy"] = lambda: other.copy_(half)
-        samples = self.timer.device(contenders, self.options.seconds)
+        samples = timer.device(contenders, self.options.seconds)
         row: dict[str, Any] = {
             "case": name,
             "device_us": {k: _summary(v) for k, v in samples.items()},
-            "call_us": {
-                k: round(1e6 * self.timer.call(run), 2) for k, run in contenders.items() if k != "copy"
-            },
+            "call_us": {k: round(1e6 * timer.call(run), 2) for k, run in contenders.items() if k != "copy"},
             "ratios": {k: _ratio(samples[k], samples["ours"]) for k in samples if k not in ("ours", "copy")},
-            "goals": {k: v for k, v in (goals or {}).items() if k in samples},
+            "goals": {k: v for k, v in goals.items() if k in samples},
             "most_us": most_us,
         }
         median = row["device_us"]["ours"]["median"]
@@ -122,29 +148,38 @@ class CudaBench:
             row["share_of_copy"] = {"share": _ratio(samples["copy"], samples["ours"]), "least": least_share}
         if flops:
             row["tflop_per_s"] = round(flops / median * 1e-6, 2)
-        self.rows.append(row)
-        ratios = " ".join(f"{k} {v:.2f}x" for k, v in row["ratios"].items())
-        print(f"{self.op}: {name}: {median:.1f} us; {ratios}", file=sys.stderr, flush=True)
+        return row
 
     def finish(self) -> None:
-        """Print the table; write the JSON file unless ``--only`` chose some cases."""
+        """Print the table; end with status 1 where a case failed."""
         if self.dry:
             print(f"{self.op}: {len(self.rows)} cases ran once")
             return
         Console(width=170 if not sys.stdout.isatty() else None).print(table(self.op, self.rows))
         if self.left_out:
             print(f"{self.op}: no time for {len(self.left_out)} cases: {', '.join(self.left_out)}")
+        self._write()
+        if self.failed:
+            sys.exit(f"{self.op}: {len(self.failed)} cases failed: {', '.join(self.failed)}")
+
+    def _write(self) -> None:
+        """The JSON file, unless ``--only`` chose some cases."""
         if self.options.only:
             return
+        if self.environment is None:
+            self.environment = cuda_environment()
         out = self.options.out or ROOT / "benchmarks" / "results" / device_folder() / f"{self.op}.json"
         out.parent.mkdir(parents=True, exist_ok=True)
         result = {
             "op": self.op,
-            "environment": cuda_environment(),
+            "environment": self.environment,
             "rows": self.rows,
             "left_out": self.left_out,
+            "failed": self.failed,
         }
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        part = out.with_suffix(".part")  # whoever is stopped while writing leaves the last whole file
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(out)
 
 
 class Timer:
@@ -229,8 +264,12 @@ def graphed(bench: CudaBench, run: Run) -> Run | None:
 
 
 def compiled(bench: CudaBench, function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for the shapes of the first call."""
-    return function if bench.dry else torch.compile(function, dynamic=False)
+    """torch.compile for the shapes of the first call. What it made for earlier cases is forgotten: from the ninth set
+    of shapes of one function on, torch would run that as it is, and the peer would be eager torch by another name."""
+    if bench.dry:
+        return function
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def quietly(bench: CudaBench) -> AbstractContextManager[Any]:
@@ -283,36 +322,71 @@ def span(times: Mapping[str, float]) -> str:
     return f"{times['median']:.1f} ({times['p10']:.1f} – {times['p90']:.1f})"
 
 
+class Goal(NamedTuple):
+    """What one case was to reach, and what it measured."""
+
+    kind: str
+    case: str
+    value: float
+    wanted: float
+    most: bool = False  # the greatest value that is wanted, not the least
+
+    @property
+    def margin(self) -> float:
+        """1 and more: reached."""
+        return self.wanted / self.value if self.most else self.value / self.wanted
+
+
 def summary(folder: Path) -> int:
-    """One line an op: how many goals were reached, and which were not. The number of missed goals."""
+    """Each op's goals beside what was measured, all cases of a kind in one line. The number of missed goals."""
     missed = 0
     console = Console(width=150 if not sys.stdout.isatty() else None)
-    result = Table(title=f"goals, from {folder.name}")
-    for column in ("op", "cases", "goals", "reached", "not reached (× or share, goal)"):
-        result.add_column(column)
+    result = Table(title=f"goals and measurements, from {folder.name}")
+    for column in ("op", "goal", "measured, of all cases", "reached", "furthest from it"):
+        result.add_column(column, overflow="fold")
     for file in sorted(folder.glob("*.json")):
         content = json.loads(file.read_text())
         if "rows" not in content:
             continue
-        goals = [goal for row in content["rows"] for goal in row_goals(row)]
-        failed = [f"{name} {value:g} ({wanted:g})" for name, value, wanted, reached in goals if not reached]
-        missed += len(failed)
-        reached = str(len(goals) - len(failed))
-        result.add_row(content["op"], str(len(content["rows"])), str(len(goals)), reached, "\n".join(failed))
+        kinds: dict[str, list[Goal]] = {}
+        for row in content["rows"]:
+            for goal in row_goals(row):
+                kinds.setdefault(goal.kind, []).append(goal)
+        op = content["op"]
+        for kind, goals in kinds.items():
+            reached = sum(goal.margin >= 1 for goal in goals)
+            missed += len(goals) - reached
+            worst = min(goals, key=lambda goal: goal.margin)
+            result.add_row(
+                op,
+                f"{'≤' if worst.most else '≥'} {spread([g.wanted for g in goals])} {kind}",
+                spread([g.value for g in goals]),
+                f"[{'green' if reached == len(goals) else 'red'}]{reached} of {len(goals)}[/]",
+                f"{worst.value:g}: {worst.case}",
+            )
+            op = ""
+        for word in ("failed", "left_out"):
+            if names := list(content.get(word, ())):
+                result.add_row(op, word.replace("_", " "), f"{len(names)} cases", "", names[0])
+                op = ""
+        result.add_section()
     console.print(result)
     return missed
 
 
-def row_goals(row: Mapping[str, Any]) -> list[tuple[str, float, float, bool]]:
-    """(name, value, goal, reached) of a result's row."""
+def spread(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if low == high else f"{low:.3g} – {high:.3g}"
+
+
+def row_goals(row: Mapping[str, Any]) -> list[Goal]:
     case = row["case"]
-    goals = [(f"{case}: × {k}", row["ratios"][k], g, row["ratios"][k] >= g) for k, g in row["goals"].items()]
+    goals = [Goal(f"× {k}", case, row["ratios"][k], g) for k, g in row["goals"].items()]
     share = row.get("share_of_copy")
     if share and share["least"] is not None:
-        goals.append((f"{case}: of copy", share["share"], share["least"], share["share"] >= share["least"]))
+        goals.append(Goal("of copy", case, share["share"], share["least"]))
     if row.get("most_us") is not None:
-        median = row["device_us"]["ours"]["median"]
-        goals.append((f"{case}: µs", median, row["most_us"], median <= row["most_us"]))
+        goals.append(Goal("µs", case, row["device_us"]["ours"]["median"], row["most_us"], most=True))
     return goals
 
 

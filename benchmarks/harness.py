@@ -228,7 +228,8 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The commit, with "+" where the sources that were measured differ from it (results do not count)."""
+    """The commit, with "+" where the sources that were measured differ from it (results do not count); MVP_COMMIT says
+    it where the sources are a copy without git."""
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -239,7 +240,7 @@ def _commit() -> str:
         changed = git("status", "--porcelain", "--", "csrc", "mvp_ext", "benchmarks/*.py")
         return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("MVP_COMMIT", "unknown")
 
 
 def _table(op: str, rows: list[dict[str, Any]]) -> Table:

@@ -104,7 +104,9 @@ def test_launch_errors_say_what_to_do() -> None:
     wanted = {
         209: r".*float32 could not be launched with grid \(1, 1, 1\), block \(64, 1, 1\) and 256 bytes of shared "
         r"memory on device 0: .*capability 8.0 .*install it again with MVP_CUDA_ARCHS=80-real",
+        98: r".*capability 8.0 .*install it again with MVP_CUDA_ARCHS=80-real",
         35: r".*The driver serves CUDA 13.0 .*update the driver",
+        222: r".*The driver serves CUDA 13.0 .*update the driver",
         1: r".*CUDA_LAUNCH_BLOCKING=1",
     }
     for error, message in wanted.items():

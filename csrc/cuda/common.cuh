@@ -64,14 +64,16 @@ inline const char* name_of(DType dtype) {
                      " and " + std::to_string(shared_bytes) + " bytes of shared memory on device " +
                      std::to_string(device) + ": " + cudaGetErrorName(error) + " (" +
                      cudaGetErrorString(error) + "). ";
-  if (error == cudaErrorNoKernelImageForDevice) {
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     text += "This GPU has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-            " and mvp_ext was built for " MVP_CUDA_ARCHS ": install it again with MVP_CUDA_ARCHS=" +
-            std::to_string(major) + std::to_string(minor) + "-real.";
-  } else if (error == cudaErrorInsufficientDriver) {
+            " and mvp_ext was built for " MVP_CUDA_ARCHS;
+    text += major < 8 ? "; its kernels need 8.0 or newer."
+                      : ": install it again with MVP_CUDA_ARCHS=" + std::to_string(major) +
+                            std::to_string(minor) + "-real.";
+  } else if (error == cudaErrorInsufficientDriver || error == cudaErrorUnsupportedPtxVersion) {
     int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);

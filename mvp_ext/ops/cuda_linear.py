@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -55,7 +56,8 @@ def plan(
     if isinstance(_forced, Plan):
         if _forced.tiling == _HOPPER and not has_hopper(x.device):
             raise RuntimeError(
-                "pruned_linear: Plan(3, 1) needs a GPU of compute capability 9.0 and a build with MVP_CUDA_ARCHS for it"
+                "pruned_linear: Plan(3, 1) needs a GPU of compute capability 9.0, a build with MVP_CUDA_ARCHS for it, "
+                "and not MVP_HOPPER=0"
             )
         return _forced
     rows, outputs = math.prod(x.shape[:-1]), _outputs(weight, out_index, out_block)
@@ -116,9 +118,14 @@ _MAX_SPLITS = 16
 
 
 def has_hopper(device: torch.device) -> bool:
-    """Whether the kernel by wgmma can run. No rule chooses it before it has been run on a GPU: see docs/cuda.md."""
+    """Whether the kernel by wgmma can run. No rule chooses it before it has been run on a GPU: see docs/cuda.md.
+
+    MVP_HOPPER=0 in the environment says no: a kernel that hangs or faults takes everything else in its process with it.
+    """
     if device.type != "cuda":
         return cuda.stand_in
+    if os.environ.get("MVP_HOPPER") == "0":
+        return False
     return bool(build_info()["hopper"]) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
