@@ -1,4 +1,6 @@
-"""Writes the README's measured tables from the committed result files, or checks (``--check``) that they agree."""
+"""Writes the README's measured tables and docs/study.md from the committed result files, or checks (``--check``) that
+they agree.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +42,59 @@ def comparison(path: Path) -> str:
         + table(columns, table_rows(results, arms))
         + (f"\n\nFigures: {links}." if links else "")
     )
+
+
+STUDY = RESULTS / "study_cpu.json"
+STUDY_PAGE = ROOT / "docs" / "study.md"
+STUDY_COLUMNS = ("arm", "accuracy (%)", "minus universal", "p, corrected", "tasks, runs", "steps", "FLOPs a task",
+                 "time a task", "made once: time", "learning rate")  # fmt: skip
+
+
+def study_summary(results: dict[str, Any]) -> str:
+    """The README's part: a verdict a hypothesis, and the first world's table."""
+    name, rows = next(iter(results["tables"].items()))
+    verdicts = [(v["name"], v["claim"], v["verdict"]) for v in results["verdicts"]]
+    shown = [0, 1, 2, 3, 6, 7, 8]
+    page = STUDY_PAGE.relative_to(ROOT).as_posix()
+    return (
+        f"**The study**: every claim of the method beside the controls that could beat it ([{page}]({page}), from "
+        f"{STUDY.relative_to(ROOT).as_posix()}).\n\n"
+        + table(("", "claim", "verdict"), verdicts)
+        + f"\n\nThe world {name}, at J = {results['config']['steps']} steps; differences are paired over tasks:\n\n"
+        + table([STUDY_COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    )
+
+
+def study_page(results: dict[str, Any]) -> str:
+    """docs/study.md."""
+    config = results["config"]
+    parts = [
+        "# The study",
+        f"{results['title']}. Made from {STUDY.relative_to(ROOT).as_posix()} by scripts/readme_tables.py; the run was "
+        f"`{results['command']}` at commit {results['commit']}, {results['created'][:10]}. How to repeat it: "
+        "[benchmarks/README.md](../benchmarks/README.md).",
+        "## Verdicts",
+    ]
+    for v in results["verdicts"]:
+        parts.append(f"**{v['name']}: {v['claim']}: {v['verdict']}.**")
+        parts += ["\n".join(f"- {sentence}" for sentence in v["sentences"])] if v["sentences"] else []
+    parts += [
+        "## Tables",
+        f"All at J = {config['steps']} steps and the world's own keep ratio; best arm first.",
+    ]
+    for name, rows in results["tables"].items():
+        if rows:
+            world = results["worlds"][name.partition(",")[0]]
+            parts.append(f"**{name}** ({world['model']}, keep {world['keep']:g})")
+            parts.append(table(STUDY_COLUMNS, rows))
+    parts.append("## Figures")
+    for figure in sorted((ROOT / "docs" / "figures" / "study").glob(f"{results['name']}_*.png")):
+        parts.append(f"![{figure.stem}](figures/study/{figure.name})")
+    parts.append("## Read this before quoting it")
+    parts.append("\n".join(f"- {sentence}" for sentence in results["limits"]))
+    done = ", ".join(f"{p['part']} {p['done']}/{p['total']}" for p in results["parts"])
+    parts.append(f"Units of work done, by part: {done}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def latency(paths: Sequence[Path]) -> str:
@@ -112,6 +167,8 @@ def _promises(row: dict[str, Any]) -> Iterator[tuple[str, str, float, float]]:
 
 def render() -> str:
     sections = []
+    if STUDY.exists():
+        sections.append(study_summary(json.loads(STUDY.read_text())))
     comparisons = [
         p for p in [*sorted(RESULTS.glob("compare_*.json")), RESULTS / "demo_digits.json"] if p.exists()
     ]
@@ -128,16 +185,17 @@ def main() -> int:
     text = readme.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN, 1)
     _, tail = rest.split(END, 1)
-    new = f"{head}{BEGIN}\n{render()}\n{END}{tail}"
-    if "--check" in sys.argv[1:]:
-        if new != text:
-            print(
-                "README.md: its tables are not what the result files say; run python scripts/readme_tables.py"
-            )
-            return 1
+    pages = {readme: f"{head}{BEGIN}\n{render()}\n{END}{tail}"}
+    if STUDY.exists():
+        pages[STUDY_PAGE] = study_page(json.loads(STUDY.read_text()))
+    if "--check" not in sys.argv[1:]:
+        for page, new in pages.items():
+            page.write_text(new, encoding="utf-8")
         return 0
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    stale = [page for page, new in pages.items() if not page.exists() or page.read_text("utf-8") != new]
+    for page in stale:
+        print(f"{page.name}: not what the result files say; run python scripts/readme_tables.py")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

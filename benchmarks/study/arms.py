@@ -5,6 +5,7 @@ Every arm then goes the same way (``mvp_ext.prune``): statistics re-estimated, c
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.backbone import set_head
 from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.iterative import scoring_batches
-from mvp_ext.pruning.prune import Job, ask_neighbours, merged_model, own_scores, voted_mask
+from mvp_ext.pruning.prune import Job, ask_neighbours, choose_start, merged_model, own_scores, voted_mask
 from mvp_ext.pruning.scores import CRITERIA, Scores
 from mvp_ext.pruning.training import Trainer
 from mvp_ext.pruning.vote import Neighbour, VoteOptions, small_model
@@ -237,6 +238,19 @@ def _is_head(model: Any, name: str) -> bool:
     return any(model.state_dict(keep_vars=True)[name] is p for p in classifier.parameters())
 
 
+@_arm(
+    "specialised or cut by score",
+    "of the two starts of a specialised zoo (its vote + score, its wider universal model cut by score) the one whose "
+    "features tell the task's classes apart best",
+    "zoo specialised",
+    votes=True,
+)
+def _chosen(run: Run, job: Job) -> Made:
+    candidates = ("mvp specialised + score", "universal cut by score")
+    starts = [functools.partial(start, run) for name in candidates if (start := ARMS[name].start)]
+    return choose_start(job, starts)
+
+
 def _elastic(mask_of: Callable[[Run, Job], Mask]) -> Callable[[Run, Job], Made]:
     def start(run: Run, job: Job) -> Made:
         mask = mask_of(run, job)
@@ -299,7 +313,7 @@ def _random(run: Run, job: Job) -> Made:
 @_arm("task-independent one-shot", "Taylor scores of all zoo classes pooled: one mask for every task")
 def _task_independent(run: Run, job: Job) -> Made:
     pooled = run.world.pooled().split()
-    pool = replace(job, data=pooled, known_features=None, _features=None, _glance=None)
+    pool = replace(job, data=pooled, known_features=None, _features=None, _glance=None, _scores=None)
     features, labels = pool.glance()
     with job.cost.timed():
         dense = job.backbone.copy_model()

@@ -35,6 +35,7 @@ def write_report(
     answers = Table(results)
     verdicts, _ = judge(answers)
     results["verdicts"] = [vars(verdict) for verdict in verdicts]
+    results["limits"] = limits(results)
     results["tables"] = {
         f"{world}, {split}": arm_rows(answers, world, split)
         for world in answers.worlds
@@ -196,8 +197,13 @@ def limits(results: dict[str, Any]) -> list[str]:
                 f"{world}: left out, for want of the files: {', '.join(about['tasks']['left out'])}."
             )
     sentences.append(
-        "Held-out tasks of one world share classes: their number overstates the independent evidence; wall-clock was "
-        "taken with as many processes as were started."
+        "Held-out tasks of one world share classes: their number overstates the independent evidence."
+    )
+    sentences.append(
+        "Seconds are those of one core (CPU time of a process with one thread): wall-clock on a machine that does "
+        "nothing else."
+        if results["config"]["clock"] == "cpu"
+        else "Seconds are wall-clock, taken with as many processes as were started."
     )
     return [*sentences, PROVENANCE]
 
