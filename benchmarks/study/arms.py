@@ -5,7 +5,6 @@ Every arm then goes the same way (``mvp_ext.prune``): statistics re-estimated, c
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.backbone import set_head
 from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.iterative import scoring_batches
-from mvp_ext.pruning.prune import Job, ask_neighbours, choose_start, merged_model, own_scores, voted_mask
+from mvp_ext.pruning.prune import Job, ask_neighbours, merged_model, own_scores, voted_mask
 from mvp_ext.pruning.scores import CRITERIA, Scores
 from mvp_ext.pruning.training import Trainer
 from mvp_ext.pruning.vote import Neighbour, VoteOptions, small_model
@@ -141,6 +140,13 @@ for _name, _about, _kind, _options in (
     ),
     ("mvp specialised", "voters start from the wider universal model", "specialised", {}),
     ("mvp specialised + score", "and the own Taylor score, λ = 1", "specialised", {"own_score": 1.0}),
+    ("mvp refined", "voters refine a universal model of their own size: their weights vote", "refined", {}),
+    (
+        "mvp refined, weighted",
+        "the same, voters weighted by softmax(similarity / 0.1)",
+        "refined",
+        {"weighting": 0.1},
+    ),
 ):
     _arm(_name, _about, f"zoo {_kind}", votes=True)(_mvp(_kind, **_options))
 
@@ -236,19 +242,6 @@ def _cut_out(stored: Any, mask: Mask, structure: Structure) -> dict[str, Tensor]
 def _is_head(model: Any, name: str) -> bool:
     classifier = model.get_classifier()
     return any(model.state_dict(keep_vars=True)[name] is p for p in classifier.parameters())
-
-
-@_arm(
-    "specialised or cut by score",
-    "of the two starts of a specialised zoo (its vote + score, its wider universal model cut by score) the one whose "
-    "features tell the task's classes apart best",
-    "zoo specialised",
-    votes=True,
-)
-def _chosen(run: Run, job: Job) -> Made:
-    candidates = ("mvp specialised + score", "universal cut by score")
-    starts = [functools.partial(start, run) for name in candidates if (start := ARMS[name].start)]
-    return choose_start(job, starts)
 
 
 def _elastic(mask_of: Callable[[Run, Job], Mask]) -> Callable[[Run, Job], Made]:

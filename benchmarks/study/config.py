@@ -58,7 +58,8 @@ class World:
         zoo_train, task_train: training images a class of the zoo's tasks, and of targets.
         rates_from: the world whose learning rates are used; "" = its own.
         start_keep, start_share: of the specialised zoo: the keep ratio of the universal model that entries start from,
-            and the share of the zoo's steps spent on it. elastic_share: the same of the elastic weights.
+            and the share of the zoo's steps spent on it. base_share: the same of the refined zoo, whose entries start
+            from a universal model of their own keep ratio. elastic_share: of the elastic weights.
     """
 
     backbone: BackboneConfig
@@ -83,6 +84,7 @@ class World:
     plain_final_steps: int = 40
     start_keep: float = 0.2
     start_share: float = 0.5
+    base_share: float = 0.8
     elastic_share: float = 0.5
     elastic_range: tuple[float, float] = (0.05, 0.3)
     batch_size: int = 32
@@ -115,9 +117,10 @@ class Config:
     """A study. ``steps``, ``neighbours``, ``similarity``: the default point that factors vary around.
 
     ``rates``: the learning rates tried for each arm, on ``rate_tasks`` development tasks (``costly_rate_tasks`` for
-    arms that take many steps). ``ceiling``: tasks of the zoo that are pruned with a second seed. ``latency_seconds``:
-    spent on timing each model; 0: none is timed. ``clock``: what costs in seconds are read from, "wall", or "cpu" where
-    units of one thread each share a machine with other work.
+    arms that take many steps); ``more_rates``: others, for arms whose best one lies at the end of these. ``ceiling``:
+    tasks of the zoo that are pruned with a second seed. ``latency_seconds``: spent on timing each model; 0: none is
+    timed. ``clock``: what costs in seconds are read from, "wall", or "cpu" where units of one thread each share a
+    machine with other work.
     """
 
     name: str
@@ -130,6 +133,7 @@ class Config:
     neighbours: int = 5
     similarity: str = "proxy_leep"
     rates: tuple[float, ...] = (2.5e-4, 1e-3, 4e-3)
+    more_rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     rate_tasks: int = 3
     costly_rate_tasks: int = 1
     ceiling: int = 3
@@ -155,6 +159,10 @@ class Config:
         for name, world in self.worlds.items():
             if world.rates_from and world.rates_from not in self.worlds:
                 raise ValueError(f"world {name!r}: rates_from: no world {world.rates_from!r}")
+
+
+def rates_of(config: Config, arm: str) -> tuple[float, ...]:
+    return (*config.rates, *config.more_rates.get(arm, ()))
 
 
 def load_config(name: str | Path) -> Config:

@@ -26,7 +26,7 @@ from mvp_ext.pruning.vote import VoteOptions, proxy_leep, small_model
 from mvp_ext.pruning.zoo_entry import ZooEntry
 
 from .arms import ARMS, Arm, Point, Run
-from .config import Config
+from .config import Config, rates_of
 from .journal import Journal
 from .units import REFERENCE_ARM, rate_key
 from .worlds import WorldAtWork
@@ -86,7 +86,7 @@ class Study:
         world = self.config.worlds[world].rates_from or world
         arm = ARMS[arm].rate_of or arm
         scores = {}
-        for rate in self.config.rates:
+        for rate in rates_of(self.config, arm):
             keys = [rate_key(world, arm, rate, i) for i in range(self.config.worlds[world].development)]
             found = [self.journal.result(key)["accuracy"] for key in keys if key in self.journal]
             if found:
@@ -248,7 +248,7 @@ class Study:
         if path.exists():
             theirs = json.loads(path.read_text())["identity"]
             for key in theirs.keys() & mine.keys():
-                if theirs[key] != mine[key]:
+                if _differ(theirs[key], mine[key]):
                     raise ValueError(
                         f"{self.folder}: holds a study with another {key}: expected {mine[key]}, got {theirs[key]}; "
                         "give another --out"
@@ -270,6 +270,13 @@ def _identity(config: Config) -> dict[str, Any]:
         k: v for k, v in dataclasses.asdict(config).items() if k in ("rates", "rate_tasks", "threads")
     }
     return {**worlds, **defaults}
+
+
+def _differ(theirs: Any, mine: Any) -> bool:
+    """A setting that one side does not know yet (it came later) is no difference."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        return any(_differ(theirs[key], mine[key]) for key in theirs.keys() & mine.keys())
+    return bool(theirs != mine)
 
 
 def _ious(a: Mask, b: Mask, layers: list[str]) -> list[float]:

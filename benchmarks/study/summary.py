@@ -27,6 +27,7 @@ from .runner import progress
 from .stats import Scores
 from .study import Study
 from .units import Unit, point_text
+from .worlds import STARTS
 
 FORMAT = 1
 COLUMNS = (
@@ -169,8 +170,9 @@ class Table:
                 names += ["elastic", f"zoo plain/k{self.worlds[world]['keep']:g}"]
             else:
                 names.append(f"{need}/k{keep:g}")
-                if "specialised" in need:
-                    names.append(f"universal start/k{keep:g}")
+                kind, _, which = need.partition(" ")
+                if kind == "zoo" and which in STARTS:
+                    names.append(f"universal {STARTS[which]}/k{keep:g}")
         for name in names:
             for field in total:
                 total[field] += self.worlds[world]["made"].get(name, {}).get(field, 0.0)

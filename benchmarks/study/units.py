@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .arms import ARMS, Arm, Point
-from .config import Config, Part
+from .config import Config, Part, rates_of
+from .worlds import STARTS
 
 if TYPE_CHECKING:
     from .study import Study
@@ -127,7 +128,7 @@ class _Planner:
             needs = [*self.arm_needs("rates", world, ARMS[arm], default), features]
             if ARMS[arm].ifp_cost is not None:
                 needs += self.reference(world)
-            for rate in config.rates:
+            for rate in rates_of(config, arm):
                 keys.append(
                     self.add(
                         Unit(
@@ -158,8 +159,8 @@ class _Planner:
 
     def zoo(self, world: str, kind: str, keep: float, seed: int = 0, count: int | None = None) -> list[str]:
         needs = self.backbone(world)
-        if kind == "specialised":
-            needs = [*needs, self.universal(world, "start", keep)]
+        if kind in STARTS:
+            needs = [*needs, self.universal(world, STARTS[kind], keep)]
         keys = []
         for index in range(count or self.config.worlds[world].zoo_tasks):
             keys.append(

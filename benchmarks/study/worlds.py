@@ -33,7 +33,8 @@ from mvp_ext.pruning.zoo import Zoo
 from .config import World
 from .tasks import TaskSet, draw_tasks
 
-ZOOS = ("distilled", "plain", "specialised")
+ZOOS = ("distilled", "plain", "specialised", "refined")
+STARTS = {"specialised": "start", "refined": "base"}  # the universal model that a zoo's entries go on from
 
 
 @dataclass
@@ -97,9 +98,13 @@ class WorldAtWork:
     def zoo_steps(self, keep: float) -> int:
         return self.config.zoo_tasks * self.entry_steps(keep)
 
-    def specialised_schedule(self, start: Mask, keep: float) -> Schedule:
-        """An entry's schedule from a wider start: with it, all entries take as many steps as the distilled zoo."""
-        steps = round((1 - self.config.start_share) * self.entry_steps(keep))
+    def share_of_start(self, kind: str) -> float:
+        """The share of the distilled zoo's steps that goes into what a zoo's entries start from."""
+        return self.config.start_share if kind == "specialised" else self.config.base_share
+
+    def schedule_from(self, kind: str, start: Mask, keep: float) -> Schedule:
+        """An entry's schedule from such a start: with it, all entries take as many steps as the distilled zoo."""
+        steps = round((1 - self.share_of_start(kind)) * self.entry_steps(keep))
         schedule = self.schedule("distilled")
         rounds = len(round_ratios(self.structure, keep, self.config.align, schedule, start))
         return replace(schedule, final_steps=max(1, steps - rounds * schedule.steps_per_round))
@@ -133,9 +138,9 @@ class WorldAtWork:
     def make_entry(self, kind: str, keep: float, index: int, seed: int = 0) -> dict[str, Any]:
         zoo, task = self.zoo(kind, keep, seed), self.tasks.zoo[index]
         start, schedule = None, self.schedule(kind)
-        if kind == "specialised":
-            start = self.universal("start", keep)
-            schedule = self.specialised_schedule(start.mask, keep)
+        if kind in STARTS:
+            start = self.universal(STARTS[kind], keep)
+            schedule = self.schedule_from(kind, start.mask, keep)
         options: dict[str, Any] = {
             "keep": keep,
             "schedule": schedule,
@@ -154,12 +159,15 @@ class WorldAtWork:
         return min(1.0, keep * self.config.start_keep / self.config.keep) if kind == "start" else keep
 
     def make_universal(self, kind: str, keep: float) -> dict[str, Any]:
-        """``kind``: "whole" (the zoo's cost), "entry" (one entry's), "plain" (whole, undistilled), "start" (wider)."""
+        """``kind``: "whole" (the zoo's cost), "entry" (one entry's), "plain" (whole, undistilled), "start" and "base"
+        (of specialised and refined zoos).
+        """
         steps = {
             "whole": self.zoo_steps(keep),
             "plain": self.zoo_steps(keep),
             "entry": self.entry_steps(keep),
-            "start": round(self.config.start_share * self.zoo_steps(keep)),
+            "start": round(self.share_of_start("specialised") * self.zoo_steps(keep)),
+            "base": round(self.share_of_start("refined") * self.zoo_steps(keep)),
         }[kind]
         folder = self.universal_folder(kind, keep)
         build_universal(

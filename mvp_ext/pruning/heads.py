@@ -60,20 +60,6 @@ def class_mean_head(features: Tensor, labels: Tensor, classes: int) -> LinearHea
 
 
 def ridge_head(features: Tensor, labels: Tensor, classes: int) -> LinearHead:
-    """The head of ``fit_ridge``, which says how."""
-    return fit_ridge(features, labels, classes).head
-
-
-class RidgeFit(NamedTuple):
-    """``error``: the mean squared leave-one-out error of the one-hot labels: how badly these features tell classes
-    apart.
-    """
-
-    head: LinearHead
-    error: float
-
-
-def fit_ridge(features: Tensor, labels: Tensor, classes: int) -> RidgeFit:
     """Ridge regression of one-hot labels on the features; its strength is chosen by leave-one-out error.
 
     For the centred feature matrix X = U S Vᵀ the leave-one-out residual of ridge has a closed form, so the whole grid
@@ -99,5 +85,4 @@ def fit_ridge(features: Tensor, labels: Tensor, classes: int) -> RidgeFit:
         error = float((residual / (1 - leverage)[:, None]).square().mean())
         if error < best_error:
             best_error, best_weight = error, vt.T @ ((s / (energy + strength))[:, None] * uty)
-    head = LinearHead(best_weight.T.float().contiguous(), (y_mean - x_mean @ best_weight).float())
-    return RidgeFit(head, best_error)
+    return LinearHead(best_weight.T.float().contiguous(), (y_mean - x_mean @ best_weight).float())

@@ -7,7 +7,6 @@ so that methods are compared by what they start from, not by how their heads wer
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from mvp_ext.model.structure import Structure, find_structure
 from mvp_ext.model.surgery import expand_state, prune_model
 from mvp_ext.pruning.backbone import Backbone, extract_features, set_head
 from mvp_ext.pruning.cost import Cost
-from mvp_ext.pruning.heads import class_mean_head, class_means, fit_ridge, fit_temperature, ridge_head
+from mvp_ext.pruning.heads import class_mean_head, class_means, fit_temperature, ridge_head
 from mvp_ext.pruning.iterative import Schedule, planned_steps, prune_iteratively, scoring_batches
 from mvp_ext.pruning.result import Point, Result
 from mvp_ext.pruning.scores import Scores
@@ -42,7 +41,6 @@ from mvp_ext.pruning.vote import (
 from mvp_ext.pruning.zoo import Zoo, ZooError
 from mvp_ext.pruning.zoo_entry import BackboneIdentity
 
-CHOICE_IMAGES = 320  # by which starts are judged
 GLANCE_IMAGES = 320  # of all classes together: similarities and scores hardly change with more
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
@@ -255,31 +253,6 @@ def _start_random(job: Job) -> tuple[nn.Module, Mask]:
     with job.cost.timed():
         mask = Mask.random(job.structure, job.keep, job.seed, job.align)
         return small_model(job.backbone, job.structure, mask), mask
-
-
-def choose_start(job: Job, starts: Sequence[Start]) -> tuple[nn.Module, Mask]:
-    """Of several starts the one whose features tell the task's classes apart best.
-
-    Judged by the leave-one-out error of a ridge head on a few of the training images, after the normalisation
-    statistics have been estimated on them: no test image and no training step is spent on the choice.
-    """
-    preprocessing, precision = job.backbone.preprocessing, job.recipe.precision
-    index = few_of_each(job.data.train_labels, CHOICE_IMAGES, job.seed)
-    images, labels = job.data.train_images[index], job.data.train_labels[index]
-    best_error, best = math.inf, None
-    for start in starts:
-        model, mask = start(job)
-        with job.cost.timed():
-            seen = reestimate_statistics(model, images, preprocessing, seed=job.seed, precision=precision)
-            features = extract_features(model, images, preprocessing, precision)
-            error = fit_ridge(features, labels, job.data.num_classes).error
-        job.cost.refit_flops += (seen + len(images)) * count_flops(
-            model, (3, preprocessing.size, preprocessing.size)
-        )
-        if best is None or error < best_error:
-            best_error, best = error, (model, mask)
-    assert best is not None, "choose_start: expected at least one start, got none"
-    return best
 
 
 def _start_dense(job: Job) -> tuple[nn.Module, Mask]:
