@@ -31,8 +31,9 @@ constexpr int kTile = kLanes;  // running sums that stay in registers: half of t
 // worth, the even and the odd elements, which a shift and a mask take apart. Sums do not care which is which.
 template <typename T>
 constexpr int kParts = std::is_same_v<T, Bf16> ? 2 : 1;
+struct Pairs {};  // bfloat16 whose products are added up two by two, see PairProduct
 template <typename T>
-constexpr int64_t kStep = kParts<T> * kLanes;  // elements of a block
+constexpr int64_t kStep = (std::is_same_v<T, Pairs> ? 2 : kParts<T>)*kLanes;  // elements of a block
 
 template <typename T>
 struct Block {
@@ -68,7 +69,7 @@ inline Block<T> operator+(Block<T> x, const Block<T>& y) {
   return x;
 }
 
-// Elements of `first` before the n-th, of `others` from it on. Selected, not weighted: NaN stays in its row.
+// Elements of `first` before the n-th, of `others` from it on: selected, not weighted.
 template <typename T>
 inline Block<T> join(int64_t n, const Block<T>& first, const Block<T>& others) {
   Block<T> joined;
@@ -95,14 +96,28 @@ inline Vec combine(const Block<T>& block) {
   return sum;
 }
 
-// What is summed: a·g, or |a|.
+// The elements [begin, end) of a block, the others being 0; only a whole one may be read in full.
+template <typename T>
+inline Block<T> load_part(const T* p, int64_t begin, int64_t end, bool whole) {
+  return join(begin, {}, join(end, whole ? load_block(p) : load_block(p, end), {}));
+}
+#if defined(__AVX512F__)
+inline Block<float> load_part(const float* p, int64_t begin, int64_t end, bool) {
+  return {{_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << end) - (1u << begin)), p)}};
+}
+#endif
+
+// What is summed: a·g, or |a|. Of a part of a block, what lies outside of it is not looked at: NaN stays in
+// its row.
 template <typename T>
 struct Product {
   using Element = T;
   const T *a, *g;
   Product at(int64_t offset_a, int64_t offset_g) const { return {a + offset_a, g + offset_g}; }
   Block<T> add(int64_t i, Block<T> sum) const { return add(load_block(a + i), load_block(g + i), sum); }
-  Block<T> some(int64_t i, int64_t n) const { return add(load_block(a + i, n), load_block(g + i, n), {}); }
+  Block<T> part(int64_t i, int64_t begin, int64_t end, bool whole) const {
+    return add(load_part(a + i, begin, end, whole), load_part(g + i, begin, end, whole), {});
+  }
   template <typename Sum>
   Sum one(int64_t offset_a, int64_t offset_g) const {
     return static_cast<Sum>(to_float(a[offset_a])) * static_cast<Sum>(to_float(g[offset_g]));
@@ -127,7 +142,9 @@ struct Magnitude {
   const T* a;
   Magnitude at(int64_t offset_a, int64_t) const { return {a + offset_a}; }
   Block<T> add(int64_t i, Block<T> sum) const { return sum + magnitude(load_block(a + i)); }
-  Block<T> some(int64_t i, int64_t n) const { return magnitude(load_block(a + i, n)); }
+  Block<T> part(int64_t i, int64_t begin, int64_t end, bool whole) const {
+    return magnitude(load_part(a + i, begin, end, whole));
+  }
   template <typename Sum>
   Sum one(int64_t offset_a, int64_t) const {
     return std::abs(static_cast<Sum>(to_float(a[offset_a])));
@@ -144,6 +161,34 @@ template <>
 template <>
 inline double Magnitude<double>::one<double>(int64_t offset_a, int64_t) const {
   return std::abs(a[offset_a]);
+}
+
+#if defined(__AVX512F__)
+// a·g of bfloat16, neighbours added up at once: where they belong to the same sum, that takes a third of the
+// instructions. Less than float32's smallest normal number counts as 0.
+struct PairProduct {
+  using Element = Pairs;
+  const Bf16 *a, *g;
+  PairProduct at(int64_t offset_a, int64_t offset_g) const { return {a + offset_a, g + offset_g}; }
+  Block<Pairs> add(int64_t i, Block<Pairs> sum) const {
+    return {{add_pairs(_mm512_loadu_si512(a + i), _mm512_loadu_si512(g + i), sum.part[0])}};
+  }
+  Block<Pairs> part(int64_t i, int64_t begin, int64_t end, bool) const {
+    const auto elements = static_cast<__mmask32>((uint64_t{1} << end) - (uint64_t{1} << begin));
+    return {{add_pairs(_mm512_maskz_loadu_epi16(elements, a + i), _mm512_maskz_loadu_epi16(elements, g + i),
+                       Vec{})}};
+  }
+};
+#endif
+
+// sum(terms), or with pairs where the machine has them.
+template <typename Terms, typename Sum>
+inline void choose_pairs(const Terms& terms, const Sum& sum) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Terms, Product<Bf16>>)
+    if (have_pairs()) return sum(PairProduct{terms.a, terms.g});
+#endif
+  sum(terms);
 }
 
 struct Dim {
@@ -216,17 +261,21 @@ inline int64_t count_chunks(const Problem& x) { return (x.positions + kChunk - 1
 inline bool both_contiguous(const Dim& dim) { return dim.a == 1 && dim.g == 1; }
 
 // sums[r], still spread over the lanes: row r of `count` rows of n elements that follow each other. They are
-// read as one stream of whole blocks, whose loads stay as aligned as the first is; where one row ends and the
-// next begins within a block, its lanes are divided.
+// read as one stream of whole blocks, whose loads stay as aligned as the first is; a block in which one row
+// ends and the next begins is read for both.
 template <typename Terms>
 inline void sum_adjacent(Terms terms, int64_t n, int64_t count, Vec* sums) {
   using T = typename Terms::Element;
   constexpr int64_t step = kStep<T>;
-  Block<T> rest{};  // of the block before `at`: what belongs to the next row
-  int64_t at = 0;
+  const int64_t whole = count * n - step;  // blocks up to here are
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t end = (r + 1) * n;
-    Block<T> total = rest;
+    const int64_t begin = r * n, end = begin + n;
+    int64_t at = begin - begin % step;
+    Block<T> total{};
+    if (at < begin) {
+      total = terms.part(at, begin - at, std::min(end - at, step), at <= whole);
+      at += step;
+    }
     while (end - at >= 4 * step) {
       const int64_t fold = std::min(at + kFold * step, end);
       Block<T> s0{}, s1{}, s2{}, s3{};
@@ -239,22 +288,7 @@ inline void sum_adjacent(Terms terms, int64_t n, int64_t count, Vec* sums) {
       total = total + ((s0 + s1) + (s2 + s3));
     }
     for (; at + step <= end; at += step) total = terms.add(at, total);
-    if (at == end) {
-      rest = {};
-    } else if (at > end) {  // the row began in the block where it ends
-      total = join(end - (at - step), rest, {});
-      rest = join(end - (at - step), {}, rest);
-    } else {
-      if (at + step <= count * n) {
-        total = join(end - at, terms.add(at, total), total);
-        rest = join(end - at, {}, terms.add(at, {}));
-      } else {
-        const Block<T> last = terms.some(at, count * n - at);
-        total = join(end - at, total + last, total);
-        rest = join(end - at, {}, last);
-      }
-      at += step;
-    }
+    if (at < end) total = total + terms.part(at, 0, end - at, at <= whole);
     sums[r] = combine(total);
   }
 }
@@ -292,31 +326,30 @@ void sum_rows(Terms terms, const Problem& x, float* partial) {
   }
 }
 
-// Adds the blocks [i, i + width) of n positions to their running sums, which stay in registers meanwhile.
+// Adds `width` blocks of each of n positions to as many running sums, which stay in registers meanwhile.
 template <int width, typename Terms>
-inline void add_positions(Terms terms, const int64_t* at_a, const int64_t* at_g, int64_t n, int64_t i,
+inline void add_positions(Terms terms, const int64_t* at_a, const int64_t* at_g, int64_t n,
                           Block<typename Terms::Element>* running) {
   Block<typename Terms::Element> sums[width];
-  for (int w = 0; w < width; ++w) sums[w] = running[i + w];
+  for (int w = 0; w < width; ++w) sums[w] = running[w];
   for (int64_t p = 0; p < n; ++p) {
     const Terms here = terms.at(at_a[p], at_g[p]);
 #pragma GCC unroll 16  // all of it, or the compiler swaps the loops and the sums go through memory
-    for (int w = 0; w < width; ++w) sums[w] = here.add((i + w) * kStep<typename Terms::Element>, sums[w]);
+    for (int w = 0; w < width; ++w) sums[w] = here.add(w * kStep<typename Terms::Element>, sums[w]);
   }
-  for (int w = 0; w < width; ++w) running[i + w] = sums[w];
+  for (int w = 0; w < width; ++w) running[w] = sums[w];
 }
 
 // Channels contiguous: a piece is kChunk positions of one example, added to running sums. Where a row's sums
-// fit into registers, they stay there for a whole fold; else rows go two by two (of bfloat16, whose blocks
-// are two vectors, one by one), their sums in L1: a stream of memory is read faster than many pieces. partial
-// [B, chunks, C].
+// fit into registers, they stay there for a whole fold; else rows go four by four, their sums in L1: a stream
+// of memory is read faster than many pieces. partial [B, chunks, C].
 template <typename Terms>
 void sum_columns(Terms terms, const Problem& x, float* partial) {
   using T = typename Terms::Element;
   constexpr int64_t step = kStep<T>;
   const int64_t channels = x.channel.size, chunks = count_chunks(x);
   const int64_t blocks = channels / step, rest = channels % step;
-  const int64_t together = blocks * kParts<T> <= kTile ? kFold : 2 / kParts<T>;
+  const int64_t together = blocks * kParts<T> <= kTile ? kFold : 4;
   std::vector<Block<T>> lower(static_cast<size_t>(blocks + 1)), upper(static_cast<size_t>(blocks + 1));
   int64_t at_a[kFold], at_g[kFold];
 #pragma omp for schedule(static)
@@ -334,7 +367,8 @@ void sum_columns(Terms terms, const Problem& x, float* partial) {
         int64_t i = 0;
         const auto add = [&](auto width) {
           for (; i + width <= blocks; i += width)
-            add_positions<width>(example, at_a + p, at_g + p, std::min(together, n - p), i, lower.data());
+            add_positions<width>(example.at(i * step, i * step), at_a + p, at_g + p,
+                                 std::min(together, n - p), &lower[i]);
         };
         add(std::integral_constant<int, kTile / kParts<T>>());
         add(std::integral_constant<int, kTile / 2 / kParts<T>>());
@@ -342,12 +376,46 @@ void sum_columns(Terms terms, const Problem& x, float* partial) {
         add(std::integral_constant<int, 1>());
       }
       for (int64_t p = 0; rest > 0 && p < n; ++p)
-        lower[blocks] = lower[blocks] + example.at(at_a[p], at_g[p]).some(blocks * step, rest);
+        lower[blocks] = lower[blocks] + example.at(at_a[p], at_g[p]).part(blocks * step, 0, rest, false);
       for (size_t i = 0; i < lower.size(); ++i) upper[i] = upper[i] + lower[i];
     }
     float* const sums = partial + item * channels;
     for (int64_t i = 0; i < blocks; ++i) store_block(sums + i * step, upper[i], step);
     if (rest > 0) store_block(sums + blocks * step, upper[blocks], rest);
+  }
+}
+
+// Channels contiguous, units of whole blocks (heads): a running sum a unit, so that a position is a stream.
+// partial [B, chunks, units, kLanes].
+template <typename Terms>
+void sum_units(Terms terms, const Problem& x, int64_t units, float* partial) {
+  using T = typename Terms::Element;
+  constexpr int64_t step = kStep<T>;
+  const int64_t chunks = count_chunks(x), blocks = x.channel.size / units / step;
+  const int64_t fold = std::max<int64_t>(kFold / blocks, 1);
+  std::vector<Block<T>> lower(static_cast<size_t>(units)), upper(static_cast<size_t>(units));
+#pragma omp for schedule(static)
+  for (int64_t item = 0; item < x.batch.size * chunks; ++item) {
+    const int64_t b = item / chunks, begin = item % chunks * kChunk,
+                  end = std::min(begin + kChunk, x.positions);
+    const Terms example = terms.at(b * x.batch.a, b * x.batch.g);
+    Cursor position(x.position, x.rank, begin);
+    std::fill(upper.begin(), upper.end(), Block<T>{});
+    for (int64_t p = begin; p < end;) {
+      std::fill(lower.begin(), lower.end(), Block<T>{});
+      for (const int64_t stop = std::min(p + fold, end); p < stop; ++p, position.next()) {
+        Terms here = example.at(position.a, position.g);
+        for (Block<T>& running : lower) {
+          Block<T> sum = running;
+          for (int64_t i = 0; i < blocks; ++i) sum = here.add(i * step, sum);
+          running = sum;
+          here = here.at(blocks * step, blocks * step);
+        }
+      }
+      for (size_t u = 0; u < lower.size(); ++u) upper[u] = upper[u] + lower[u];
+    }
+    float* const sums = partial + item * units * kLanes;
+    for (int64_t u = 0; u < units; ++u) store(sums + u * kLanes, combine(upper[static_cast<size_t>(u)]));
   }
 }
 
@@ -391,10 +459,10 @@ inline double sum_some(const Sum* terms, int64_t n) {
 enum class Kind { taylor, taylor2, activation };
 
 // by_slab [slabs, units], a slab being kSlab examples: so the threads that have made the partial sums also
-// read them (about), and what goes from core to core is small.
+// read them (about), and what goes from core to core is small. partial [B, chunks, units, width].
 template <Kind kKind, typename Sum>
-void sum_slabs(const Sum* partial, const Problem& x, int64_t chunks, int64_t units, double* by_slab) {
-  const int64_t channels = x.channel.size, width = channels / units;
+void sum_slabs(const Sum* partial, const Problem& x, int64_t chunks, int64_t units, int64_t width,
+               double* by_slab) {
   std::vector<double> example(static_cast<size_t>(units));
 #pragma omp for schedule(static)
   for (int64_t slab = 0; slab < count_slabs(x); ++slab) {
@@ -407,7 +475,7 @@ void sum_slabs(const Sum* partial, const Problem& x, int64_t chunks, int64_t uni
       }
     };
     for (int64_t b = slab * kSlab; b < std::min((slab + 1) * kSlab, x.batch.size); ++b) {
-      const Sum* const sums = partial + b * chunks * channels;
+      const Sum* const sums = partial + b * chunks * units * width;
       if (chunks == 1 && width == 1) {
         add_example(sums);
         continue;
@@ -415,7 +483,7 @@ void sum_slabs(const Sum* partial, const Problem& x, int64_t chunks, int64_t uni
       std::fill(example.begin(), example.end(), 0.0);
       for (int64_t chunk = 0; chunk < chunks; ++chunk)
         for (int64_t u = 0; u < units; ++u)
-          example[static_cast<size_t>(u)] += sum_some(sums + chunk * channels + u * width, width);
+          example[static_cast<size_t>(u)] += sum_some(sums + (chunk * units + u) * width, width);
       add_example(example.data());
     }
   }
@@ -434,16 +502,19 @@ void run(Terms terms, const Problem& x, const TensorView& scores, int threads) {
   const int64_t channels = x.channel.size, units = scores.shape[0], slabs = count_slabs(x);
   const bool in_rows = vectors && x.rank > 0 && both_contiguous(x.position[x.rank - 1]);
   const bool in_columns = vectors && !in_rows && both_contiguous(x.channel);
-  const int64_t chunks = in_columns ? count_chunks(x) : 1;
-  const auto partial = allocate<Sum>(x.batch.size * chunks * channels);
+  // Of three units on, the next one's additions fill the time that a sum waits for itself.
+  const bool in_units = in_columns && units > 2 && units < channels && channels / units % kStep<T> == 0;
+  const int64_t chunks = in_columns ? count_chunks(x) : 1, width = in_units ? kLanes : channels / units;
+  const auto partial = allocate<Sum>(x.batch.size * chunks * units * width);
   const auto by_slab = allocate<double>(slabs * units);
   const auto work = [&] {
     if constexpr (vectors) {
-      if (in_rows) sum_rows(terms, x, partial.get());
-      if (in_columns) sum_columns(terms, x, partial.get());
+      if (in_rows) choose_pairs(terms, [&](auto some) { sum_rows(some, x, partial.get()); });
+      if (in_units) choose_pairs(terms, [&](auto some) { sum_units(some, x, units, partial.get()); });
+      if (in_columns && !in_units) sum_columns(terms, x, partial.get());
     }
     if (!in_rows && !in_columns) sum_strided(terms, x, partial.get());
-    sum_slabs<kKind>(partial.get(), x, chunks, units, by_slab.get());
+    sum_slabs<kKind>(partial.get(), x, chunks, units, width, by_slab.get());
   };
   if (threads == 1) {
     work();  // a parallel region costs half a microsecond, also one of one thread

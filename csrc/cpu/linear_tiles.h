@@ -113,11 +113,6 @@ OuterTile<float> choose_pair_tile(int64_t rows, std::index_sequence<R...>) {
   static constexpr OuterTile<float> tiles[] = {&pair_tile<R + 1, V>...};
   return tiles[rows - 1];
 }
-
-inline bool have_pairs() {
-  static const bool have = __builtin_cpu_supports("avx512bf16");
-  return have;
-}
 #endif
 
 }  // namespace

@@ -165,6 +165,22 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// Whether the machine has add_pairs(), which is not part of this build's instruction set.
+inline bool have_pairs() {
+  static const bool have = __builtin_cpu_supports("avx512bf16");
+  return have;
+}
+
+// sum + the products of a's and b's bfloat16, of two neighbours in each lane. Numbers below the smallest
+// normal one count as 0. Written out: the intrinsic would take the functions around it out of this build's
+// instruction set, and so out of line.
+inline Vec add_pairs(__m512i a, __m512i b, Vec sum) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+#endif
+
 // Lanes of a and b, numbered through, in the order that a rule of the result's lane gives.
 template <typename Rule, size_t... I>
 inline Vec pick(Vec a, Vec b, std::index_sequence<I...>) {
