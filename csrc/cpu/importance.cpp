@@ -326,18 +326,18 @@ void sum_rows(Terms terms, const Problem& x, float* partial) {
   }
 }
 
-// Adds `width` blocks of each of n positions to as many running sums, which stay in registers meanwhile.
+// Adds the blocks [i, i + width) of n positions to their running sums, which stay in registers meanwhile.
 template <int width, typename Terms>
-inline void add_positions(Terms terms, const int64_t* at_a, const int64_t* at_g, int64_t n,
+inline void add_positions(Terms terms, const int64_t* at_a, const int64_t* at_g, int64_t n, int64_t i,
                           Block<typename Terms::Element>* running) {
   Block<typename Terms::Element> sums[width];
-  for (int w = 0; w < width; ++w) sums[w] = running[w];
+  for (int w = 0; w < width; ++w) sums[w] = running[i + w];
   for (int64_t p = 0; p < n; ++p) {
     const Terms here = terms.at(at_a[p], at_g[p]);
 #pragma GCC unroll 16  // all of it, or the compiler swaps the loops and the sums go through memory
-    for (int w = 0; w < width; ++w) sums[w] = here.add(w * kStep<typename Terms::Element>, sums[w]);
+    for (int w = 0; w < width; ++w) sums[w] = here.add((i + w) * kStep<typename Terms::Element>, sums[w]);
   }
-  for (int w = 0; w < width; ++w) running[w] = sums[w];
+  for (int w = 0; w < width; ++w) running[i + w] = sums[w];
 }
 
 // Channels contiguous: a piece is kChunk positions of one example, added to running sums. Where a row's sums
@@ -367,8 +367,7 @@ void sum_columns(Terms terms, const Problem& x, float* partial) {
         int64_t i = 0;
         const auto add = [&](auto width) {
           for (; i + width <= blocks; i += width)
-            add_positions<width>(example.at(i * step, i * step), at_a + p, at_g + p,
-                                 std::min(together, n - p), &lower[i]);
+            add_positions<width>(example, at_a + p, at_g + p, std::min(together, n - p), i, lower.data());
         };
         add(std::integral_constant<int, kTile / kParts<T>>());
         add(std::integral_constant<int, kTile / 2 / kParts<T>>());
