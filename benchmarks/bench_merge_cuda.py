@@ -13,7 +13,9 @@ def add_case(bench: CudaBench, model: str, small: str, scope: str, keep: float, 
     name = f"{model} {scope} keep {keep}, N = {voters}"
     if not bench.wants(name):
         return
-    task = make_task(small if bench.dry else model, scope, keep, voters, only_cut=True, device=bench.device)
+    task = make_task(
+        small if bench.dry else model, scope, keep, bench.size(voters), only_cut=True, device=bench.device
+    )
     positions, arguments = find_positions(task), task.arguments()
 
     def ours() -> object:
