@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from bench_merge import FULL_WIDTH, IN_PLACE, find_positions, in_place, make_task
+from bench_merge import FULL_WIDTH, IN_PLACE, find_positions, in_place, make_task, moved_bytes
 from cuda_bench import CudaBench, graphed
 
 from mvp_ext.ops import merge, reference
@@ -35,7 +35,7 @@ def add_case(bench: CudaBench, model: str, small: str, scope: str, keep: float, 
         },
         goals={IN_PLACE: 2.5},
         check=check,
-        moved=sum(c.packed_bytes for c in task.voters) + task.target.packed_bytes,
+        moved=moved_bytes(task, positions),
         least_share=0.8,
     )
 

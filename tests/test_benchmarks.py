@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+from bench_merge import Task, find_positions, moved_bytes  # noqa: E402
 from cuda_bench import summary  # noqa: E402
+from models import Cut  # noqa: E402
 
 GPU_CHECK = ROOT / "scripts" / "gpu_check.sh"
 SCRIPTS = sorted((ROOT / "benchmarks").glob("bench_*_cuda.py"))
@@ -46,6 +49,23 @@ def test_gpu_check_is_bash_and_runs_every_benchmark() -> None:
     assert sorted(f"bench_{op}_cuda" for op in ops.split()) == [script.stem for script in SCRIPTS]
     (shares,) = re.findall(r"^ *shares=\((.*)\)$", GPU_CHECK.read_text(), re.MULTILINE)
     assert len(shares.split()) == len(ops.split())
+
+
+def test_what_merge_moves() -> None:
+    """A weight [4, 3, 2, 1] of float32 and its bias; rows 0, 1, 3 are wanted, and columns 0 and 2.
+
+    The first voter has rows 0 and 3 with column 2, the second row 1 with both."""
+
+    def cut(rows: list[int], columns: list[int]) -> Cut:
+        index = torch.tensor(rows)
+        return Cut([torch.zeros(4, 3, 2, 1), torch.zeros(4)], [index, index], [torch.tensor(columns), None])
+
+    weights = torch.ones(2)
+    task = Task(
+        cut([0, 1, 3], [0, 2]), [cut([0, 3], [1, 2]), cut([1, 2], [0, 2])], [[], []], weights, [1.0, 1.0]
+    )
+    # Of the weight: 2 and 2 words of the voters, 2 of the base, 6 of the result; of the bias 2, 1, none and 3.
+    assert moved_bytes(task, find_positions(task)) == 4 * (2 * (2 + 2 + 2 + 6) + (2 + 1 + 3))
 
 
 def row(case: str, median: float, **more: Any) -> dict[str, Any]:
