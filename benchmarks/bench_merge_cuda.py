@@ -1,4 +1,7 @@
-"""merge on a GPU: N compact voters into a new sub-network, against the torch expressions of bench_merge.py."""
+"""merge on a GPU: N compact voters into a new sub-network, against the torch expressions of bench_merge.py.
+
+torch.compile is no peer: it would compile a model's tensors times voters, for longer than all benchmarks may take.
+"""
 
 from __future__ import annotations
 
