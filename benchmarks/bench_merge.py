@@ -8,6 +8,7 @@ Peers, both what one might write in torch:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,27 @@ def find_positions(task: Task) -> list[list[tuple[Positions, Positions]]]:
     ]
 
 
+def moved_bytes(task: Task, positions: list[list[tuple[Positions, Positions]]]) -> int:
+    """What merge must read and write: of each voter what it has in common with the result, the base where no voter has
+    anything, and the result. The voters' other rows and columns are read by nobody."""
+    moved = 0
+    for p, base in enumerate(task.target.tensors):
+        rows, columns = (
+            torch.arange(size, device=base.device) if index is None else index
+            for size, index in zip((*base.shape, 1), (task.target.rows[p], task.target.cols[p]), strict=False)
+        )
+        voters = torch.zeros(len(rows), len(columns), dtype=torch.int32, device=base.device)
+        for where in positions:
+            in_rows, in_columns = (
+                torch.arange(voters.shape[d], device=base.device) if found is None else found[0]
+                for d, found in enumerate(where[p])
+            )
+            voters[in_rows[:, None], in_columns] += 1
+        words = 2 * voters.numel() - int(voters.count_nonzero()) + int(voters.sum())
+        moved += words * math.prod(base.shape[2:]) * base.element_size()
+    return moved
+
+
 def in_place(task: Task, positions: list[list[tuple[Positions, Positions]]]) -> list[Tensor]:
     merged = []
     for p, base in enumerate(task.target.tensors):
@@ -102,14 +124,13 @@ def add_case(bench: Bench, name: str, task: Task, *, floor: float) -> None:
             for a, b in zip(ours, other, strict=True):
                 torch.testing.assert_close(a, b)
 
-    compact_bytes = sum(c.packed_bytes for c in task.voters) + task.target.packed_bytes
     bench.case(
         name,
         lambda: merge(*arguments),
         {IN_PLACE: lambda: in_place(task, positions), FULL_WIDTH: lambda: reference.merge(*arguments)},
         floors={IN_PLACE: floor, FULL_WIDTH: floor},
         check=check,
-        moved=compact_bytes,
+        moved=moved_bytes(task, positions),
         limit="copy",
     )
 

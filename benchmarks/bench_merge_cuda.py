@@ -1,9 +1,12 @@
-"""merge on a GPU: N compact voters into a new sub-network, against the torch expressions of bench_merge.py."""
+"""merge on a GPU: N compact voters into a new sub-network, against the torch expressions of bench_merge.py.
+
+torch.compile is no peer: it would compile a model's tensors times voters, for longer than all benchmarks may take.
+"""
 
 from __future__ import annotations
 
 import torch
-from bench_merge import FULL_WIDTH, IN_PLACE, find_positions, in_place, make_task
+from bench_merge import FULL_WIDTH, IN_PLACE, find_positions, in_place, make_task, moved_bytes
 from cuda_bench import CudaBench, graphed
 
 from mvp_ext.ops import merge, reference
@@ -13,7 +16,9 @@ def add_case(bench: CudaBench, model: str, small: str, scope: str, keep: float, 
     name = f"{model} {scope} keep {keep}, N = {voters}"
     if not bench.wants(name):
         return
-    task = make_task(small if bench.dry else model, scope, keep, voters, only_cut=True, device=bench.device)
+    task = make_task(
+        small if bench.dry else model, scope, keep, bench.size(voters), only_cut=True, device=bench.device
+    )
     positions, arguments = find_positions(task), task.arguments()
 
     def ours() -> object:
@@ -33,7 +38,7 @@ def add_case(bench: CudaBench, model: str, small: str, scope: str, keep: float, 
         },
         goals={IN_PLACE: 2.5},
         check=check,
-        moved=sum(c.packed_bytes for c in task.voters) + task.target.packed_bytes,
+        moved=moved_bytes(task, positions),
         least_share=0.8,
     )
 

@@ -1,10 +1,13 @@
-"""pack on a GPU: all parameters, buffers and AdamW states of a model in one launch, against index_select per tensor."""
+"""pack on a GPU: all parameters, buffers and AdamW states of a model in one launch, against index_select per tensor.
+
+torch.compile is a peer for single weights only: hundreds of index_selects take it longer than all benchmarks may.
+"""
 
 from __future__ import annotations
 
 import torch
 from bench_pack import assert_equal, select
-from cuda_bench import CudaBench, graphed
+from cuda_bench import CudaBench, compiled, graphed
 from models import Cut, cut_model
 
 from mvp_ext.ops import pack, unpack
@@ -14,10 +17,15 @@ def add_case(bench: CudaBench, name: str, cut: Cut, *, goals: bool = True) -> No
     def ours() -> object:
         return pack(cut.tensors, cut.rows, cut.cols)
 
+    by_compile = compiled(bench, select) if len(cut.tensors) == 1 else None
     bench.case(
         name,
         ours,
-        {"index_select per tensor": lambda: select(cut), "ours, CUDA graph": graphed(bench, ours)},
+        {
+            "index_select per tensor": lambda: select(cut),
+            "torch.compile": None if by_compile is None else lambda: by_compile(cut),
+            "ours, CUDA graph": graphed(bench, ours),
+        },
         goals={"index_select per tensor": 10.0} if goals else {},
         check=lambda: assert_equal(pack(cut.tensors, cut.rows, cut.cols), select(cut)),
         moved=2 * cut.packed_bytes,

@@ -1,8 +1,9 @@
 """pruned_linear in bfloat16 on a GPU, on the layers of ViT-S, B and L.
 
 Peers: the dense layer; the dense layer with a mask; index_select + F.linear on each call; F.linear on a weight cut once
-(the ceiling: the library on the small problem). "kernel" is our kernel, "library" cut + library GEMM; the op takes what
-its rule says, and the rule is checked here: it should be no slower than either.
+(the ceiling: the library on the small problem); in a few cases, since each is compiled anew, index_select + F.linear by
+torch.compile. "kernel" is our kernel, "library" cut + library GEMM; the op takes what its rule says, and the rule is
+checked here: it should be no slower than either. The peak is the library's product of two large matrices.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from cuda_bench import CudaBench, graphed
+from cuda_bench import CudaBench, compiled, graphed
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,14 +22,16 @@ WIDTHS = {"ViT-S": (384, 6), "ViT-B": (768, 12), "ViT-L": (1024, 16)}
 ROWS = (1, 16, 197, 1576, 6304, 16384)
 KEEPS = (0.25, 0.5, 0.75)
 HEAD = 64
+COMPILED = ("ViT-B", 6304, 0.5)
 
 
 def main() -> None:
     bench = CudaBench("pruned_linear")
+    bench.measure_peak()
     # Half the units first, at every width and number of rows: what a budget cuts off is the rest.
     for keep in sorted(KEEPS, key=lambda k: abs(k - 0.5)):
         for model, (width, heads) in WIDTHS.items():
-            for rows in ROWS:
+            for rows in ROWS[:2] if bench.dry else ROWS:  # a dry run has few rows anyway
                 add_case(bench, model, "fc1", rows, keep, width, 4 * width, out_units=4 * width)
                 add_case(bench, model, "fc2, input-major", rows, keep, 4 * width, width, in_units=4 * width)
                 add_case(bench, model, "qkv", rows, keep, width, 3 * width, out_units=3 * heads, block=HEAD)
@@ -86,6 +89,10 @@ def add_case(
         library = (F.linear(x, small, small_bias).double() - exact).abs().max()
         assert (ours().double() - exact).abs().max() <= 2 * library + 1e-3
 
+    by_compile = None
+    if bench.dry or (model, rows, keep) == COMPILED:
+        by_compile = compiled(bench, lambda x: F.linear(x, *cut()))
+
     goals = {"dense": 1.8} if keep == 0.5 and rows >= 6304 else {}
     if rows >= 6304:
         goals["cut once + linear"] = 0.9
@@ -99,6 +106,7 @@ def add_case(
             "dense": lambda: F.linear(full_x, weight, bias),
             "masked dense": lambda: F.linear(full_x, weight * kept, bias),
             "index_select + linear": lambda: F.linear(x, *cut()),
+            "index_select + linear, torch.compile": None if by_compile is None else lambda: by_compile(x),
             "cut once + linear": lambda: F.linear(x, small, small_bias),
             "ours, CUDA graph": graphed(bench, ours),
         },

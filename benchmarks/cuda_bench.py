@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +26,12 @@ import torch
 from harness import ROOT, _ratio, _summary, environment
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 Run = Callable[[], object]
 MIN_ROUNDS, MAX_ROUNDS = 7, 200
 WARM_UP = 3
-SMALL = 64  # what dry runs cut sizes down to
+SMALL = 8  # what dry runs cut sizes down to: a call of each kind must work, its time is none of theirs
 
 
 class CudaBench:
@@ -56,6 +58,7 @@ class CudaBench:
         self.environment: dict[str, Any] | None = None
         self.began = time.perf_counter()
         self.timer = None if self.dry else Timer()
+        self.peak: float | None = None  # TFLOP/s
 
     def size(self, n: int) -> int:
         """``n``, or what a dry run makes of it."""
@@ -69,6 +72,24 @@ class CudaBench:
             self.left_out.append(name)
             return False
         return True
+
+    def measure_peak(self) -> None:
+        """What the flops of the cases that follow are a share of: the library's large product in bfloat16."""
+        n = self.size(8192)
+        if self.timer is not None:
+            while 6 * n**2 > torch.cuda.mem_get_info()[0] // 2:
+                n //= 2
+        a, b, out = (torch.randn(n, n, device=self.device).to(torch.bfloat16) for _ in range(3))
+
+        def product() -> Tensor:
+            return torch.mm(a, b, out=out)
+
+        if self.timer is None:
+            product()
+            return
+        seconds = statistics.median(self.timer.device({"peak": product}, self.options.seconds)["peak"])
+        self.peak = round(1e-12 * 2 * n**3 / seconds, 2)
+        print(f"{self.op}: peak {self.peak} TFLOP/s, of {n} x {n} x {n}", file=sys.stderr, flush=True)
 
     def case(
         self,
@@ -90,7 +111,7 @@ class CudaBench:
             check: raises if ``ours`` is wrong; not timed.
             moved: bytes that the op must read and write; the limit is a copy that moves as many.
             least_share: of that limit, wanted.
-            flops: of the call; shown as TFLOP/s.
+            flops: of the call; shown as TFLOP/s, and as a share of the peak if that was measured.
             most_us: the longest device time that is wanted.
         """
         if not self.wants(name):
@@ -148,6 +169,8 @@ class CudaBench:
             row["share_of_copy"] = {"share": _ratio(samples["copy"], samples["ours"]), "least": least_share}
         if flops:
             row["tflop_per_s"] = round(flops / median * 1e-6, 2)
+            if self.peak is not None:
+                row["share_of_peak"] = round(row["tflop_per_s"] / self.peak, 3)
         return row
 
     def finish(self) -> None:
@@ -173,6 +196,7 @@ class CudaBench:
         result = {
             "op": self.op,
             "environment": self.environment,
+            **({} if self.peak is None else {"peak_tflop_per_s": self.peak}),
             "rows": self.rows,
             "left_out": self.left_out,
             "failed": self.failed,
@@ -304,6 +328,8 @@ def table(op: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         times = row["device_us"]
         rate = str(row.get("gb_per_s", row.get("tflop_per_s", "")))
+        if "share_of_peak" in row:
+            rate += f" ({row['share_of_peak']:.0%} of peak)"
         lines = [(k, v, row["goals"].get(k), f"{v:.2f}×") for k, v in row["ratios"].items()]
         if "share_of_copy" in row:
             share = row["share_of_copy"]

@@ -195,10 +195,12 @@ def test_long_lines(device: torch.device) -> None:
 
 
 def test_more_tensors_and_lists_than_a_launch_takes(device: torch.device) -> None:
-    tensors = [make((7, 5), torch.float32, seed) for seed in range(700)]
+    tensors = [make((7, 5), torch.float32, seed) for seed in range(1000)]
     shared, own = kept(7), [kept(7, seed=seed) for seed in range(700)]
-    both(device, tensors, [shared] * 700, [None] * 700)
-    both(device, tensors, [*own], [kept(5, seed=seed) for seed in range(700)])
+    both(device, tensors, [shared] * 1000, [None] * 1000)
+    both(device, tensors[:700], [*own], [kept(5, seed=seed) for seed in range(700)])
+    shapes = [make((7, 1 + n), torch.uint8) for n in range(320)]
+    both(device, shapes, [shared] * 320, [None] * 320)
 
 
 def test_offsets_beyond_32_bits(device: torch.device) -> None:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from backends import move
+from backends import move, on_gpu
 from isa import OLDER, run_on
 from pruned_helpers import BY_NAME, FLOATS, assert_as_exact_as_torch, draw_index, generator, to
 
 from mvp_ext.ops import pruned_linear, reference, registry
+from mvp_ext.ops.blocks import positions
 
 NAN, INF, CPU = float("nan"), float("inf"), torch.device("cpu")
 
@@ -248,6 +249,51 @@ def test_autocast():
     assert added.dtype == torch.float32  # as `residual + linear(x)`
     y.float().sum().backward()
     assert w.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kept", "block"), [(True, 1), (True, 4), (False, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=["bf16", "f32", "f64"])
+def test_autocast_with_a_residual(dtype, kept, block, device, monkeypatch):
+    """As exact as ``residual.index_add(linear(x))``, whose dtypes it has, and with its gradients; on a GPU one pass."""
+    *arguments, _ = move(device, *draw(9, 40, 24, block, 1, kept=(kept, False)))
+    arguments.append(torch.randn(9, 40).to(dtype).to(device))
+
+    def in_one_call(x, w, b, out_index, residual):
+        return pruned_linear(x, w, b, out_index, out_block=block, residual=residual)
+
+    def in_two_passes(x, w, b, out_index, residual):
+        y = reference.pruned_linear(x, w, b, out_index, out_block=block)
+        if out_index is None:
+            return residual + y
+        return residual.index_add(-1, positions(out_index, block), y.to(residual.dtype))
+
+    with torch.autocast(device.type, dtype=torch.bfloat16), monkeypatch.context() as patch:
+        if on_gpu(device) and dtype is not torch.float64:
+            patch.setattr(torch.Tensor, "index_add", None, raising=False)
+        ours = in_one_call(*arguments)
+    rounded = [*to(torch.bfloat16, arguments[:4]), arguments[4]]
+    assert_as_exact_as_torch(ours, "pruned_linear", in_two_passes, rounded, {})
+
+    grads = []
+    for run in (in_one_call, in_two_passes):
+        x, w, b, residual = leaves = [arguments[i].detach().requires_grad_() for i in (0, 1, 2, 4)]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y = run(x, w, b, arguments[3], residual)
+        grads.append(torch.autograd.grad(y.float().pow(2).sum(), leaves))
+    for mine, theirs in zip(*grads, strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())
+
+
+def test_autocast_with_a_residual_and_repeats():
+    x, w, b, _, _ = draw(4, 10, 12, kept=(False, False))
+    twice, residual = torch.tensor([3, 3, 0]), torch.randn(4, 10)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours = pruned_linear(x, w, b, twice, residual=residual.to(dtype))
+            y = reference.pruned_linear(x, w, b, twice)
+        wanted = residual.to(dtype).index_add(-1, twice, y.to(dtype))
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=0.01 * wanted.abs().max().item())
 
 
 def test_opcheck():

@@ -23,19 +23,21 @@ struct Entry {
   char* full;
   char* packed;
   uint32_t first_tile;
-  Slicing slicing;
+  uint16_t slicing;  // its number
 };
 
-template <int kEntries, int kLists>
+template <int kEntries, int kLists, int kSlicings>
 struct Table {
-  static constexpr size_t kMostEntries = kEntries, kMostLists = kLists;
+  static constexpr size_t kMostEntries = kEntries, kMostLists = kLists, kMostSlicings = kSlicings;
   uint32_t count;
   Indices lists[kLists];
+  Slicing slicings[kSlicings];
   Entry entries[kEntries];
 };
-// A model with its optimizer's state fits into the large one; a tensor or two should not carry its 32 KB.
-using SmallTable = Table<16, 16>;
-using LargeTable = Table<640, 440>;
+// A model with its optimizer's state fits into the large one (ViT-L has 888 tensors with AdamW's, whose
+// moments are cut as their parameters are); a tensor or two should not carry its 32 KB.
+using SmallTable = Table<16, 16, 16>;
+using LargeTable = Table<912, 300, 300>;
 static_assert(sizeof(LargeTable) <= kMaxParameterBytes);
 
 // 32 KB, or what a block's shared memory has room for the lines and columns of: a tile must pay for finding
@@ -174,13 +176,13 @@ struct Places {
 };
 
 template <bool kPack, int kLog2Word>
-__device__ __forceinline__ void move_tile(const Entry& entry, const CompactShape& shape, const Tile& tile,
-                                          const Places& places) {
+__device__ __forceinline__ void move_tile(const Entry& entry, uint32_t columns, const CompactShape& shape,
+                                          const Tile& tile, const Places& places) {
   using T = typename Word<kLog2Word>::Type;
   constexpr int kBatch = 4;
   T* const full = reinterpret_cast<T*>(entry.full);
   T* const packed = reinterpret_cast<T*>(entry.packed) + uint64_t{tile.line} * shape.width + tile.start;
-  const uint32_t line_stride = entry.slicing.columns * shape.inner;
+  const uint32_t line_stride = columns * shape.inner;
   Digits digits = shape.split(tile.start + threadIdx.x);
   digits.column -= places.first_column;
   const Digits step = shape.split(kSliceThreads);
@@ -208,7 +210,7 @@ __device__ __forceinline__ void move_tile(const Entry& entry, const CompactShape
 template <bool kPack, typename Table>
 __global__ void __launch_bounds__(kSliceThreads, 5) move_slices(const __grid_constant__ Table table) {
   const Entry& entry = table.entries[find_entry(table.entries, table.count, blockIdx.x)];
-  const Slicing& slicing = entry.slicing;
+  const Slicing& slicing = table.slicings[entry.slicing];
   const Indices rows = table.lists[slicing.row_list], columns = table.lists[slicing.column_list];
   const CompactShape shape(slicing, rows, columns);
   const Tile tile(shape, blockIdx.x - entry.first_tile, tile_words(slicing.log2_word));
@@ -217,15 +219,15 @@ __global__ void __launch_bounds__(kSliceThreads, 5) move_slices(const __grid_con
       kPack ? "pack: rows or cols: a value out of range" : "unpack: rows or cols: a value out of range");
   switch (slicing.log2_word) {
     case 0:
-      return move_tile<kPack, 0>(entry, shape, tile, places);
+      return move_tile<kPack, 0>(entry, slicing.columns, shape, tile, places);
     case 1:
-      return move_tile<kPack, 1>(entry, shape, tile, places);
+      return move_tile<kPack, 1>(entry, slicing.columns, shape, tile, places);
     case 2:
-      return move_tile<kPack, 2>(entry, shape, tile, places);
+      return move_tile<kPack, 2>(entry, slicing.columns, shape, tile, places);
     case 3:
-      return move_tile<kPack, 3>(entry, shape, tile, places);
+      return move_tile<kPack, 3>(entry, slicing.columns, shape, tile, places);
     default:
-      return move_tile<kPack, kLog2Longest>(entry, shape, tile, places);
+      return move_tile<kPack, kLog2Longest>(entry, slicing.columns, shape, tile, places);
   }
 }
 
@@ -255,12 +257,14 @@ class Launcher {
   }
 
   void launch_table() {
-    if (entries_.size() <= SmallTable::kMostEntries && lists_.size() <= SmallTable::kMostLists)
+    if (entries_.size() <= SmallTable::kMostEntries && lists_.size() <= SmallTable::kMostLists &&
+        slicings_.size() <= SmallTable::kMostSlicings)
       launch_table<SmallTable>();
     else
       launch_table<LargeTable>();
     entries_.clear();
     lists_.clear();
+    slicings_.clear();
     tiles_ = 0;
   }
 
@@ -284,21 +288,19 @@ class Launcher {
         reinterpret_cast<uintptr_t>(full.data) | reinterpret_cast<uintptr_t>(packed.data) | column;
     int log2_word = kLog2Longest;
     while (multiple % (uint64_t{1} << log2_word) != 0) --log2_word;
-    Entry entry{full.ptr<char>(), packed.ptr<char>(), 0,
-                make_slicing(rows, columns, column >> log2_word, lines_a_row, name())};
-    Slicing& slicing = entry.slicing;
+    Slicing slicing = make_slicing(rows, columns, column >> log2_word, lines_a_row, name());
     slicing.log2_word = static_cast<uint8_t>(log2_word);
     const uint64_t tiles = CompactShape(slicing, rows.list, columns.list).tiles(tile_words(log2_word));
     constexpr uint64_t kMostTiles = 0x7FFFFFFF;
     MVP_CHECK(tiles <= kMostTiles, name(), "a tensor is too large");
     if (entries_.size() == LargeTable::kMostEntries || lists_.size() + 2 > LargeTable::kMostLists ||
-        tiles_ + tiles > kMostTiles)
+        slicings_.size() == LargeTable::kMostSlicings || tiles_ + tiles > kMostTiles)
       launch_table();
     slicing.row_list = number_of(lists_, rows.list);
     slicing.column_list = number_of(lists_, columns.list);
-    entry.first_tile = static_cast<uint32_t>(tiles_);
+    entries_.push_back(
+        {full.ptr<char>(), packed.ptr<char>(), static_cast<uint32_t>(tiles_), number_of(slicings_, slicing)});
     tiles_ += tiles;
-    entries_.push_back(entry);
   }
 
   template <typename Table>
@@ -306,6 +308,7 @@ class Launcher {
     Table table;
     table.count = static_cast<uint32_t>(entries_.size());
     std::copy(lists_.begin(), lists_.end(), table.lists);
+    std::copy(slicings_.begin(), slicings_.end(), table.slicings);
     std::copy(entries_.begin(), entries_.end(), table.entries);
     launch(name(), DType::u8, queue_,
            {dim3(static_cast<unsigned>(tiles_)), dim3(kSliceThreads), kSharedBytes},
@@ -315,6 +318,7 @@ class Launcher {
   const Queue queue_;
   std::vector<Entry> entries_;
   std::vector<Indices> lists_;
+  std::vector<Slicing> slicings_;
   uint64_t tiles_ = 0;
 };
 

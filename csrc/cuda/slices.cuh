@@ -103,13 +103,20 @@ inline bool operator==(const Indices& a, const Indices& b) {
   return a.data == b.data && a.size == b.size && a.wide == b.wide && a.stride == b.stride;
 }
 
-// The number of a list among those of a launch, which the tensors of a model share. The newest first: a
-// weight and its bias follow each other.
-inline uint16_t number_of(std::vector<Indices>& lists, const Indices& list) {
-  for (size_t i = lists.size(); i-- > 0;)
-    if (lists[i] == list) return static_cast<uint16_t>(i);
-  lists.push_back(list);
-  return static_cast<uint16_t>(lists.size() - 1);
+inline bool operator==(const Slicing& a, const Slicing& b) {
+  return a.rows == b.rows && a.columns == b.columns && a.other == b.other && a.row_list == b.row_list &&
+         a.column_list == b.column_list && a.log2_word == b.log2_word &&
+         a.columns_innermost == b.columns_innermost;
+}
+
+// The number of a list or slicing among those of a launch, which the tensors of a model share. The newest
+// first: a weight and its bias follow each other.
+template <typename T>
+uint16_t number_of(std::vector<T>& all, const T& one) {
+  for (size_t i = all.size(); i-- > 0;)
+    if (all[i] == one) return static_cast<uint16_t>(i);
+  all.push_back(one);
+  return static_cast<uint16_t>(all.size() - 1);
 }
 
 // A channels_last tensor whose rows are several lines.

@@ -39,7 +39,8 @@ def importance(
         checks). Not differentiable. NaN and inf go through. ``activation`` of no elements is NaN.
 
     Raises:
-        TypeError, ValueError: kinds, shapes, ranges, devices.
+        TypeError, ValueError: kinds, shapes, ranges, devices; on a GPU more than 2^30 positions of an example, or more
+            than 2^30 channels of all examples (B · a.shape[dim]).
 
     The same bits in every run and with every number of threads. Sources: Molchanov et al., ICLR 2017 and CVPR 2019
     (taylor, taylor2); Michel et al., NeurIPS 2019 (heads).

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvp_ext.ops import registry, registry_packing
+from mvp_ext.ops import cuda, registry, registry_packing
 from mvp_ext.ops.blocks import positions, put_back
 from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor
+from mvp_ext.ops.residual import residual_add
 
 _INDICES = (torch.int32, torch.int64)
 
@@ -166,6 +167,7 @@ def _autocast_linear(
     with torch.autocast(x.device.type, enabled=False):
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+        fused = residual is not None and residual.dtype is dtype
         y = pruned_linear(
             x,
             weight,
@@ -174,13 +176,17 @@ def _autocast_linear(
             in_index,
             out_block=out_block,
             in_block=in_block,
+            residual=residual if fused else None,
             activation=activation,
         )
-        if residual is None:
+        if residual is None or fused:
             return y
         if out_index is None:
             return residual + y
-        return residual.index_add(-1, positions(out_index, out_block), y.to(residual.dtype))
+        kept, y = positions(out_index, out_block), y.to(residual.dtype)
+        if cuda.runs(residual) and residual.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            return residual_add(residual, y, kept, dim=-1)  # one pass; its CPU side wants no repeats
+        return residual.index_add(-1, kept, y)
 
 
 def pruned_attention(
