@@ -27,7 +27,7 @@ from mvp_ext.ops import (
     unpack,
 )
 from mvp_ext.pruning.backbone import Backbone, Preprocessing, load_backbone
-from mvp_ext.pruning.build import build_elastic, build_universal, build_zoo
+from mvp_ext.pruning.build import build_elastic, build_refined_zoo, build_universal, build_zoo
 from mvp_ext.pruning.data import ImageData, load_data
 from mvp_ext.pruning.elastic import ElasticOptions
 from mvp_ext.pruning.iterative import Schedule
@@ -62,6 +62,7 @@ __all__ = [
     "ZooEntry",
     "ZooError",
     "build_elastic",
+    "build_refined_zoo",
     "build_universal",
     "build_zoo",
     "create_model",

@@ -27,6 +27,7 @@ from mvp_ext.model.structure import find_structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.backbone import Preprocessing
 from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.prune import method_for
 from mvp_ext.pruning.zoo import Zoo
 
 BUILD = "--tasks 3 --classes-per-task 3 --max-train 12 --steps 1 --steps-per-round 1 --share 0.6"
@@ -53,8 +54,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone = home / "backbone.safetensors"
     said = run(f"pretrain --model test_resnet --image-size 16 --steps 3 --out {backbone}")
     assert "test images of 10 classes" in said.output
-    said = run(f"zoo build --zoo {home}/zoo --model {backbone} {BUILD}")
+    said = run(f"zoo build --universal --zoo {home}/zoo --model {backbone} {BUILD}")
     assert "3 entries, mean accuracy" in said.output
+    assert (home / "zoo" / "universal.safetensors").exists()
     return home
 
 
@@ -66,6 +68,12 @@ def test_zoo_build_goes_on_where_it_was(home: Path) -> None:
     after = {e.name: e.created for e in Zoo(home / "zoo").entries()}
     assert set(after) == set(before) == {"zoo-000", "zoo-001", "zoo-002"}
     assert after["zoo-000"] == before["zoo-000"]
+
+
+def test_zoo_build_from_the_dense_model(home: Path, tmp_path: Path) -> None:
+    run(f"zoo build --no-refine --zoo {tmp_path}/zoo --model {home}/backbone.safetensors {BUILD}")
+    assert method_for(Zoo(tmp_path / "zoo")) == "mvp"
+    assert (tmp_path / "zoo" / "universal.safetensors").exists()  # the control, there by default
 
 
 def test_zoo_list_show_verify(home: Path) -> None:
@@ -98,7 +106,7 @@ def test_prune_writes_a_model_that_loads(home: Path, tmp_path: Path) -> None:
     assert "voters: zoo-" in said.output
     small = load_pruned(out)
     assert small.model(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
-    assert small.extra["result"]["method"] == "mvp"
+    assert small.extra["result"]["method"] == "refined"
     run(f"prune {common} --task {task} --out {tmp_path}/again.safetensors")
     again = load_pruned(tmp_path / "again.safetensors")
     assert again.mask == small.mask
@@ -114,7 +122,7 @@ def test_compare_writes_results_and_page_and_goes_on(home: Path, tmp_path: Path,
     )
     assert "universal" in run(command).output
     results = json.loads((runs / "results.json").read_text())
-    assert results["arms"][0]["name"] == "MVP"
+    assert results["arms"][0]["name"] == "MVP, refined"
     assert all(len(arm["tasks"]) == 2 for arm in results["arms"])
     assert len({json.dumps(arm["tasks"][0]["kept"]) for arm in results["arms"]}) == 1, (
         "arms of different shapes"
@@ -230,7 +238,7 @@ MISTAKES = {
     "bench --model test_resnet --pruned {backbone}": "backbone.safetensors",
     "pretrain --model test_resnet --data no/such/folder": "no/such/folder",
     "pretrain --model test_resnet --steps 0": "steps: expected at least 1",
-    "compare --arm magic --zoo {zoo} --model {backbone}": "--arm: expected one of",
+    "compare --arm magic --zoo {zoo} --model {backbone}": "arms: expected some of",
     "compare --rate mvp=fast --zoo {zoo} --model {backbone}": "--rate: expected METHOD=RATE",
     "report {backbone}": "is not a results file",
     "report {home}/no.json": "No such file",
@@ -269,7 +277,7 @@ def test_ctrl_c(monkeypatch: Any, home: Path) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(zoo_commands, "build_zoo", interrupted)
+    monkeypatch.setattr(zoo_commands, "build_refined_zoo", interrupted)
     result = run(f"zoo build --zoo {home}/zoo --model {home}/backbone.safetensors {BUILD}", code=130)
     assert "goes on from there" in result.stderr
 

@@ -17,11 +17,20 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import UnsupportedModelError, find_structure
 from mvp_ext.pruning.backbone import Preprocessing, extract_features
 from mvp_ext.pruning.batches import to_batch
-from mvp_ext.pruning.build import build_elastic, build_universal, build_zoo
+from mvp_ext.pruning.build import build_elastic, build_refined_zoo, build_universal, build_zoo, zoo_steps
 from mvp_ext.pruning.elastic import ElasticOptions
 from mvp_ext.pruning.iterative import Schedule, planned_steps
 from mvp_ext.pruning.pretrain import pretrain
-from mvp_ext.pruning.prune import METHODS, elastic_path, prune, start_path, universal_path
+from mvp_ext.pruning.prune import (
+    METHODS,
+    REFINED_WEIGHTING,
+    elastic_path,
+    method_for,
+    prune,
+    start_path,
+    universal_path,
+    vote_for,
+)
 from mvp_ext.pruning.training import Recipe, reestimate_statistics
 from mvp_ext.pruning.vote import VoteOptions, small_model
 from mvp_ext.pruning.zoo import Zoo, ZooError
@@ -30,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(batch_size=8, precision="float32")
 SCHEDULE = Schedule(share=0.5, steps_per_round=1, final_steps=2)
 BUILD = {"keep": 0.5, "schedule": SCHEDULE, "recipe": RECIPE}
-VOTING = ("mvp", "elastic")
+VOTING = ("refined", "mvp", "elastic")
 TASKS = [digits_task((3, 4, 5), "b", seed=1), digits_task((0, 1, 6), "a", seed=2)]
 CASES = [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads"), ("test_vit", "heads+mlp")]
 
@@ -79,6 +88,9 @@ def test_every_method(case, method, tmp_path):
     backbone, scope, zoo = case
     dense = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     structure = find_structure(backbone.model, scope)
+    if method == "refined":
+        zoo = Zoo(tmp_path / "zoo")
+        build_refined_zoo(backbone, TASKS, zoo, scope=scope, **BUILD)
     calls, task = [], digits_task()
     result = make(
         backbone,
@@ -370,6 +382,105 @@ def test_a_zoo_that_starts_from_a_wider_model(backbone, tmp_path):
         build_zoo(backbone, TASKS, zoo, start=replace(start, mask=entry.mask), **BUILD)
 
 
+# ---- zoos that refine a universal model
+
+
+def refined_zoo(backbone, path, **changes):
+    zoo = Zoo(path)
+    build_refined_zoo(
+        backbone, TASKS, zoo, **{**BUILD, "schedule": replace(SCHEDULE, final_steps=19), **changes}
+    )
+    return zoo
+
+
+def test_a_refined_zoo_takes_the_steps_of_an_ordinary_one(backbone, tmp_path):
+    zoo, ordinary = refined_zoo(backbone, tmp_path / "zoo"), Zoo(tmp_path / "ordinary")
+    build_zoo(backbone, TASKS, ordinary, **{**BUILD, "schedule": replace(SCHEDULE, final_steps=19)})
+    assert zoo_steps(zoo, TASKS) == zoo_steps(ordinary, TASKS) == 40
+    start = load_pruned(start_path(zoo))
+    assert start.extra["result"]["cost"]["steps"] == 32
+    assert all(entry.mask == start.mask and entry.steps == 4 for entry in zoo.entries())
+    assert len(refined_zoo(backbone, zoo.path)) == 2  # again: nothing is left to do
+    assert zoo.verify() == []
+
+
+def test_neighbours_of_a_refined_zoo_vote_by_their_weights(backbone, tmp_path):
+    zoo = refined_zoo(backbone, tmp_path / "zoo")
+    result = make(backbone, zoo=zoo, steps=0)
+    assert (method_for(zoo), result.method) == ("refined", "refined")
+    assert result.mask == load_pruned(start_path(zoo)).mask
+    near = torch.tensor([similarity for _, similarity in result.neighbours], dtype=torch.float64)
+    shares = torch.softmax(near / REFINED_WEIGHTING, 0)
+    states = [zoo[name].read().state for name, _ in result.neighbours]
+    name = "layer1.0.conv1.weight"
+    expected = sum(share * state[name].double() for share, state in zip(shares, states, strict=True))
+    torch.testing.assert_close(result.model.state_dict()[name].double(), expected, rtol=1e-4, atol=1e-6)
+    nearest = make(backbone, zoo=zoo, steps=0, neighbours=1)
+    assert torch.equal(nearest.model.state_dict()[name], states[0][name])
+    alike = make(backbone, zoo=zoo, steps=0, method="mvp")
+    mean = sum(state[name] for state in states) / len(states)
+    torch.testing.assert_close(alike.model.state_dict()[name], mean, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_refined_zoo_starts_from_serves_as_its_universal_model(backbone, tmp_path):
+    zoo = refined_zoo(backbone, tmp_path / "zoo")
+    start = load_pruned(start_path(zoo))
+    universal = make(backbone, zoo=zoo, method="universal", steps=0)
+    name = "layer1.0.conv1.weight"
+    assert torch.equal(universal.model.state_dict()[name], start.model.state_dict()[name])
+    build_universal(backbone, TASKS, zoo, **{**BUILD, "schedule": replace(SCHEDULE, final_steps=19)})
+    assert load_pruned(universal_path(zoo)).extra["result"]["cost"]["steps"] == 40  # the control's whole cost
+    control = make(backbone, zoo=zoo, method="universal", steps=0)
+    assert not torch.equal(control.model.state_dict()[name], start.model.state_dict()[name])
+
+
+def test_zoos_are_not_mixed(backbone, tmp_path):
+    ordinary = Zoo(tmp_path / "ordinary")
+    build_zoo(backbone, TASKS, ordinary, **BUILD)
+    assert method_for(ordinary) == method_for(None) == "mvp"
+    assert make(backbone, zoo=ordinary).method == "mvp"
+    with pytest.raises(ZooError, match="refine no universal model"):
+        build_refined_zoo(backbone, TASKS, ordinary, **BUILD)
+    with pytest.raises(ZooError, match="'refined' needs a zoo whose entries refine"):
+        make(backbone, zoo=ordinary, method="refined")
+    zoo = refined_zoo(backbone, tmp_path / "zoo")
+    with pytest.raises(ZooError, match=r"expected a model with keep 0\.25, got one with 0\.5"):
+        refined_zoo(backbone, zoo.path, keep=0.25)
+    with pytest.raises(ValueError, match="share: expected a value in"):
+        refined_zoo(backbone, tmp_path / "other", share=1.0)
+
+
+def test_only_refined_votes_are_weighted():
+    assert vote_for("refined", 3).weighting == REFINED_WEIGHTING
+    assert vote_for("mvp", 3).weighting is None
+    assert vote_for("mvp", 3, "nce") == VoteOptions(neighbours=3, similarity="nce")
+
+
+# ---- what a job looks at
+
+
+def test_a_glance_is_a_few_images_of_each_class(backbone, monkeypatch):
+    """It costs its own images alone, and gives way to all features where these have been paid for."""
+    from mvp_ext.pruning import prune as module
+
+    monkeypatch.setattr(module, "GLANCE_IMAGES", 6)
+    seen = {}
+
+    def look(job):
+        features, labels = job.glance("similarity_flops")
+        seen["glance"] = (len(features), sorted(labels.tolist()), job.cost.similarity_flops / job.image_flops)
+        assert job.glance()[0] is features
+        everything = job.features()
+        seen["all"] = (len(everything), job.cost.refit_flops / job.image_flops)
+        assert job.glance()[0] is everything
+        mask = Mask.full(job.structure)
+        return small_model(job.backbone, job.structure, mask), mask
+
+    make(backbone, method=look, steps=0)
+    images = len(digits_task().split().train_labels)
+    assert seen == {"glance": (6, [0, 0, 1, 1, 2, 2], 6.0), "all": (images, float(images))}
+
+
 def test_a_start_as_small_as_the_goal_is_only_trained(backbone):
     first = make(backbone, method="ifp")
     again = make(backbone, method="ifp", start=_checkpoint(first))
@@ -461,7 +572,7 @@ def test_keep_outside_its_range(backbone, keep):
 
 
 def test_unknown_method_and_negative_steps(backbone):
-    with pytest.raises(ValueError, match=r"method: expected one of mvp, .*, ifp, got 'magic'"):
+    with pytest.raises(ValueError, match=r"method: expected one of auto, refined, mvp, .*, ifp, got 'magic'"):
         make(backbone, method="magic")
     with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
         make(backbone, method="random", steps=-1)

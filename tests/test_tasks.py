@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mvp_ext.pruning.data import ImageData, load_data
-from mvp_ext.pruning.tasks import Task, sample_tasks
+from mvp_ext.pruning.tasks import Task, few_of_each, sample_tasks
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +207,14 @@ def test_from_superclasses_and_from_classes():
         sample_tasks(data, 1, 2, seed=0, classes=[1, 12])
     with pytest.raises(ValueError, match="needs at least 2 classes, got classes_per_task=1"):
         sample_tasks(data, 1, 1, seed=0)
+
+
+def test_few_of_each_class():
+    labels = torch.tensor([0] * 50 + [1] * 3 + [2] * 40)
+    index = few_of_each(labels, 30, seed=1)
+    assert index.tolist() == sorted(set(index.tolist()))
+    assert labels[index].bincount().tolist() == [10, 3, 10]
+    assert torch.equal(index, few_of_each(labels, 30, seed=1))
+    assert not torch.equal(index, few_of_each(labels, 30, seed=2))
+    assert labels[few_of_each(labels, 1, seed=0)].tolist() == [0, 1, 2]
+    assert few_of_each(torch.empty(0, dtype=torch.int64), 5, seed=0).tolist() == []

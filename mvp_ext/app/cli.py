@@ -16,7 +16,7 @@ import mvp_ext
 from mvp_ext.app import options, zoo_commands
 from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, pruned_copies
-from mvp_ext.app.comparison import ARMS, NEED_ZOO, Comparison
+from mvp_ext.app.comparison import NAMES, NEED_ZOO, Comparison
 from mvp_ext.app.comparison import compare as run_comparison
 from mvp_ext.app.console import Commands, console, progress_bar, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
@@ -27,11 +27,10 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import find_structure
 from mvp_ext.model.timm_compat import create_model
 from mvp_ext.pruning.pretrain import pretrain as run_pretraining
-from mvp_ext.pruning.prune import METHODS
+from mvp_ext.pruning.prune import METHODS, method_for, vote_for
 from mvp_ext.pruning.prune import prune as run_prune
 from mvp_ext.pruning.tasks import Task
 from mvp_ext.pruning.training import Recipe
-from mvp_ext.pruning.vote import VoteOptions
 from mvp_ext.pruning.zoo import Zoo
 
 app = typer.Typer(
@@ -158,7 +157,13 @@ def prune(
         Path | None, Option(help="Write the task's description here.", rich_help_panel=options.DATA)
     ] = None,
     max_train: options.MaxTrain = None,
-    method: Annotated[str, Option(help=", ".join(METHODS) + ".", rich_help_panel=options.PRUNING)] = "mvp",
+    method: Annotated[
+        str,
+        Option(
+            help=f"auto (refined where the zoo refines a universal model, else mvp), {', '.join(METHODS)}.",
+            rich_help_panel=options.PRUNING,
+        ),
+    ] = "auto",
     keep: options.Keep = 0.3,
     scope: options.Scope = None,
     align: options.Align = 8,
@@ -187,6 +192,7 @@ def prune(
         chosen = Task.of(label, images, names, seed=seed, max_train_per_class=max_train)
     if save_task is not None:
         chosen.save(save_task)
+    method = method_for(opened) if method == "auto" else method
     with progress_bar("fine-tuning") as progress:
         result = run_prune(
             backbone,
@@ -199,7 +205,7 @@ def prune(
             align=align,
             recipe=options.recipe_of(backbone, learning_rate),
             schedule=options.schedule_of(steps, 10, 0.1, criterion),
-            vote=VoteOptions(neighbours=neighbours, similarity=similarity),
+            vote=vote_for(method, neighbours, similarity),
             seed=seed,
             on_step=lambda done, total: progress(chosen.name, done, total),
         )
@@ -246,7 +252,10 @@ def compare(
     criterion: options.Criterion = "taylor",
     neighbours: options.Neighbours = 5,
     similarity: options.Similarity = "leep",
-    arm: Annotated[list[str] | None, Option(help="Only these methods (repeatable).")] = None,
+    arm: Annotated[
+        list[str] | None,
+        Option(help=f"Methods (repeatable): {', '.join(NAMES)}. Default: what suits the zoo, and controls."),
+    ] = None,
     rate: Annotated[
         list[str] | None, Option(help="Learning rate of one method, like mvp=0.02 (repeatable).")
     ] = None,
@@ -273,7 +282,7 @@ def compare(
         neighbours=neighbours,
         similarity=similarity,
         schedule=options.schedule_of(final_steps, steps_per_round, share, criterion),
-        arms=_arms(arm),
+        arms=tuple(arm or ()),
         rates=dict(_rate(text) for text in rate or ()),
         seconds=seconds,
         seed=seed,
@@ -388,26 +397,14 @@ def _made_by_torch_pruning(
     return made
 
 
-def _arms(chosen: list[str] | None) -> dict[str, str]:
-    if not chosen:
-        return dict(ARMS)
-    names = {method: name for name, method in ARMS.items()}
-    unknown = [method for method in chosen if method not in names]
-    if unknown:
-        raise ValueError(f"--arm: expected one of {', '.join(names)}, got {unknown[0]!r}")
-    return {names[method]: method for method in chosen}
-
-
 def _rate(text: str) -> tuple[str, float]:
     method, _, value = text.partition("=")
     try:
-        if method in ARMS.values():
+        if method in NAMES:
             return method, float(value)
     except ValueError:
         pass
-    raise ValueError(
-        f"--rate: expected METHOD=RATE with METHOD one of {', '.join(ARMS.values())}, got {text!r}"
-    )
+    raise ValueError(f"--rate: expected METHOD=RATE with METHOD one of {', '.join(NAMES)}, got {text!r}")
 
 
 def _has(images: Any, task: dict[str, Any]) -> bool:

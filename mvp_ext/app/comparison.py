@@ -22,6 +22,7 @@ from torch import nn
 
 from mvp_ext.app.environment import environment
 from mvp_ext.app.results import FORMAT
+from mvp_ext.model.checkpoint import read_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import measure
 from mvp_ext.model.structure import Structure, find_structure
@@ -30,21 +31,24 @@ from mvp_ext.pruning.backbone import Backbone, extract_features
 from mvp_ext.pruning.cost import Cost
 from mvp_ext.pruning.data import ImageData
 from mvp_ext.pruning.iterative import Schedule, planned_steps
-from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.prune import method_for, prune, start_path, vote_for
 from mvp_ext.pruning.tasks import Task
 from mvp_ext.pruning.training import Recipe
-from mvp_ext.pruning.vote import VoteOptions, proxy_leep
+from mvp_ext.pruning.vote import proxy_leep
 from mvp_ext.pruning.zoo import Zoo, ZooEntry
 from mvp_ext.pruning.zoo_entry import BackboneIdentity
 
-ARMS = {
-    "MVP": "mvp",
-    "universal model": "universal",
-    "one-shot Taylor": "one_shot",
-    "random sub-network": "random",
-    "iterative from scratch": "ifp",
+NAMES = {
+    "refined": "MVP, refined",
+    "mvp": "MVP",
+    "universal": "universal model",
+    "elastic": "elastic weights",
+    "one_shot": "one-shot Taylor",
+    "random": "random sub-network",
+    "ifp": "iterative from scratch",
 }
-NEED_ZOO = ("mvp", "universal", "elastic")
+CONTROLS = ("universal", "one_shot", "random", "ifp")
+NEED_ZOO = ("auto", "refined", "mvp", "universal", "elastic")
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 OVERLAP_IMAGES = 500  # training images of a task that say how near another one is
 
@@ -58,7 +62,7 @@ class Comparison:
         steps: fine-tuning steps of each arm after its start (iterative pruning has its own, in ``schedule``).
         neighbours, similarity: of MVP's vote.
         schedule: of iterative pruning from scratch, and the criterion of one-shot pruning.
-        arms: name → method of ``prune``; the first is the one at issue.
+        arms: methods of ``prune``; the first is the one at issue. Empty: what suits the zoo, and the controls.
         recipe: how every arm is trained; None: the model family's.
         rates: method → learning rate, where it is another. One rate for all would favour whoever it suits.
         batches, seconds: batch sizes at which latency is measured, and for how long each model.
@@ -72,7 +76,7 @@ class Comparison:
     neighbours: int = 5
     similarity: str = "leep"
     schedule: Schedule = field(default_factory=Schedule)
-    arms: Mapping[str, str] = field(default_factory=lambda: dict(ARMS))
+    arms: Sequence[str] = ()
     recipe: Recipe | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
     batches: tuple[int, ...] = (1, 32)
@@ -122,19 +126,20 @@ def compare(
         ValueError: no task, no arm. ZooError: the zoo has no entry, or is of another backbone.
     """
     options = options or Comparison()
-    if not tasks or not options.arms:
-        raise ValueError(
-            f"compare: expected at least one task and one arm, got {len(tasks)} and {len(options.arms)}"
-        )
+    if not tasks:
+        raise ValueError("compare: expected at least one task, got none")
+    methods = tuple(options.arms) or (method_for(zoo), *CONTROLS)
+    if unknown := [method for method in methods if method not in NAMES]:
+        raise ValueError(f"compare: arms: expected some of {', '.join(NAMES)}, got {unknown[0]!r}")
     backbone = Backbone.wrap(model)
     structure = find_structure(backbone.model, options.scope)
     done = Journal(
         journal, _identity(backbone, structure, options), voters=zoo.entries(structure.fingerprint)
     )
-    arms: list[dict[str, Any]] = [{"name": name, "tasks": []} for name in options.arms]
+    arms: list[dict[str, Any]] = [{"name": NAMES[method], "tasks": []} for method in methods]
     dense = []
     for position, task in enumerate(tasks):
-        for arm, method in zip(arms, options.arms.values(), strict=True):
+        for arm, method in zip(arms, methods, strict=True):
             what = f"{task.name}, {arm['name']}"
             run = done.get(task, method)
             if run is None:
@@ -168,7 +173,7 @@ def compare(
             }
             for layer in structure
         ],
-        "zoo": zoo_cost(zoo.entries(structure.fingerprint)),
+        "zoo": zoo_cost(zoo, structure),
         "notes": list(notes),
     }
 
@@ -206,9 +211,12 @@ def overlaps(
     return points
 
 
-def zoo_cost(entries: Sequence[ZooEntry]) -> dict[str, Any]:
-    """What the zoo's entries cost together, and their mean accuracy."""
+def zoo_cost(zoo: Zoo, structure: Structure | None = None) -> dict[str, Any]:
+    """What the zoo's entries, and the model that they start from, cost together; and the entries' mean accuracy."""
+    entries = zoo.entries(None if structure is None else structure.fingerprint)
     costs = [Cost.from_dict(e.cost) for e in entries]
+    if start_path(zoo).exists() and (made := read_pruned(start_path(zoo)).extra.get("result")):
+        costs.append(Cost.from_dict(made["cost"]))
     known = [e.accuracy for e in entries if e.accuracy is not None]
     return {
         "entries": len(entries),
@@ -286,7 +294,7 @@ def _run(
         align=options.align,
         recipe=options.recipe_of(method, backbone.model),
         schedule=options.schedule,
-        vote=VoteOptions(neighbours=options.neighbours, similarity=options.similarity),
+        vote=vote_for(method, options.neighbours, options.similarity),
         seed=options.seed + position,
         evaluate_at=()
         if dense

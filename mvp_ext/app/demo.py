@@ -16,7 +16,7 @@ from mvp_ext.app.console import say
 from mvp_ext.app.results import seconds_text
 from mvp_ext.model.timm_compat import create_model
 from mvp_ext.pruning.backbone import Backbone, load_backbone
-from mvp_ext.pruning.build import build_universal, build_zoo
+from mvp_ext.pruning.build import build_refined_zoo, build_universal
 from mvp_ext.pruning.data import ImageData, load_data
 from mvp_ext.pruning.iterative import Schedule
 from mvp_ext.pruning.pretrain import pretrain
@@ -92,7 +92,7 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar, device: torch.device | str 
         "seed": size.seed,
     }
     with bar("2. zoo") as progress:
-        build_zoo(backbone, tasks, zoo, progress=progress, **common)
+        build_refined_zoo(backbone, tasks, zoo, progress=progress, **common)
         build_universal(backbone, tasks, zoo, progress=progress, **common)
     options = Comparison(steps=size.steps, neighbours=size.neighbours, seconds=size.seconds, **common)
     with bar("3. held-out tasks") as progress:

@@ -14,7 +14,7 @@ from mvp_ext.app.comparison import zoo_cost
 from mvp_ext.app.console import Commands, console, progress_bar, say
 from mvp_ext.app.results import count_text, flops_text, seconds_text
 from mvp_ext.model.measure import count_parameters
-from mvp_ext.pruning.build import build_elastic, build_universal, build_zoo
+from mvp_ext.pruning.build import build_elastic, build_refined_zoo, build_universal, build_zoo
 from mvp_ext.pruning.cost import Cost
 from mvp_ext.pruning.zoo import Zoo
 
@@ -46,9 +46,19 @@ def build(
     share: options.Share = 0.1,
     criterion: options.Criterion = "taylor",
     learning_rate: options.LearningRate = None,
-    universal: Annotated[
-        bool, typer.Option(help="Also one pruned model of all tasks, at the zoo's whole cost.")
+    refine: Annotated[
+        bool,
+        typer.Option(
+            help="Entries refine one pruned model of all tasks, or each is pruned from the dense model.",
+            rich_help_panel=options.PRUNING,
+        ),
     ] = True,
+    universal: Annotated[
+        bool | None,
+        typer.Option(
+            help="Also one pruned model of all tasks at the zoo's whole cost, a control. Default: with --no-refine."
+        ),
+    ] = None,
     universal_steps: Annotated[
         int | None, typer.Option(help="Its optimizer steps. Default: as many as the whole zoo took.")
     ] = None,
@@ -59,7 +69,7 @@ def build(
     device: options.Device = "auto",
     threads: options.Threads = None,
 ) -> None:
-    """Prune the model for many tasks from scratch, with distillation, and keep the results.
+    """Prune the model for many tasks, with distillation, and keep the results.
 
     What the zoo already has is passed over: after Ctrl-C or a crash the same command goes on where it was.
     """
@@ -89,13 +99,14 @@ def build(
         "seed": seed,
     }
     with progress_bar("zoo") as progress:
-        build_zoo(backbone, drawn, opened, progress=progress, **common)  # type: ignore[arg-type]
-        if universal:
+        build = build_refined_zoo if refine else build_zoo
+        build(backbone, drawn, opened, progress=progress, **common)  # type: ignore[arg-type]
+        if not refine if universal is None else universal:
             build_universal(backbone, drawn, opened, steps=universal_steps, progress=progress, **common)  # type: ignore[arg-type]
         if elastic:
             del common["keep"], common["schedule"]
             build_elastic(backbone, drawn, opened, progress=progress, **common)  # type: ignore[arg-type]
-    cost = zoo_cost(opened.entries())
+    cost = zoo_cost(opened)
     say(
         f"{zoo}: {cost['entries']} entries, mean accuracy {100 * (cost['accuracy'] or 0):.1f} %, "
         f"{flops_text(cost['flops'])} and {seconds_text(cost['seconds'])} in all"

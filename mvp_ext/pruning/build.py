@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,6 +89,73 @@ def build_zoo(
     return results
 
 
+def build_refined_zoo(
+    model: nn.Module | Backbone,
+    tasks: Sequence[Task],
+    zoo: Zoo,
+    *,
+    keep: float = 0.3,
+    scope: str | None = None,
+    align: int = 8,
+    schedule: Schedule | None = None,
+    share: float = 0.8,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """One pruned model of all tasks, and for each task an entry that refines it: what ``prune`` serves best from.
+
+    It takes as many optimizer steps as ``build_zoo`` with the same schedule: ``share`` of them go into the universal
+    model, the rest into the entries. All have the universal model's mask, so that the neighbours vote by their weights.
+    May be interrupted and called again like ``build_zoo``. Tasks added later refine the model that is there.
+
+    Raises:
+        ValueError: ``share`` outside (0, 1).
+        ZooError: the zoo is of another backbone, of another keep ratio, or its entries do not refine a universal model.
+    """
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"build_refined_zoo: share: expected a value in (0, 1), got {share}")
+    backbone, schedule = Backbone.wrap(model), schedule or Schedule()
+    structure = find_structure(backbone.model, scope)
+    zoo.bind(BackboneIdentity.of(backbone.model, structure))
+    path = start_path(zoo)
+    if len(zoo) > 0 and not path.exists():
+        raise ZooError(
+            f"build_refined_zoo: {zoo.path}: its {len(zoo)} entries refine no universal model; use another zoo"
+        )
+    each = planned_steps(structure, keep, align, schedule)
+    common: dict[str, Any] = {
+        "keep": keep,
+        "scope": scope,
+        "align": align,
+        "recipe": recipe,
+        "seed": seed,
+        "progress": progress,
+    }
+    if not path.exists():
+        steps = round(share * each * len(tasks))
+        _build_universal(backbone, tasks, path, "start", steps=steps, schedule=schedule, **common)
+    start = load_pruned(path)
+    if start.extra["keep"] != keep:
+        raise ZooError(
+            f"build_refined_zoo: {path}: expected a model with keep {keep}, got one with {start.extra['keep']}; use "
+            "another zoo"
+        )
+    refining = replace(schedule, final_steps=max(1, round((1 - share) * each)))
+    return build_zoo(backbone, tasks, zoo, schedule=refining, start=start, **common)
+
+
+def zoo_steps(zoo: Zoo, tasks: Sequence[Task]) -> int:
+    """Optimizer steps of these tasks' entries, and of the model that they start from.
+
+    Raises:
+        ZooError: the zoo lacks one of the tasks.
+    """
+    path = start_path(zoo)
+    start = read_pruned(path).extra.get("result", {}) if path.exists() else {}
+    return sum(zoo[task.name].steps for task in tasks) + int(start.get("cost", {}).get("steps", 0))
+
+
 def build_universal(
     model: nn.Module | Backbone,
     tasks: Sequence[Task],
@@ -107,18 +176,48 @@ def build_universal(
     them all. None if the zoo has it already.
 
     Args:
-        steps: all optimizer steps; default: as many as these tasks' entries in the zoo took together.
+        steps: all optimizer steps; default: as many as the zoo took for these tasks (``zoo_steps``).
 
     Raises:
         ZooError: ``steps`` is not given and the zoo lacks one of the tasks.
     """
     path = universal_path(zoo)
-    backbone, schedule = Backbone.wrap(model), schedule or Schedule()
-    structure = find_structure(backbone.model, scope)
     if path.exists() and read_pruned(path).extra.get("keep") == keep:
         return None
-    steps = steps if steps is not None else sum(zoo[task.name].steps for task in tasks)
-    pooled = pooled_task(tasks, "universal", seed)
+    return _build_universal(
+        Backbone.wrap(model),
+        tasks,
+        path,
+        "universal",
+        keep=keep,
+        scope=scope,
+        align=align,
+        schedule=schedule or Schedule(),
+        steps=steps if steps is not None else zoo_steps(zoo, tasks),
+        recipe=recipe,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _build_universal(
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    path: Path,
+    name: str,
+    *,
+    keep: float,
+    scope: str | None,
+    align: int,
+    schedule: Schedule,
+    steps: int,
+    recipe: Recipe | None,
+    seed: int,
+    progress: Progress | None,
+) -> Result:
+    """``name`` seeds nothing: two models of the same arguments are the same, whatever they are for."""
+    structure = find_structure(backbone.model, scope)
+    pooled = pooled_task(tasks, name, seed)
     removing = planned_steps(structure, keep, align, replace(schedule, final_steps=0))
     schedule = replace(schedule, final_steps=max(0, steps - removing))
     result = prune(
@@ -132,7 +231,7 @@ def build_universal(
         schedule=schedule,
         recipe=recipe,
         seed=seed,
-        on_step=_named(progress, "universal"),
+        on_step=_named(progress, name),
         resume=path.with_suffix(".partial"),
     )
     extra = {"keep": keep, "classes": list(pooled.classes), "result": result.summary()}
@@ -158,7 +257,7 @@ def build_elastic(
     Trained with distillation under random masks and under votes of the zoo's entries. None if the zoo has it already.
 
     Args:
-        steps: optimizer steps; default: as many as these tasks' entries in the zoo took together.
+        steps: optimizer steps; default: as many as the zoo took for these tasks (``zoo_steps``).
 
     Raises:
         ZooError: the zoo is of another backbone; ``steps`` is not given and the zoo lacks one of the tasks.
@@ -169,7 +268,7 @@ def build_elastic(
     backbone = Backbone.wrap(model)
     structure = find_structure(backbone.model, scope)
     zoo.bind(BackboneIdentity.of(backbone.model, structure))
-    steps = steps if steps is not None else sum(zoo[task.name].steps for task in tasks)
+    steps = steps if steps is not None else zoo_steps(zoo, tasks)
     pooled = pooled_task(tasks, "elastic", seed)
     trained, cost = train_elastic(
         backbone,

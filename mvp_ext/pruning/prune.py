@@ -189,6 +189,16 @@ def _start_mvp(job: Job) -> tuple[nn.Module, Mask]:
     return merged_model(job, zoo, neighbours, mask), mask
 
 
+def _start_refined(job: Job) -> tuple[nn.Module, Mask]:
+    zoo = job.need_zoo("refined")
+    if not start_path(zoo).exists():
+        raise ZooError(
+            f"prune: method 'refined' needs a zoo whose entries refine a universal model, which {zoo.path} is not: "
+            "make one with build_refined_zoo or `mvp-ext zoo build`, or use method 'mvp'"
+        )
+    return _start_mvp(job)
+
+
 def _start_elastic(job: Job) -> tuple[nn.Module, Mask]:
     zoo = job.need_zoo("elastic")
     path = elastic_path(zoo)
@@ -214,10 +224,11 @@ def _load_shared(job: Job, path: Path) -> PrunedCheckpoint:
 
 def _start_universal(job: Job) -> tuple[nn.Module, Mask]:
     zoo = job.need_zoo("universal")
-    path = universal_path(zoo)
+    path = universal_path(zoo) if universal_path(zoo).exists() else start_path(zoo)
     if not path.exists():
         raise ZooError(
-            f"prune: method 'universal' needs {path}; make it with build_universal or `zoo build --universal`"
+            f"prune: method 'universal' needs {universal_path(zoo)}; make it with build_universal or "
+            "`zoo build --universal`"
         )
     checkpoint = _load_shared(job, path)
     if checkpoint.extra.get("keep") != job.keep:
@@ -261,6 +272,7 @@ def _start_dense(job: Job) -> tuple[nn.Module, Mask]:
 
 Start = Callable[[Job], tuple[nn.Module, Mask]]
 _STARTS: dict[str, Start] = {
+    "refined": _start_refined,
     "mvp": _start_mvp,
     "universal": _start_universal,
     "elastic": _start_elastic,
@@ -269,6 +281,20 @@ _STARTS: dict[str, Start] = {
     "dense": _start_dense,
 }
 METHODS = (*_STARTS, "ifp")
+REFINED_WEIGHTING = (
+    0.1  # nats: voters that refine one model need no company, but should be of the task's kind
+)
+
+
+def method_for(zoo: Zoo | None) -> str:
+    """What ``prune`` does unless it is told: "refined" where the zoo's entries refine a universal model, else "mvp"."""
+    return "refined" if zoo is not None and start_path(zoo).exists() else "mvp"
+
+
+def vote_for(method: str, neighbours: int = 5, similarity: str = "leep") -> VoteOptions:
+    """A method's vote: equal voters, for "refined" softmax(similarity / 0.1)."""
+    weighting = REFINED_WEIGHTING if method == "refined" else None
+    return VoteOptions(neighbours=neighbours, similarity=similarity, weighting=weighting)
 
 
 def prune(
@@ -279,7 +305,7 @@ def prune(
     keep: float = 0.3,
     neighbours: int = 5,
     steps: int = 60,
-    method: str | Start = "mvp",
+    method: str | Start = "auto",
     scope: str | None = None,
     align: int = 8,
     recipe: Recipe | None = None,
@@ -298,15 +324,17 @@ def prune(
         model: the dense pre-trained model (timm ResNet or ViT/DeiT), or a ``Backbone`` that also says how it sees
             images. It is not changed.
         task: the classes and their images.
-        zoo: pruned models of earlier tasks; needed by "mvp" and "universal". An entry of the task's own name never
-            votes.
+        zoo: pruned models of earlier tasks; needed by "refined", "mvp", "universal" and "elastic". An entry of the
+            task's own name never votes.
         keep: share of each layer's units that stays, in (0, 1].
-        neighbours: number of voters (short for ``vote=VoteOptions(neighbours=…)``).
+        neighbours: number of voters; ``vote`` says more, and then this is not looked at.
         steps: fine-tuning steps J. For "ifp": the steps after the last removal.
-        method: "mvp" (vote, merge, fine-tune), "universal" (one pruned model of all tasks, fine-tuned), "elastic" (the
-            vote cuts the zoo's elastic weights), "one_shot" (score once, cut once), "random" (control), "ifp"
-            (iterative pruning from scratch; for heads it is IHP), "dense" (nothing cut). Or a function of the
-            :class:`Job` that returns a small model and its mask: it then goes the same way as the others.
+        method: "refined" (the nearest entries of a zoo that refines a universal model share their weights, the nearer
+            the more), "mvp" (equal voters: vote, merge, fine-tune), "auto" (``method_for``: "refined" where the zoo is
+            such a one, else "mvp"), "universal" (one pruned model of all tasks, fine-tuned), "elastic" (the vote cuts
+            the zoo's elastic weights), "one_shot" (score once, cut once), "random" (control), "ifp" (iterative pruning
+            from scratch; for heads it is IHP), "dense" (nothing cut). Or a function of the :class:`Job` that returns a
+            small model and its mask: it then goes the same way as the others.
         scope: which units are cut; ResNet "inner" or "all", ViT "heads", "mlp" or "heads+mlp".
         align: kept counts of filters and neurons are rounded to multiples of this.
         recipe: how weights are trained; default by model family.
@@ -328,8 +356,10 @@ def prune(
         raise ValueError(f"prune: keep: expected a ratio in (0, 1], got {keep}")
     if steps < 0:
         raise ValueError(f"prune: steps: expected at least 0, got {steps}")
-    if isinstance(method, str) and method not in METHODS:
-        raise ValueError(f"prune: method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if isinstance(method, str) and method not in ("auto", *METHODS):
+        raise ValueError(f"prune: method: expected one of auto, {', '.join(METHODS)}, got {method!r}")
+    if method == "auto":
+        method = method_for(zoo)
     backbone = Backbone.wrap(model)
     data = task.split() if isinstance(task, Task) else task
     if data.num_classes < 2:
@@ -348,7 +378,7 @@ def prune(
         seed,
         recipe,
         schedule or Schedule(),
-        vote or VoteOptions(neighbours=neighbours),
+        vote or vote_for(method if isinstance(method, str) else "mvp", neighbours),
         task.name,
         cost,
         known_features=features,
