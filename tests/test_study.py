@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from study.summary import Table, collect  # noqa: E402
 from study.tasks import draw_tasks  # noqa: E402
 from study.units import arm_key, plan, select  # noqa: E402
 from study.verdicts import judge  # noqa: E402
+from study.worlds import STARTS  # noqa: E402
+
+from mvp_ext.pruning.cost import Cost, use_clock  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ["steps", "/elastic"]  # what the test of interruption runs: few units, of every kind
@@ -235,9 +239,37 @@ def test_learning_rates_are_chosen_on_development_tasks_alone(finished: Study) -
         scores = finished.rate_scores("digits", arm)
         assert scores.keys() == set(finished.config.rates)
         assert scores[finished.rate("digits", arm)] == max(scores.values())
+    assert finished.rate_scores("digits", "from scratch").keys() == {*finished.config.rates, 1e-2}
     point = Point(2, 0.5, 2)
     chosen = finished.journal.result(arm_key("digits", "mvp", point, "shared", 0, 0))["rate"]
     assert chosen == finished.rate("digits", "mvp")
+
+
+def test_a_setting_that_came_later_is_no_other_study(finished: Study) -> None:
+    """A folder that an earlier version of the program began goes on; one of other values is refused."""
+    path = finished.folder / "study.json"
+    text = path.read_text()
+    saved = json.loads(text)
+    del saved["identity"]["world digits"]["base_share"]
+    path.write_text(json.dumps(saved))
+    Study(finished.config, finished.folder, Path())
+    assert json.loads(path.read_text())["identity"]["world digits"]["base_share"] == 0.8
+    world = replace(finished.config.worlds["digits"], base_share=0.7)
+    with pytest.raises(ValueError, match="another world digits"):
+        Study(replace(finished.config, worlds={"digits": world}), finished.folder, Path())
+
+
+def test_seconds_of_a_core_need_one_thread(finished: Study, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected threads = 1, got 2"):
+        replace(finished.config, clock="cpu", threads=2)
+    try:
+        Study(replace(finished.config, clock="cpu"), tmp_path, Path())
+        cost = Cost()
+        with cost.timed():
+            time.sleep(0.3)
+        assert cost.seconds < 0.1  # slept, not worked
+    finally:
+        use_clock(time.perf_counter)
 
 
 def test_costs_count_everything(finished: Study) -> None:
@@ -254,10 +286,11 @@ def test_costs_count_everything(finished: Study) -> None:
     zoo = finished.world("digits").zoo("distilled", 0.5)
     universal = finished.journal.result("digits/universal whole/k0.5")["cost"]
     assert universal["steps"] == sum(entry.steps for entry in zoo.entries())
-    specialised = finished.world("digits").zoo("specialised", 0.5)
-    start = finished.journal.result("digits/universal start/k0.5")["cost"]
-    spent = start["steps"] + sum(entry.steps for entry in specialised.entries())
-    assert abs(spent - universal["steps"]) <= len(zoo)  # rounding: a step an entry
+    for kind, start in STARTS.items():
+        entries = finished.world("digits").zoo(kind, 0.5).entries()
+        started = finished.journal.result(f"digits/universal {start}/k0.5")["cost"]
+        spent = started["steps"] + sum(entry.steps for entry in entries)
+        assert abs(spent - universal["steps"]) <= len(zoo)  # rounding: a step an entry
 
 
 def test_results_and_verdicts(finished: Study) -> None:
