@@ -29,7 +29,7 @@ from study.study import Study  # noqa: E402
 from study.summary import Table, collect  # noqa: E402
 from study.tasks import draw_tasks  # noqa: E402
 from study.units import arm_key, plan, select  # noqa: E402
-from study.verdicts import judge  # noqa: E402
+from study.verdicts import Comparison, Questions, judge  # noqa: E402
 from study.worlds import STARTS  # noqa: E402
 
 from mvp_ext.pruning.cost import Cost, use_clock  # noqa: E402
@@ -315,6 +315,24 @@ def test_results_and_verdicts(finished: Study) -> None:
     assert (
         cost["steps"] > results["worlds"]["digits"]["made"]["elastic"]["steps"]
     )  # and the zoo whose masks it is cut by
+
+
+def test_what_is_asked_again_is_a_family_of_its_own(finished: Study) -> None:
+    questions = Questions(Table(collect(finished, [])))
+
+    def comparison(p: float, again: bool) -> Comparison:
+        return Comparison("a", "b", "here", stats.Paired(0.1, 0.01, 0.05, 0.15, p, 9, 9), again=again)
+
+    questions.asked = [comparison(0.02, False), comparison(0.03, True), comparison(0.04, False)]
+    questions.correct()
+    assert [c.adjusted for c in questions.asked] == pytest.approx([0.04, 0.03, 0.04])
+    assert [c.text.endswith("a family of its own") for c in questions.asked] == [False, True, False]
+    worlds = questions.table.worlds["digits"]
+    assert worlds["again"] == []
+    worlds["again"] = ["shared"]
+    asked = questions.ask("digits", "shared", "mvp", "universal")
+    assert asked is not None
+    assert asked.again
 
 
 def test_report(finished: Study) -> None:

@@ -38,12 +38,16 @@ class BackboneConfig:
 class Split:
     """Held-out tasks: ``kind`` "shared" (of the zoo's classes), "hidden" (classes hidden from the zoo, and from a
     backbone that is pre-trained here) or "other" (all of another ``source``).
+
+    ``again``: drawn to ask once more what other tasks have suggested. What is asked of such tasks was fixed before they
+    were run, so its p-values are corrected among themselves, not with all that was looked at before.
     """
 
     kind: str
     count: int
     classes: int = 10
     source: str = ""
+    again: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 format, name, title, machine, created, command, commit, environment, config
 worlds: {name: {keep, steps, neighbours, similarity, tasks: published class lists, dense: {split: [accuracy, …]},
+         again: splits that ask again what others suggested,
          made: {"zoo distilled/k0.1": {seconds, flops, steps, accuracy, count}, …}, rates: {arm: {rate: accuracy}},
          chosen: {arm: rate}, overlap?, latency?}}
 columns, rows: one row an arm's run on one task with one seed
@@ -90,6 +91,7 @@ def collect(study: Study, units: Sequence[Unit], command: str = "") -> dict[str,
             "pretrained here": bool(world.backbone.pretrain_steps),
             "model": f"{world.backbone.model} at {world.backbone.image_size} px, scope {world.scope}",
             "kinds": {split: s.kind for split, s in world.splits.items()},
+            "again": [split for split, s in world.splits.items() if s.again],
             "tasks": study.world(name).tasks.published(),
             "dense": {s: [values[i] for i in sorted(values)] for s, values in sorted(dense.items())},
             "made": {key: dict(value) for key, value in sorted(made.items())},

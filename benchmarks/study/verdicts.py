@@ -1,7 +1,8 @@
 """A verdict per hypothesis, with its numbers and tests.
 
 Hypotheses first ask for their comparisons; when all have asked, the p-values are corrected together (Holm) and verdicts
-are given. A difference counts where the corrected p is below 5 %.
+are given. A difference counts where the corrected p is below 5 %. Tasks that were drawn to ask a question again
+(``Split.again``) are a family of their own.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ SUPPORTED, REFUTED, MIXED, UNDECIDED, NO_DATA = "supported", "refuted", "mixed",
 
 @dataclass
 class Comparison:
-    """``first`` − ``second``; ``adjusted``: its p among all that were asked."""
+    """``first`` − ``second``; ``adjusted``: its p among all that were asked, or (``again``) asked again."""
 
     first: str
     second: str
     where: str
     paired: Paired
     adjusted: float = 1.0
+    again: bool = False
 
     @property
     def sign(self) -> int:
@@ -47,7 +49,7 @@ class Comparison:
         return (
             f"{self.first} − {self.second} ({self.where}): {100 * p.difference:+.1f}{error} points, 95 % "
             f"[{100 * p.low:+.1f}, {100 * p.high:+.1f}], p = {p.p:.2g}, corrected {self.adjusted:.2g}, "
-            f"{p.tasks} tasks, {p.runs} runs"
+            f"{p.tasks} tasks, {p.runs} runs" + ("; asked again, a family of its own" if self.again else "")
         )
 
 
@@ -65,18 +67,23 @@ class Questions:
         a, b = a or {}, b or {}
         scores = self.table.scores(world, split, first, **a), self.table.scores(world, split, second, **b)
         names = [name + _point_words(p) for name, p in ((first, a), (second, b))]
-        return self.ask_scores(*names, where or f"{world}, {split}", *scores)
+        again = split in self.table.worlds[world].get("again", ())
+        return self.ask_scores(*names, where or f"{world}, {split}", *scores, again=again)
 
-    def ask_scores(self, first: str, second: str, where: str, a: Scores, b: Scores) -> Comparison | None:
+    def ask_scores(
+        self, first: str, second: str, where: str, a: Scores, b: Scores, *, again: bool = False
+    ) -> Comparison | None:
         found = paired(a, b)
         if found is None:
             return None
-        self.asked.append(Comparison(first, second, where, found))
+        self.asked.append(Comparison(first, second, where, found, again=again))
         return self.asked[-1]
 
     def correct(self) -> None:
-        for comparison, p in zip(self.asked, holm([c.paired.p for c in self.asked]), strict=True):
-            comparison.adjusted = p
+        for again in (False, True):
+            family = [c for c in self.asked if c.again is again]
+            for comparison, p in zip(family, holm([c.paired.p for c in family]), strict=True):
+                comparison.adjusted = p
 
 
 @dataclass
