@@ -51,18 +51,24 @@ STUDY_COLUMNS = ("arm", "accuracy (%)", "minus universal", "p, corrected", "task
 
 
 def study_summary(results: dict[str, Any]) -> str:
-    """The README's part: a verdict a hypothesis, and the first world's table."""
-    name, rows = next(iter(results["tables"].items()))
+    """The README's part: a verdict a hypothesis, and the tables of tasks that share classes with their zoo."""
     verdicts = [(v["name"], v["claim"], v["verdict"]) for v in results["verdicts"]]
-    shown = [0, 1, 2, 3, 6, 7, 8]
+    shown = [0, 1, 2, 3, 4, 6, 7, 8]
     page = STUDY_PAGE.relative_to(ROOT).as_posix()
-    return (
+    parts = [
         f"**The study**: every claim of the method beside the controls that could beat it ([{page}]({page}), from "
-        f"{STUDY.relative_to(ROOT).as_posix()}).\n\n"
-        + table(("", "claim", "verdict"), verdicts)
-        + f"\n\nThe world {name}, at J = {results['config']['steps']} steps; differences are paired over tasks:\n\n"
-        + table([STUDY_COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows])
-    )
+        f"{STUDY.relative_to(ROOT).as_posix()}).",
+        table(("", "claim", "verdict"), verdicts),
+        f"At J = {results['config']['steps']} steps; differences are paired over tasks.",
+    ]
+    for name, rows in results["tables"].items():
+        world, _, split = name.partition(", ")
+        if rows and results["worlds"][world]["kinds"][split] == "shared":
+            parts.append(
+                f"**{name}**: {results['worlds'][world]['model']}, keep {results['worlds'][world]['keep']:g}"
+            )
+            parts.append(table([STUDY_COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows]))
+    return "\n\n".join(parts)
 
 
 def study_page(results: dict[str, Any]) -> str:
