@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 from mvp_ext.app.plots import MARKERS, Theme, add_legend, dense_line, new_figure
 from mvp_ext.app.results import flops_text, seconds_text
 
-from .stats import by_task, mean_error
+from .stats import Scores, by_task, mean_error
 from .summary import Table
 from .verdicts import layer_overlaps
 
@@ -23,25 +23,23 @@ def figures(table: Table) -> dict[str, tuple[str, Draw, str]]:
     """File name → (title, what draws it, caption), for each figure that there are data for."""
     drawn: dict[str, tuple[str, Draw, str]] = {}
     for world, about in table.worlds.items():
-        dense = about["dense"].get("shared")
-        ceiling = sum(dense) / len(dense) if dense else None
         for factor, label, log in (
             ("steps", "fine-tuning steps J of the target task", True),
             ("neighbours", "neighbours N", False),
             ("keep", "share of units kept", True),
         ):
-            lines = _lines(table, world, factor)
+            lines, ceiling = _lines(table, world, factor)
             if lines:
                 drawn[f"{world}_{factor}"] = (
                     f"{world}: accuracy against {label}",
                     lambda theme, lines=lines, label=label, log=log, c=ceiling: _curves(
                         theme, lines, label, log, c
                     ),
-                    "Mean over the held-out tasks that all points of a line share; bands are ± one standard error over "
-                    "tasks. The dense model has a ridge head and is not fine-tuned.",
+                    "Mean over the held-out tasks that all points share; bands are ± one standard error over tasks. "
+                    "The dense model has a ridge head and is not fine-tuned.",
                 )
         for which, label in (("seconds", "wall-clock a task (s)"), ("flops", "FLOPs a task")):
-            points = _points(table, world, which)
+            points, ceiling = _points(table, world, which)
             if len(points) > 1:
                 drawn[f"{world}_{which}"] = (
                     f"{world}: accuracy against {label}",
@@ -49,7 +47,8 @@ def figures(table: Table) -> dict[str, tuple[str, Draw, str]]:
                         theme, p, label, which, c
                     ),
                     "Everything spent on one task after the shared models are there: dense pass, similarity, scoring, "
-                    "merge, training, heads. What is made once is in the table. Lines join an arm's numbers of steps.",
+                    "merge, training, heads. What is made once is in the table. Lines join an arm's numbers of steps; "
+                    "all points are of the same tasks.",
                 )
         if overlap := about.get("overlap"):
             drawn[f"{world}_overlap"] = (
@@ -72,22 +71,46 @@ def figures(table: Table) -> dict[str, tuple[str, Draw, str]]:
     return drawn
 
 
-def _lines(table: Table, world: str, factor: str) -> dict[str, list[tuple[float, float, float]]]:
-    """Arm → (value, mean, error) over the runs that all its values share."""
-    lines = {}
+Points = dict[str, list[tuple[float, float, float]]]  # arm → (value, mean, error)
+
+
+def _lines(table: Table, world: str, factor: str) -> tuple[Points, float | None]:
+    """Accuracy at each value of a factor, over the runs that all arms and values share, and the dense model's there.
+
+    Lines of different tasks could not be compared.
+    """
+    scores: dict[str, dict[float, Scores]] = {}
     for arm in table.arms(world, "shared"):
         values = [v for v in table.values(world, "shared", arm, factor) if not isinstance(v, str)]
-        scores = [table.scores(world, "shared", arm, **{factor: v}) for v in values]
-        if len({id(s) for s in scores}) < 2 or all(s == scores[0] for s in scores):
-            continue
-        common = set.intersection(*(set(s) for s in scores))
-        if common:
-            points = []
-            for value, score in zip(values, scores, strict=True):
-                mean, error = mean_error(list(by_task({k: score[k] for k in common}).values()))
-                points.append((float(value), 100 * mean, 100 * (error or 0.0)))
-            lines[arm] = points
-    return dict(list(lines.items())[:LINES])
+        found = {float(v): table.scores(world, "shared", arm, **{factor: v}) for v in values}
+        if len(found) > 1 and any(s != found[float(values[0])] for s in found.values()):
+            scores[arm] = found
+    scores = dict(list(scores.items())[:LINES])
+    common = _shared([s for found in scores.values() for s in found.values()])
+    if not common:
+        return {}, None
+    lines = {
+        arm: [(value, *_percent(score, common)) for value, score in found.items()]
+        for arm, found in scores.items()
+    }
+    return lines, _dense(table, world, common)
+
+
+def _shared(scores: Sequence[Scores]) -> set[Any]:
+    return set.intersection(*(set(s) for s in scores)) if scores else set()
+
+
+def _dense(table: Table, world: str, runs: set[Any]) -> float | None:
+    """Mean accuracy of the dense model on the tasks of these runs."""
+    known = table.worlds[world]["dense"].get("shared", [])
+    tasks = {task for task, _ in runs if task < len(known)}
+    return sum(known[task] for task in tasks) / len(tasks) if tasks else None
+
+
+def _percent(scores: Scores, runs: set[Any]) -> tuple[float, float]:
+    """Mean and standard error over tasks of these runs."""
+    mean, error = mean_error(list(by_task({k: scores[k] for k in runs}).values()))
+    return 100 * mean, 100 * (error or 0.0)
 
 
 def _curves(theme: Theme, lines: Any, label: str, log: bool, ceiling: float | None) -> Figure:
@@ -111,19 +134,23 @@ def _curves(theme: Theme, lines: Any, label: str, log: bool, ceiling: float | No
     return figure
 
 
-def _points(table: Table, world: str, which: str) -> dict[str, list[tuple[float, float, float]]]:
-    """Arm → (cost, mean, error) at each number of steps, most accurate arms first."""
-    points: dict[str, list[tuple[float, float, float]]] = {}
-    for arm in table.arms(world, "shared"):
-        for steps in table.values(world, "shared", arm, "steps"):
-            runs = table.runs(world, "shared", arm, steps=steps)
-            mean, error = mean_error(list(by_task({k: r["accuracy"] for k, r in runs.items()}).values()))
-            cost = sum(r[which] for r in runs.values()) / len(runs)
-            point = (cost, 100 * mean, 100 * (error or 0.0))
+def _points(table: Table, world: str, which: str) -> tuple[Points, float | None]:
+    """Cost and accuracy at each number of steps, most accurate arms first, over the runs that all share, and the dense
+    model's there."""
+    found = {
+        arm: [table.runs(world, "shared", arm, steps=j) for j in table.values(world, "shared", arm, "steps")]
+        for arm in table.arms(world, "shared")
+    }
+    common = _shared([runs for several in found.values() for runs in several])
+    points: Points = {}
+    for arm, several in found.items() if common else ():
+        for runs in several:
+            cost = sum(runs[k][which] for k in common) / len(common)
+            point = (cost, *_percent({k: r["accuracy"] for k, r in runs.items()}, common))
             if point not in points.setdefault(arm, []):
                 points[arm].append(point)
     ranked = sorted(points.items(), key=lambda item: -max(y for _, y, _ in item[1]))
-    return dict(ranked[: 2 * LINES])
+    return dict(ranked[: 2 * LINES]), _dense(table, world, common)
 
 
 def _scatter(theme: Theme, points: Any, label: str, which: str, ceiling: float | None) -> Figure:
