@@ -74,6 +74,13 @@ def test_zoo_build_from_the_dense_model(home: Path, tmp_path: Path) -> None:
     run(f"zoo build --no-refine --zoo {tmp_path}/zoo --model {home}/backbone.safetensors {BUILD}")
     assert method_for(Zoo(tmp_path / "zoo")) == "mvp"
     assert (tmp_path / "zoo" / "universal.safetensors").exists()  # the control, there by default
+    run(
+        f"compare --zoo {tmp_path}/zoo --model {home}/backbone.safetensors --out {tmp_path}/runs --tasks 1 "
+        "--max-train 12 --classes-per-task 3 --steps 1 --neighbours 2 --arm mvp --seconds 0"
+    )
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert [arm["name"] for arm in results["arms"]] == ["MVP"]
+    assert len(results["overlap"]) == 2 * 3
 
 
 def test_zoo_list_show_verify(home: Path) -> None:
@@ -127,7 +134,7 @@ def test_compare_writes_results_and_page_and_goes_on(home: Path, tmp_path: Path,
     assert len({json.dumps(arm["tasks"][0]["kept"]) for arm in results["arms"]}) == 1, (
         "arms of different shapes"
     )
-    assert len(results["overlap"]) == 2 * 3
+    assert results["overlap"] == []  # entries that refine one model have its mask
     assert "<picture>" in (runs / "report.html").read_text()
     assert (runs / "figures" / "accuracy.png").exists()
     finished = (runs / "runs.jsonl").read_text()

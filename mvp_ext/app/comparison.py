@@ -109,6 +109,7 @@ def compare(
     zoo: Zoo,
     options: Comparison | None = None,
     *,
+    plain: Zoo | None = None,
     title: str = "Pruned models for new tasks",
     notes: Sequence[str] = (),
     journal: str | os.PathLike[str] | None = None,
@@ -120,6 +121,8 @@ def compare(
         model: the dense backbone.
         tasks: held-out tasks; an entry of a task's own name never votes on it.
         zoo: the voters, and the universal model.
+        plain: a zoo of entries that were pruned one by one, where ``zoo`` refines one model: the voters of "mvp", and
+            whose masks can overlap. It is one more arm by default.
         journal: a file that keeps each finished run; runs that it already has, of the same options, are not repeated.
 
     Raises:
@@ -128,13 +131,16 @@ def compare(
     options = options or Comparison()
     if not tasks:
         raise ValueError("compare: expected at least one task, got none")
-    methods = tuple(options.arms) or (method_for(zoo), *CONTROLS)
+    methods = tuple(options.arms) or (method_for(zoo), *(("mvp",) if plain is not None else ()), *CONTROLS)
+    voters = {"mvp": plain} if plain is not None else {}
     if unknown := [method for method in methods if method not in NAMES]:
         raise ValueError(f"compare: arms: expected some of {', '.join(NAMES)}, got {unknown[0]!r}")
     backbone = Backbone.wrap(model)
     structure = find_structure(backbone.model, options.scope)
     done = Journal(
-        journal, _identity(backbone, structure, options), voters=zoo.entries(structure.fingerprint)
+        journal,
+        _identity(backbone, structure, options),
+        voters=[e for z in (zoo, plain) if z is not None for e in z.entries(structure.fingerprint)],
     )
     arms: list[dict[str, Any]] = [{"name": NAMES[method], "tasks": []} for method in methods]
     dense = []
@@ -143,8 +149,9 @@ def compare(
             what = f"{task.name}, {arm['name']}"
             run = done.get(task, method)
             if run is None:
+                asked = voters.get(method, zoo)
                 run = done.put(
-                    task, method, _run(backbone, task, zoo, method, options, position, what, progress)
+                    task, method, _run(backbone, task, asked, method, options, position, what, progress)
                 )
             arm["tasks"].append(run)
         run = done.get(task, "dense")
@@ -164,7 +171,9 @@ def compare(
         "models": models,
         "arms": arms,
         "dense_accuracy": math.fsum(dense) / len(dense),
-        "overlap": overlaps(backbone, structure, zoo, tasks[0].data, seed=options.seed),
+        "overlap": overlaps(
+            backbone, structure, zoo if plain is None else plain, tasks[0].data, seed=options.seed
+        ),
         "layers": [
             {
                 "name": layer.name,
@@ -184,8 +193,11 @@ def overlaps(
     """For each pair of the zoo's tasks: similarity (proxy-LEEP, mean of both directions) and IoU of the masks.
 
     The IoU is given for the shallower and the deeper half of the layers apart. Entries of other data are left out.
+    Where all have one mask, as those that refine one model do, there is nothing to say.
     """
     entries = [e for e in zoo.entries(structure.fingerprint) if not _foreign(e, data)]
+    if len({e.mask for e in entries}) < 2:
+        return []
     tensors = [e.read().extra for e in entries]
     near = torch.zeros(len(entries), len(entries), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from mvp_ext.app.console import say
 from mvp_ext.app.results import seconds_text
 from mvp_ext.model.timm_compat import create_model
 from mvp_ext.pruning.backbone import Backbone, load_backbone
-from mvp_ext.pruning.build import build_refined_zoo, build_universal
+from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
 from mvp_ext.pruning.data import ImageData, load_data
 from mvp_ext.pruning.iterative import Schedule
 from mvp_ext.pruning.pretrain import pretrain
@@ -73,7 +73,7 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar, device: torch.device | str 
     _check_folder(size, out)
     data = load_data("digits")
     backbone = _backbone(size, data, out, bar, device)
-    zoo = Zoo(out / "zoo")
+    zoo, plain = Zoo(out / "zoo"), Zoo(out / "plain-zoo")
     tasks = sample_tasks(data, size.zoo_tasks, size.classes_per_task, size.seed, "zoo")
     held_out = sample_tasks(
         data,
@@ -94,6 +94,7 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar, device: torch.device | str 
     with bar("2. zoo") as progress:
         build_refined_zoo(backbone, tasks, zoo, progress=progress, **common)
         build_universal(backbone, tasks, zoo, progress=progress, **common)
+        build_zoo(backbone, tasks, plain, progress=progress, **common)
     options = Comparison(steps=size.steps, neighbours=size.neighbours, seconds=size.seconds, **common)
     with bar("3. held-out tasks") as progress:
         return compare(
@@ -101,6 +102,7 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar, device: torch.device | str 
             held_out,
             zoo,
             options,
+            plain=plain,
             title="Meta-Vote Pruning on handwritten digits",
             notes=(
                 "The backbone was pre-trained on the same ten classes; no class here is new to it.",
