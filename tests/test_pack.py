@@ -356,6 +356,14 @@ def test_large_outputs_are_exact_apart_and_independent() -> None:
     assert len(memory._spare) <= memory.SPARES
 
 
+def test_large_outputs_where_the_kernel_knows_no_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.mmap, "MADV_HUGEPAGE", 12345)  # EINVAL
+    monkeypatch.setattr(memory, "_spare", [])
+    tensors = large_model(4)
+    nothing: list[Tensor | None] = [None] * len(tensors)
+    assert_equal(pack(tensors, nothing, nothing), tensors)
+
+
 def test_large_outputs_can_be_saved_and_trained(tmp_path: Path) -> None:
     tensors = [t.float() for t in large_model(3)]
     nothing: list[Tensor | None] = [None] * len(tensors)

@@ -373,6 +373,11 @@ def test_a_zoo_that_starts_from_a_wider_model(backbone, tmp_path):
         assert entry.steps == planned_steps(find_structure(backbone.model), 0.5, 8, SCHEDULE, start.mask)
     result = make(backbone, zoo=zoo, method="mvp", steps=0)
     assert result.mask & start.mask == result.mask
+    assert method_for(zoo) == "mvp"  # its entries have masks of their own
+    with pytest.raises(ZooError, match="'universal' needs"):
+        make(backbone, zoo=zoo, method="universal")
+    with pytest.raises(ZooError, match="got one that build_zoo was given"):
+        build_refined_zoo(backbone, TASKS, zoo, **BUILD)
     build_zoo(
         backbone, TASKS, zoo, start=load_pruned(start_path(zoo)), **BUILD
     )  # the same start again: no error
@@ -444,7 +449,7 @@ def test_zoos_are_not_mixed(backbone, tmp_path):
     with pytest.raises(ZooError, match="'refined' needs a zoo whose entries refine"):
         make(backbone, zoo=ordinary, method="refined")
     zoo = refined_zoo(backbone, tmp_path / "zoo")
-    with pytest.raises(ZooError, match=r"expected a model with keep 0\.25, got one with 0\.5"):
+    with pytest.raises(ZooError, match=r"expected a universal model with keep 0\.25, got 0\.5"):
         refined_zoo(backbone, zoo.path, keep=0.25)
     with pytest.raises(ValueError, match="share: expected a value in"):
         refined_zoo(backbone, tmp_path / "other", share=1.0)

@@ -19,7 +19,14 @@ from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.backbone import set_head
 from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.iterative import scoring_batches
-from mvp_ext.pruning.prune import Job, ask_neighbours, merged_model, own_scores, voted_mask
+from mvp_ext.pruning.prune import (
+    REFINED_WEIGHTING,
+    Job,
+    ask_neighbours,
+    merged_model,
+    own_scores,
+    voted_mask,
+)
 from mvp_ext.pruning.scores import CRITERIA, Scores
 from mvp_ext.pruning.training import Trainer
 from mvp_ext.pruning.vote import Neighbour, VoteOptions, small_model
@@ -143,9 +150,9 @@ for _name, _about, _kind, _options in (
     ("mvp refined", "voters refine a universal model of their own size: their weights vote", "refined", {}),
     (
         "mvp refined, weighted",
-        "the same, voters weighted by softmax(similarity / 0.1)",
+        f"the same, voters weighted by softmax(similarity / {REFINED_WEIGHTING})",
         "refined",
-        {"weighting": 0.1},
+        {"weighting": REFINED_WEIGHTING},
     ),
 ):
     _arm(_name, _about, f"zoo {_kind}", votes=True)(_mvp(_kind, **_options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import weakref
@@ -47,19 +48,24 @@ def empty_tensors(like: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Ten
 
 def _mapping(size: int) -> np.ndarray:
     """At least ``size`` bytes of huge pages, u8; they are given back when nothing refers to the array any more."""
-    fitting = [memory for memory in _spare if size <= len(memory) <= 2 * size]
-    if fitting:
-        memory = min(fitting, key=len)
-        _spare.remove(memory)
+    for memory in sorted(_spare, key=len):
+        if size <= len(memory) <= 2 * size:
+            try:
+                _spare.remove(memory)
+            except ValueError:  # another thread was faster
+                continue
+            break
     else:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     array = np.frombuffer(memory, np.uint8)
     weakref.finalize(array, _give_back, memory).atexit = False
     return array
 
 
 def _give_back(memory: mmap.mmap) -> None:
-    memory.madvise(mmap.MADV_FREE)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_FREE)
     _spare.append(memory)
     del _spare[:-SPARES]

@@ -136,10 +136,10 @@ def build_refined_zoo(
         steps = round(share * each * len(tasks))
         _build_universal(backbone, tasks, path, "start", steps=steps, schedule=schedule, **common)
     start = load_pruned(path)
-    if start.extra["keep"] != keep:
+    if start.extra.get("keep") != keep:
         raise ZooError(
-            f"build_refined_zoo: {path}: expected a model with keep {keep}, got one with {start.extra['keep']}; use "
-            "another zoo"
+            f"build_refined_zoo: {path}: expected a universal model with keep {keep}, got "
+            f"{start.extra.get('keep', 'one that build_zoo was given')}; use another zoo"
         )
     refining = replace(schedule, final_steps=max(1, round((1 - share) * each)))
     return build_zoo(backbone, tasks, zoo, schedule=refining, start=start, **common)

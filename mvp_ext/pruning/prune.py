@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned
+from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, read_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure, find_structure
@@ -41,7 +41,7 @@ from mvp_ext.pruning.vote import (
 from mvp_ext.pruning.zoo import Zoo, ZooError
 from mvp_ext.pruning.zoo_entry import BackboneIdentity
 
-GLANCE_IMAGES = 320  # of all classes together: similarities and scores hardly change with more
+GLANCE_IMAGES = 320  # of all classes together: a dense pass over 1000 images was half of a task's cost
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
@@ -191,7 +191,7 @@ def _start_mvp(job: Job) -> tuple[nn.Module, Mask]:
 
 def _start_refined(job: Job) -> tuple[nn.Module, Mask]:
     zoo = job.need_zoo("refined")
-    if not start_path(zoo).exists():
+    if not is_refined(zoo):
         raise ZooError(
             f"prune: method 'refined' needs a zoo whose entries refine a universal model, which {zoo.path} is not: "
             "make one with build_refined_zoo or `mvp-ext zoo build`, or use method 'mvp'"
@@ -224,11 +224,10 @@ def _load_shared(job: Job, path: Path) -> PrunedCheckpoint:
 
 def _start_universal(job: Job) -> tuple[nn.Module, Mask]:
     zoo = job.need_zoo("universal")
-    path = universal_path(zoo) if universal_path(zoo).exists() else start_path(zoo)
+    path = start_path(zoo) if is_refined(zoo) and not universal_path(zoo).exists() else universal_path(zoo)
     if not path.exists():
         raise ZooError(
-            f"prune: method 'universal' needs {universal_path(zoo)}; make it with build_universal or "
-            "`zoo build --universal`"
+            f"prune: method 'universal' needs {path}; make it with build_universal or `zoo build --universal`"
         )
     checkpoint = _load_shared(job, path)
     if checkpoint.extra.get("keep") != job.keep:
@@ -288,7 +287,12 @@ REFINED_WEIGHTING = (
 
 def method_for(zoo: Zoo | None) -> str:
     """What ``prune`` does unless it is told: "refined" where the zoo's entries refine a universal model, else "mvp"."""
-    return "refined" if zoo is not None and start_path(zoo).exists() else "mvp"
+    return "refined" if zoo is not None and is_refined(zoo) else "mvp"
+
+
+def is_refined(zoo: Zoo) -> bool:
+    """Whether ``build_refined_zoo`` made it: what its entries start from says for which keep ratio it was made."""
+    return start_path(zoo).exists() and "keep" in read_pruned(start_path(zoo)).extra
 
 
 def vote_for(method: str, neighbours: int = 5, similarity: str = "leep") -> VoteOptions:
