@@ -27,7 +27,7 @@ from mvp_ext.model.structure import find_structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.backbone import Preprocessing
 from mvp_ext.pruning.iterative import Schedule
-from mvp_ext.pruning.prune import method_for
+from mvp_ext.pruning.prune import method_for, prune
 from mvp_ext.pruning.zoo import Zoo
 
 BUILD = "--tasks 3 --classes-per-task 3 --max-train 12 --steps 1 --steps-per-round 1 --share 0.6"
@@ -165,8 +165,16 @@ def test_demo_is_the_whole_job(tmp_path: Path, monkeypatch: Any) -> None:
         schedule=Schedule(share=0.8, steps_per_round=1, final_steps=1),
     )
     monkeypatch.setattr(cli, "QUICK", tiny)
+    asked = set()
+
+    def noting(*args: Any, **options: Any) -> Any:
+        asked.add((options["method"], options["zoo"].path.name))
+        return prune(*args, **options)
+
+    monkeypatch.setattr("mvp_ext.app.comparison.prune", noting)
     said = run(f"demo --quick --out {tmp_path}")
     assert "1. pre-training" in said.output
+    assert {("refined", "zoo"), ("mvp", "plain-zoo"), ("universal", "zoo")} < asked
     page = (tmp_path / "report.html").read_text()
     assert "flatters voting" in page
     assert "chance" in page
