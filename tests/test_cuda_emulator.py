@@ -100,6 +100,49 @@ def test_warpgroup_matrix_instructions(rows_are_k: bool) -> None:
             module.run_faulty_kernel(fault, values, out)
 
 
+def run_pipeline(fault: str, schedule: int) -> tuple[Tensor, Tensor]:
+    rows = torch.randn(4, 32)
+    out = torch.full((32,), -1.0)
+    with emulator.emulated(schedule) as module:
+        module.run_faulty_kernel(f"pipeline{fault}", rows.flatten(), out)
+    return rows.sum(0), out
+
+
+def test_pipeline_of_boxes() -> None:
+    """Barriers in shared memory, barriers for part of a block, and copies of boxes."""
+    for schedule in range(12):
+        torch.testing.assert_close(*run_pipeline("", schedule))
+
+
+@pytest.mark.parametrize("fault", [" without wait for full", " without wait for empty"])
+def test_a_pipeline_that_does_not_wait_changes_a_result(fault: str) -> None:
+    def caught(schedule: int) -> bool:
+        try:
+            wanted, out = run_pipeline(fault, schedule)
+        except RuntimeError:
+            return True
+        return not torch.allclose(wanted, out)
+
+    assert any(caught(schedule) for schedule in range(12))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (" with too few bytes", "brings bytes to a barrier in shared memory that does not expect them"),
+        (" with too many bytes", "deadlock.*waits at a barrier in shared memory"),
+        (" without barriers", "a barrier in shared memory is used that was not initialised"),
+        (" without the last wait", "a block ends with copies of boxes under way"),
+        (" with half a barrier", "deadlock.*waits at a barrier for part of the block"),
+    ],
+)
+def test_faults_of_a_pipeline_are_reported(fault: str, message: str) -> None:
+    # In other orders that box may come before the end, by luck.
+    for schedule in (0,) if fault == " without the last wait" else SCHEDULES:
+        with pytest.raises(RuntimeError, match=message):
+            run_pipeline(fault, schedule)
+
+
 def test_launch_errors_say_what_to_do() -> None:
     wanted = {
         209: r".*float32 could not be launched with grid \(1, 1, 1\), block \(64, 1, 1\) and 256 bytes of shared "

@@ -38,9 +38,9 @@ SIZES = [
 HOPPER = Plan(3, 1)
 
 
-def on_hopper(device: torch.device) -> tuple[Plan, ...]:
+def on_hopper(device: torch.device, splits: int = 1) -> tuple[Plan, ...]:
     """Hopper's plan, where its kernel runs: in the emulator, and on that GPU."""
-    return (HOPPER,) if cuda_linear.has_hopper(device) else ()
+    return (Plan(HOPPER.tiling, splits),) if cuda_linear.has_hopper(device) else ()
 
 
 @contextlib.contextmanager
@@ -112,7 +112,7 @@ def test_equals_reference(layout: str, dtype: str, plan: Plan, device: torch.dev
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_edges(layout: str, device: torch.device) -> None:
     """Tails and sizes that are no multiple of anything, few enough for the sanitizers."""
-    for plan in (Plan(0, 1), Plan(0, 2), Plan(1, 1), Plan(2, 1), *on_hopper(device)):
+    for plan in (Plan(0, 1), Plan(0, 2), Plan(1, 1), Plan(2, 1), *on_hopper(device), *on_hopper(device, 2)):
         for size in (SIZES[1], SIZES[3]):
             arguments, blocks = problem(size, layout, torch.bfloat16)
             arguments = list(move(device, *arguments))
@@ -142,6 +142,63 @@ def test_the_plan_of_many_inputs(device: torch.device) -> None:
     assert partial is not None
     assert partial.shape[0] > 1
     assert partial.shape[1:] == (3, 36)
+
+
+# (rows, O, I, out_index, in_index, out_block, in_block), and whether W comes in boxes of 64 × 64.
+BOXED = {
+    "heads": ((130, 320, 256, [4, 0, 3], [1, 3], 64, 64), True),
+    "heads of 128": ((70, 384, 256, [2, 0], [1], 128, 128), True),
+    "all rows, some heads": ((130, 200, 192, None, [2, 0], 1, 64), True),
+    "some heads, all columns": ((1, 256, 104, [3, 1, 0], None, 64, 1), True),
+    "all": ((40, 72, 72, None, None, 1, 1), True),
+    "heads of 32": ((40, 128, 128, [3, 1, 0], [0, 2], 32, 32), False),
+}
+
+
+@ON_GPU
+@pytest.mark.sanitize
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", BOXED)
+def test_hopper_reads_blocks_in_boxes(case: str, layout: str, device: torch.device) -> None:
+    (rows, outputs, inputs, out_units, in_units, out_block, in_block), in_boxes = BOXED[case]
+    if not on_hopper(device):
+        pytest.skip("needs a GPU of compute capability 9.0 and a build for it")
+    x, w, b, _, _ = to(torch.bfloat16, draw(rows, outputs, inputs, kept=(False, False)))
+    indices = [None if units is None else torch.tensor(units) for units in (out_units, in_units)]
+    x = x if in_units is None else x[:, : len(in_units) * in_block]
+    w = input_major(w) if layout == "input-major" else w
+    call = list(move(device, x, w, b, *indices))
+    options: dict[str, Any] = {"out_block": out_block, "in_block": in_block}
+    residual = torch.randn(rows, outputs, generator=generator(1)).to(device, torch.bfloat16)
+    for schedule in range(4) if device.type == "cpu" else (0,):
+        for splits in (1, 2):
+            context = emulated(schedule) if device.type == "cpu" else contextlib.nullcontext()
+            with linear_by(Plan(3, splits)), context as module:
+                if module is not None:
+                    module.boxes_copied()
+                check(call, {**options, "activation": "gelu"})
+                if module is not None:
+                    stages, tiles = -(-x.shape[1] // 64), -(-rows // 128)
+                    kept = outputs if out_units is None else len(out_units) * out_block
+                    assert module.boxes_copied() == stages * tiles * -(-kept // 128) * (3 if in_boxes else 1)
+                check(call, {**options, "residual": residual})
+
+
+@ON_GPU
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("block", [8, 64])
+def test_hopper_goes_round_its_stages(block: int, layout: str, device: torch.device) -> None:
+    """More inputs than its stages hold at a time, several times over: gathered, and in boxes."""
+    if not on_hopper(device):
+        pytest.skip("needs a GPU of compute capability 9.0 and a build for it")
+    arguments = to(torch.bfloat16, draw(9, 128, 1280, block, block))
+    if layout == "input-major":
+        arguments[1] = input_major(arguments[1])
+    arguments = list(move(device, *arguments))
+    assert arguments[0].shape[1] > 9 * 64
+    for schedule in range(6) if device.type == "cpu" else (0,):
+        with linear_by(HOPPER), emulated(schedule) if device.type == "cpu" else contextlib.nullcontext():
+            check(arguments, {"out_block": block, "in_block": block})
 
 
 @ON_GPU
@@ -184,9 +241,13 @@ def test_views(device: torch.device) -> None:
         wide_x.to(device)[:, 8:40],
         wide_x.to(device)[:, 3:35].clone(),
         spread_x.to(device)[::2, 1::2],
+        x[:1].to(device).expand(20, 32),
     ):
         arguments = [some_x, wide_w, wide_b, *indices]
         check(arguments, {"in_block": 8})
+        for plan in on_hopper(device):
+            with linear_by(plan):
+                check(arguments, {"in_block": 8})
         check(arguments, {"in_block": 8, "residual": residual})
     unaligned = wide_x.to(device)[:, 3:35]
     check([unaligned, wide_w, wide_b, *indices], {"in_block": 8})

@@ -35,6 +35,9 @@ struct Tiling {
   static constexpr int kSteps = kK / 16 / kWarpsK;
   static_assert(kFragmentsN % 2 == 0, "ldmatrix_x4 fetches two fragments of W");
   static_assert(kSteps % 2 == 0, "two sets of fragments take turns");
+
+  // A barrier of the kThreads threads that multiply, who are the block's first.
+  __device__ static void sync() { __syncthreads(); }
 };
 
 // x lies as [kM][kK]; W as [kN][kK], or input-major as [kK][kN].
@@ -144,11 +147,11 @@ struct Slab {
   template <typename Product, typename Prepare, typename Use>
   __device__ __forceinline__ void each_row(const Product& product, Prepare&& prepare, Use&& use) {
     const int my_row = static_cast<int>(threadIdx.x) / kQuads, column = column_of_thread();
+    put(product);
     decltype(prepare(0)) next[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) next[b] = prepare(b * kRowsAtOnce + my_row);
-    put(product);
-    __syncthreads();
+    Tiling::sync();
 #pragma unroll 1
     for (int first = my_row; first < Tiling::kM; first += kBatch * kRowsAtOnce) {
       decltype(prepare(0)) prepared[kBatch];

@@ -115,6 +115,8 @@ void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const Ten
   problem.in_index = make_kept(in_index, in_block, weight.shape[1], false);
   problem.x_stride = x.stride[0];
   problem.weight_stride = weight_stride;
+  problem.weight_rows = weight.shape[input_major ? 1 : 0];
+  problem.weight_columns = weight.shape[input_major ? 0 : 1];
   problem.outputs = static_cast<int>(outputs);
   problem.inputs = static_cast<int>(inputs);
   problem.out_stride = static_cast<int>(residual.defined() ? weight.shape[0] : outputs);

@@ -52,8 +52,9 @@ struct Problem {
   float* partial;  // [splits, rows, outputs], or null
   Kept out_index, in_index;
   int64_t rows, x_stride, weight_stride;
-  int outputs, inputs;  // kept
-  int out_stride;       // the width of out
+  int64_t weight_rows, weight_columns;  // as they lie in memory: rows are inputs where W is input-major
+  int outputs, inputs;                  // kept
+  int out_stride;                       // the width of out
   int stages_a_split, splits, copying_blocks, tiles_m;
   bool gelu, scatter;    // scatter: output j goes to column out_j of out, not j
   bool quads;            // four outputs of a thread lie side by side in out, 8-byte aligned
@@ -336,72 +337,54 @@ __device__ void copy_removed(const Problem& problem, uint32_t* is_kept) {
 }
 
 // ---------------------------------------------------------------- kernels
-// How a block of a tiling multiplies. Hopper's has another way (pruned_linear_sm90.cu).
-template <typename T, typename Tiling, bool kInputMajor>
-struct Machine {
-  using Stage = cuda::Stage<Tiling, kInputMajor>;
-  using Product = WarpProduct<T, Tiling, kInputMajor>;
-};
-
-template <typename T, typename Tiling, bool kInputMajor>
-struct Shared {
-  using Stage = typename Machine<T, Tiling, kInputMajor>::Stage;
-  union {
-    Stage stages[Tiling::kStages];
-    Slab<Tiling> slab;
-    uint32_t is_kept[sizeof(Stage) * Tiling::kStages / 4];  // columns, in copy_removed
-  };
-  int columns[Tiling::kN];  // of the block's outputs in the weight
-  typename WeightLoader<T, Tiling, kInputMajor>::Shared weight;
-};
-
 // Rows of tiles whose blocks run side by side, so that a tile of W is read by all of them at about the same
 // time, and their x stays in L2 while they walk along the outputs.
 constexpr int kGroup = 8;
 
+// A block's tile of y, and its part of the inputs.
+struct Place {
+  int64_t first_row;
+  int first_output, split, first_stage, stages;
+};
+
 // Grid: copying blocks, then tiles, group by group; y: parts of the inputs.
-template <typename T, typename Tiling, bool kInputMajor>
-__global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
-    multiply(const __grid_constant__ Problem problem) {
-  auto& shared = *dynamic_shared<Shared<T, Tiling, kInputMajor>>();
-  if (blockIdx.x < problem.copying_blocks) {
-    if (blockIdx.y == 0) copy_removed<T>(problem, shared.is_kept);
-    return;
-  }
+template <typename Tiling>
+__device__ __forceinline__ Place find_place(const Problem& problem) {
   const int tile = static_cast<int>(blockIdx.x) - problem.copying_blocks;
   const int tiles_n = ceil_div(problem.outputs, Tiling::kN), group = tile / (kGroup * tiles_n);
   const int in_group = tile - group * (kGroup * tiles_n),
             height = min(problem.tiles_m - group * kGroup, kGroup);
   const int tile_n = in_group / height, tile_m = group * kGroup + in_group - tile_n * height;
-  const int64_t first_row = int64_t{tile_m} * Tiling::kM;
-  const int first_output = tile_n * Tiling::kN, split = static_cast<int>(blockIdx.y);
-  for (int i = static_cast<int>(threadIdx.x); i < Tiling::kN; i += Tiling::kThreads) {
+  const int split = static_cast<int>(blockIdx.y), first_stage = split * problem.stages_a_split;
+  return {int64_t{tile_m} * Tiling::kM, tile_n * Tiling::kN, split, first_stage,
+          min(ceil_div(problem.inputs, Tiling::kK) - first_stage, problem.stages_a_split)};
+}
+
+// Where the tile's outputs are in the weight; −1 past the last. All threads of the block; there after a
+// barrier.
+template <typename Tiling>
+__device__ __forceinline__ void find_columns(const Problem& problem, int first_output,
+                                             int (&columns)[Tiling::kN]) {
+  for (int i = static_cast<int>(threadIdx.x); i < Tiling::kN; i += static_cast<int>(blockDim.x)) {
     const int output = first_output + i;
-    shared.columns[i] =
+    columns[i] =
         output < problem.outputs ? problem.out_index.position(output, problem.out_index.unit(output)) : -1;
   }
-  using Weight = WeightLoader<T, Tiling, kInputMajor>;
-  const int first_stage = split * problem.stages_a_split, first_input = first_stage * Tiling::kK;
-  Weight::prepare(problem, first_input, shared.weight);
-  __syncthreads();
+}
 
-  typename Machine<T, Tiling, kInputMajor>::Product product;
-  const int stages = min(ceil_div(problem.inputs, Tiling::kK) - first_stage, problem.stages_a_split);
-  XLoader<T, Tiling> x(problem, first_row, first_input);
-  Weight weight(problem, first_output, first_input, shared.columns, shared.weight);
-  multiply_stages(product, shared.stages, stages, [&](auto& stage) {
-    x.load(stage.x);
-    weight.load(stage.weight);
-  });
-
-  const int output = first_output + Slab<Tiling>::column_of_thread();
+// The tile's sums to `partial`, or finished to `out`.
+template <typename T, typename Tiling, typename Product>
+__device__ __forceinline__ void store_tile(const Problem& problem, const Place& place, const int* columns,
+                                           Slab<Tiling>& slab, const Product& product) {
+  const int64_t first_row = place.first_row;
+  const int output = place.first_output + Slab<Tiling>::column_of_thread();
   if (problem.partial != nullptr) {
     const int count = min(problem.outputs - output, 4);
     const bool whole = problem.outputs % 4 == 0;
     const auto nothing = [](int) { return 0; };
-    shared.slab.each_row(product, nothing, [&](int row, float4 sum, int) {
+    slab.each_row(product, nothing, [&](int row, float4 sum, int) {
       if (first_row + row >= problem.rows || count <= 0) return;
-      float* to = partial_at(problem, split, first_row + row, output);
+      float* to = partial_at(problem, place.split, first_row + row, output);
       if (whole) {
         *reinterpret_cast<float4*>(to) = sum;
       } else {
@@ -414,11 +397,48 @@ __global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
     return;
   }
   const Target target =
-      make_target<T>(problem, output, [&](int j) { return shared.columns[j - first_output]; });
+      make_target<T>(problem, output, [&](int j) { return columns[j - place.first_output]; });
   const auto residual = [&](int row) { return load_residual<T>(problem, target, first_row + row); };
-  shared.slab.each_row(product, residual, [&](int row, float4 sum, const Quad<T>& add) {
+  slab.each_row(product, residual, [&](int row, float4 sum, const Quad<T>& add) {
     store_target(problem, target, first_row + row, sum, add);
   });
+}
+
+template <typename T, typename Tiling, bool kInputMajor>
+struct Shared {
+  using Stage = cuda::Stage<Tiling, kInputMajor>;
+  union {
+    Stage stages[Tiling::kStages];
+    Slab<Tiling> slab;
+    uint32_t is_kept[sizeof(Stage) * Tiling::kStages / 4];  // columns, in copy_removed
+  };
+  int columns[Tiling::kN];  // of the block's outputs in the weight
+  typename WeightLoader<T, Tiling, kInputMajor>::Shared weight;
+};
+
+template <typename T, typename Tiling, bool kInputMajor>
+__global__ void __launch_bounds__(Tiling::kThreads, Tiling::kBlocks)
+    multiply(const __grid_constant__ Problem problem) {
+  auto& shared = *dynamic_shared<Shared<T, Tiling, kInputMajor>>();
+  if (blockIdx.x < problem.copying_blocks) {
+    if (blockIdx.y == 0) copy_removed<T>(problem, shared.is_kept);
+    return;
+  }
+  const Place place = find_place<Tiling>(problem);
+  const int first_input = place.first_stage * Tiling::kK;
+  using Weight = WeightLoader<T, Tiling, kInputMajor>;
+  find_columns<Tiling>(problem, place.first_output, shared.columns);
+  Weight::prepare(problem, first_input, shared.weight);
+  __syncthreads();
+
+  WarpProduct<T, Tiling, kInputMajor> product;
+  XLoader<T, Tiling> x(problem, place.first_row, first_input);
+  Weight weight(problem, place.first_output, first_input, shared.columns, shared.weight);
+  multiply_stages(product, shared.stages, place.stages, [&](auto& stage) {
+    x.load(stage.x);
+    weight.load(stage.weight);
+  });
+  store_tile<T>(problem, place, shared.columns, shared.slab, product);
 }
 
 constexpr int kAddThreads = 128;
@@ -453,15 +473,15 @@ __global__ void __launch_bounds__(kAddThreads) add_partial(const __grid_constant
 }
 
 // ---------------------------------------------------------------- host
-template <typename T, typename Tiling, bool kInputMajor>
-void run(Problem problem, DType dtype, const Queue& queue) {
-  using Memory = Shared<T, Tiling, kInputMajor>;
+// The grid for a tiling, and what the kernel must know of it.
+template <typename Tiling, typename Memory>
+Shape plan_grid(Problem& problem, int threads, const Queue& queue) {
   const int64_t outputs = problem.outputs, stages = ceil_div(problem.inputs, Tiling::kK);
   problem.stages_a_split = static_cast<int>(ceil_div(stages, int64_t{problem.splits}));
   if (problem.scatter) {
     MVP_CHECK(problem.out_stride <= static_cast<int64_t>(sizeof(Memory::is_kept)) * 8, kOp,
               "too many columns");
-    const int64_t blocks = ceil_div(problem.rows, int64_t{Tiling::kThreads / kWarp * 4});
+    const int64_t blocks = ceil_div(problem.rows, int64_t{threads / kWarp * 4});
     problem.copying_blocks =
         static_cast<int>(std::min<int64_t>(blocks, int64_t{multiprocessors(queue.device)} * 2));
   }
@@ -471,14 +491,26 @@ void run(Problem problem, DType dtype, const Queue& queue) {
   MVP_CHECK(problem.copying_blocks + tiles <= 0x7FFFFFFF, kOp, "more tiles than a grid has room for");
   problem.tiles_m = static_cast<int>(tiles_m);
   const int64_t blocks = problem.copying_blocks + tiles_m * ceil_div(outputs, int64_t{Tiling::kN});
-  const Shape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(problem.splits)),
-                    dim3(Tiling::kThreads), sizeof(Memory)};
-  launch(kOp, dtype, queue, shape, &multiply<T, Tiling, kInputMajor>, problem);
+  return {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(problem.splits)),
+          dim3(static_cast<unsigned>(threads)), sizeof(Memory)};
+}
+
+// What follows the kernel: the sums of blocks that shared a tile's inputs.
+template <typename T>
+void add_splits(const Problem& problem, DType dtype, const Queue& queue) {
   if (problem.partial == nullptr) return;
-  const int64_t adding = ceil_div(problem.rows * ceil_div(outputs, 4), int64_t{kAddThreads});
-  MVP_CHECK(adding <= 0x7FFFFFFF, kOp, "more tiles than a grid has room for");
-  launch(kOp, dtype, queue, Shape{dim3(static_cast<unsigned>(adding)), dim3(kAddThreads)}, &add_partial<T>,
+  const int64_t blocks =
+      ceil_div(problem.rows * ceil_div(int64_t{problem.outputs}, int64_t{4}), int64_t{kAddThreads});
+  MVP_CHECK(blocks <= 0x7FFFFFFF, kOp, "more tiles than a grid has room for");
+  launch(kOp, dtype, queue, Shape{dim3(static_cast<unsigned>(blocks)), dim3(kAddThreads)}, &add_partial<T>,
          problem);
+}
+
+template <typename T, typename Tiling, bool kInputMajor>
+void run(Problem problem, DType dtype, const Queue& queue) {
+  const Shape shape = plan_grid<Tiling, Shared<T, Tiling, kInputMajor>>(problem, Tiling::kThreads, queue);
+  launch(kOp, dtype, queue, shape, &multiply<T, Tiling, kInputMajor>, problem);
+  add_splits<T>(problem, dtype, queue);
 }
 
 }  // namespace

@@ -1,17 +1,26 @@
-// pruned_linear with Hopper's matrix instructions (wgmma), which read both operands from shared memory: a
-// tile of 128 rows × 128 outputs × 64 inputs, two warpgroups of 64 rows each. All eight warps gather; four
-// stages.
+// pruned_linear with Hopper's matrix instructions (wgmma), which read both operands from shared memory: tiles
+// of 128 rows × 128 outputs × 64 inputs.
+//
+// Two warpgroups multiply, 64 rows each; two more warps fill the stages. Two barriers a stage say that it is
+// full, and that it is empty again.
+//
+//   x   always comes in boxes (one thread names a corner, the copy engine does the rest)
+//   W   in boxes of 64 × 64, too, where what is kept lies in blocks of multiples of 64, as heads do, or where
+//       all is kept. Else the two warps gather it by 16-byte copies: a thread starts those of stage s, then
+//       waits for its own of stage s − 1, shows them to the matrix instructions, and says that it is full.
+//
+// Two blocks share a multiprocessor, so that one multiplies while the other starts or stores: with the few
+// hundred inputs of a ViT's layers a tile has six to sixteen stages, and its ends count. Hence three stages,
+// 96 KB a block; and two warps that gather, not four, because wgmma with 64 sums a thread needs 90 registers,
+// which 2 × 384 threads do not get.
 //
 // A stage's tiles have rows of 128 bytes in the swizzle that wgmma expects, which is SharedTile's own for
-// eight vectors a row. Row-major W: a row is an output, along the inputs. Input-major W: a row is an input,
-// along 64 outputs, and the next 64 outputs follow 64 rows further down.
+// eight vectors a row, and that of the boxes. Row-major W: a row is an output, along the inputs. Input-major
+// W: a row is an input, along 64 outputs, and the next 64 outputs follow 64 rows further down.
 //
-// Step s: wait for this thread's copies of stage s, fence them for wgmma, barrier. Behind the barrier
-// everybody has waited for the instructions of step s − 2, so its stage may be filled again, while those of s
-// − 1 and s run.
-//
-// Proven in the emulator against its twin of wgmma, not yet run on a GPU: the op does not choose it by itself
-// (mvp_ext/ops/cuda_linear.py).
+// Proven in the emulator against its twins of wgmma, barriers and boxes, not yet run on a GPU: the op does
+// not choose it by itself (mvp_ext/ops/cuda_linear.py).
+#include "mvp/cuda/pipeline.cuh"
 #include "mvp/cuda/wgmma.cuh"
 #include "pruned_linear.cuh"
 
@@ -19,8 +28,18 @@ namespace mvp::cuda {
 namespace {
 
 // 64 rows a warpgroup; for the shared epilogue its warps are eight rows of warps, a fragment high each.
-struct Hopper : Tiling<128, 128, 64, 8, 1, 1, 4, 1> {};
+struct Hopper : Tiling<128, 128, 64, 8, 1, 1, 3, 2> {
+  static constexpr int kGatherers = 64, kBlockThreads = kThreads + kGatherers;
+  __device__ static void sync() { sync_some<1, kThreads>(); }
+};
 constexpr int kRowBytes = 128, kGroupBytes = 8 * kRowBytes, kVectorsARow = kRowBytes / 16;
+constexpr int kBox = 64;  // rows and columns of a box of W
+
+struct HopperProblem {
+  Problem linear;
+  BoxedMatrix x, weight;
+  bool weight_in_boxes;
+};
 
 template <bool kInputMajor>
 struct HopperStage {
@@ -36,6 +55,147 @@ struct HopperStage {
   } weight;
 };
 
+template <bool kInputMajor>
+struct HopperShared {
+  using Stage = HopperStage<kInputMajor>;
+  union {
+    Stage stages[Hopper::kStages];
+    Slab<Hopper> slab;
+    uint32_t is_kept[sizeof(Stage) * Hopper::kStages / 4];  // columns, in copy_removed
+  };
+  int columns[Hopper::kN];  // of the block's outputs in the weight
+  Barrier full[Hopper::kStages], empty[Hopper::kStages];
+};
+
+// A stage's number in the ring, and the parity of its turn.
+struct Turn {
+  int slot = 0;
+  unsigned parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++slot == Hopper::kStages) slot = 0, parity ^= 1;
+  }
+};
+
+// ---------------------------------------------------------------- filling
+// A warp's half of W, by 16-byte copies. Lane l knows where rows l, 32 + l, … of the half are in the weight;
+// the place along a row is the thread's own.
+template <typename T, bool kInputMajor>
+class Gatherer {
+ public:
+  __device__ Gatherer(const Problem& problem, const int* columns, int first_input)
+      : problem_(problem), weight_(static_cast<const T*>(problem.weight)) {
+    const int thread = static_cast<int>(threadIdx.x) - Hopper::kThreads, lane = thread % kWarp;
+    first_row_ = thread / kWarp * kRows;
+    if constexpr (kInputMajor) {
+      along_ = columns[lane % kVectors * kHalves];  // the vector's others follow it
+      k_ = first_input + first_row_ + lane;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows / kWarp; ++i) row_[i] = columns[first_row_ + i * kWarp + lane];
+      k_ = first_input + lane % kVectors * kHalves;
+    }
+    fetch_unit();
+  }
+
+  // Starts the copies of the next stage.
+  template <typename Tile>
+  __device__ __forceinline__ void load(Tile& tile) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const bool valid = k_ < problem_.inputs;
+    const int input = valid ? problem_.in_index.position(k_, unit_) : -1;
+    (kInputMajor ? row_[0] : along_) = input;
+#pragma unroll
+    for (int p = 0; p < kRows / kRowsAtOnce; ++p) {
+      const int row = p * kRowsAtOnce + lane / kVectors;
+      const int from = __shfl_sync(kAllLanes, row_[p * kRowsAtOnce / kWarp], row % kWarp);
+      cp_async16(tile.at(first_row_ + row, lane % kVectors),
+                 weight_ + max(from, 0) * problem_.weight_stride + max(along_, 0), from >= 0 && along_ >= 0);
+    }
+    k_ += Hopper::kK;
+    fetch_unit();
+  }
+
+ private:
+  static constexpr int kWarps = Hopper::kGatherers / kWarp;
+  static constexpr int kVectors = (kInputMajor ? Hopper::kN : Hopper::kK) / kHalves;
+  static constexpr int kRows = (kInputMajor ? Hopper::kK : Hopper::kN) / kWarps;
+  static constexpr int kRowsAtOnce = kWarp / kVectors;
+  static_assert(kRows % kWarp == 0 && (!kInputMajor || kRows == kWarp));
+
+  // The next stage's: on its way while the copies of this one are.
+  __device__ __forceinline__ void fetch_unit() {
+    unit_ = k_ < problem_.inputs ? problem_.in_index.unit(k_) : 0;
+  }
+
+  const Problem& problem_;
+  const T* weight_;
+  int first_row_, row_[kRows / kWarp], along_ = -1, k_, unit_;
+};
+
+// The two boxes of a stage of W.
+template <bool kInputMajor>
+class Boxes {
+ public:
+  static constexpr int kCount = Hopper::kN / kBox;
+  __device__ Boxes(const HopperProblem& problem, const int* columns) : problem_(problem) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int column = columns[i * kBox];
+      at_[i] = column < 0 ? 0x7FFFFF00 : column;  // outside: zeros
+    }
+  }
+
+  // k: the stage's first input, of those kept.
+  __device__ __forceinline__ void load(void* tile, int k, Barrier& full) const {
+    const Kept& kept = problem_.linear.in_index;
+    const int input = kept.position(k, kept.unit(k));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      copy_box(static_cast<char*>(tile) + i * kBox * kRowBytes, problem_.weight, kInputMajor ? input : at_[i],
+               kInputMajor ? at_[i] : input, full);
+  }
+
+ private:
+  const HopperProblem& problem_;
+  int at_[kCount];
+};
+
+template <typename T, bool kInputMajor>
+__device__ __forceinline__ void fill_stages(const HopperProblem& problem, const Place& place,
+                                            HopperShared<kInputMajor>& shared) {
+  constexpr int kLag = 1;  // of a stage that is waited for behind the one whose copies start
+  static_assert(kLag <= Hopper::kStages - 2, "a stage comes before the one is needed that waits for its end");
+  const bool in_boxes = problem.weight_in_boxes, leader = threadIdx.x == Hopper::kThreads;
+  if (in_boxes && !leader) return;
+  int k = place.first_stage * Hopper::kK;
+  const Boxes<kInputMajor> boxes(problem, shared.columns);
+  Gatherer<T, kInputMajor> gatherer(problem.linear, shared.columns, k);
+  Turn filled, handed_over;
+  for (int s = 0; s < place.stages + kLag; ++s) {
+    if (s < place.stages) {
+      auto& stage = shared.stages[filled.slot];
+      Barrier& full = shared.full[filled.slot];
+      wait(shared.empty[filled.slot], filled.parity ^ 1);  // at first: what was before phase 0 has ended
+      if (leader) {
+        arrive_and_expect(full, in_boxes ? sizeof stage : sizeof stage.x);
+        copy_box(&stage.x, problem.x, static_cast<int>(place.first_row), k, full);
+        if (in_boxes) boxes.load(&stage.weight, k, full);
+      }
+      if (!in_boxes) gatherer.load(stage.weight);
+      k += Hopper::kK;
+      filled.next();
+    }
+    if (in_boxes) continue;
+    cp_async_commit();
+    if (s < kLag) continue;
+    cp_async_wait<kLag>();
+    fence_for_wgmma();
+    arrive(shared.full[handed_over.slot]);
+    handed_over.next();
+  }
+}
+
+// ---------------------------------------------------------------- multiplying
 template <typename T, bool kInputMajor>
 struct WarpgroupProduct {
   float sum[64] = {};
@@ -63,49 +223,90 @@ struct WarpgroupProduct {
     }
     wgmma_commit();
   }
+
+  // Adds up the tile's stages. A stage is empty when the instructions that read it have ended, which is
+  // waited for once those of the next one are under way.
+  __device__ __forceinline__ void add_up(HopperShared<kInputMajor>& shared, int count) {
+    Turn turn, last;
+    for (int s = 0; s < count; ++s) {
+      wait(shared.full[turn.slot], turn.parity);
+      multiply(shared.stages[turn.slot]);
+      turn.next();
+      wgmma_wait<1>();
+      if (s == 0) continue;
+      if (lane == 0) arrive(shared.empty[last.slot]);
+      last.next();
+    }
+    wgmma_wait<0>();
+    wgmma_hold(sum);
+    Hopper::sync();  // the stages are free for other use
+  }
 };
 
 template <typename T, bool kInputMajor>
-struct Machine<T, Hopper, kInputMajor> {
-  using Stage = HopperStage<kInputMajor>;
-  using Product = WarpgroupProduct<T, kInputMajor>;
-};
+__global__ void __launch_bounds__(Hopper::kBlockThreads, Hopper::kBlocks)
+    multiply_on_hopper(const __grid_constant__ HopperProblem problem) {
+  const Problem& linear = problem.linear;
+  auto& shared = *dynamic_shared<HopperShared<kInputMajor>>();
+  if (blockIdx.x < linear.copying_blocks) {
+    if (blockIdx.y == 0) copy_removed<T>(linear, shared.is_kept);
+    return;
+  }
+  const Place place = find_place<Hopper>(linear);
+  find_columns<Hopper>(linear, place.first_output, shared.columns);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Hopper::kStages; ++i) {
+      // A stage is full when the boxes are announced and here, and every gatherer has handed over its part.
+      init_barrier(shared.full[i], problem.weight_in_boxes ? 1 : 1 + Hopper::kGatherers);
+      init_barrier(shared.empty[i], Hopper::kThreads / kWarp);  // a thread of each warp that multiplies
+    }
+    fence_barriers();
+  }
+  __syncthreads();
+  if (threadIdx.x >= Hopper::kThreads) {
+    fill_stages<T>(problem, place, shared);
+    return;
+  }
+  WarpgroupProduct<T, kInputMajor> product;
+  product.add_up(shared, place.stages);
+  store_tile<T>(linear, place, shared.columns, shared.slab, product);
+}
 
-template <typename T, bool kInputMajor, typename Load>
-__device__ __forceinline__ void multiply_stages(WarpgroupProduct<T, kInputMajor>& product,
-                                                HopperStage<kInputMajor>* stages, int count, Load&& load) {
-  constexpr int kAhead = Hopper::kStages - 2;
-#pragma unroll
-  for (int s = 0; s < kAhead; ++s) {
-    if (s < count) load(stages[s]);
-    cp_async_commit();
-  }
-  for (int s = 0; s < count; ++s) {
-    cp_async_wait<kAhead - 1>();
-    fence_for_wgmma();
-    __syncthreads();
-    if (s + kAhead < count) load(stages[(s + kAhead) % Hopper::kStages]);
-    cp_async_commit();
-    product.multiply(stages[s % Hopper::kStages]);
-    wgmma_wait<1>();
-  }
-  wgmma_wait<0>();
-  wgmma_hold(product.sum);
-  cp_async_wait<0>();
-  __syncthreads();  // the stages are free for other use
+// ---------------------------------------------------------------- host
+bool in_boxes(const Kept& kept) { return kept.index == nullptr || kept.block % kBox == 0; }
+
+template <typename T, bool kInputMajor>
+void run_on_hopper(HopperProblem problem, DType dtype, const Queue& queue) {
+  const Shape shape =
+      plan_grid<Hopper, HopperShared<kInputMajor>>(problem.linear, Hopper::kBlockThreads, queue);
+  launch(kOp, dtype, queue, shape, &multiply_on_hopper<T, kInputMajor>, problem);
+  add_splits<T>(problem.linear, dtype, queue);
 }
 
 template <typename T>
-void multiply_by_wgmma(const Problem& problem, bool input_major, DType dtype, const Queue& queue) {
-  input_major ? run<T, Hopper, true>(problem, dtype, queue) : run<T, Hopper, false>(problem, dtype, queue);
+void run_on_hopper(const HopperProblem& problem, bool input_major, DType dtype, const Queue& queue) {
+  input_major ? run_on_hopper<T, true>(problem, dtype, queue)
+              : run_on_hopper<T, false>(problem, dtype, queue);
 }
 
 }  // namespace
 
-void multiply_on_hopper(const linear::Problem& problem, bool input_major, DType dtype, const Queue& queue) {
-  MVP_CHECK(problem.partial == nullptr, kOp, "on Hopper a tile's inputs are not divided");
-  if (dtype == DType::bf16) return multiply_by_wgmma<Bf16>(problem, input_major, dtype, queue);
-  multiply_by_wgmma<F16>(problem, input_major, dtype, queue);
+void multiply_on_hopper(const linear::Problem& linear, bool input_major, DType dtype, const Queue& queue) {
+  MVP_CHECK(linear.rows < 0x7FFFFF00, kOp, "too many rows for the kernel for Hopper");
+  MVP_CHECK(linear.inputs > 0, kOp, "no inputs: nothing for the kernel for Hopper");
+  // A single row's stride may be anything.
+  const int64_t x_stride = linear.rows == 1 ? linear.inputs : linear.x_stride;
+  MVP_CHECK(x_stride >= linear.inputs, kOp, "x: expected rows that do not overlap");
+  HopperProblem problem{};
+  problem.linear = linear;
+  problem.x = make_boxed_matrix(linear.x, linear.rows, linear.inputs, x_stride, Hopper::kM);
+  problem.weight_in_boxes = in_boxes(linear.out_index) && in_boxes(linear.in_index) &&
+                            linear.weight_stride >= linear.weight_columns;
+  if (problem.weight_in_boxes)
+    problem.weight = make_boxed_matrix(linear.weight, linear.weight_rows, linear.weight_columns,
+                                       linear.weight_stride, kBox);
+  if (dtype == DType::bf16) return run_on_hopper<Bf16>(problem, input_major, dtype, queue);
+  run_on_hopper<F16>(problem, input_major, dtype, queue);
 }
 
 }  // namespace mvp::cuda

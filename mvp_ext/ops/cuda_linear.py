@@ -178,7 +178,8 @@ def pruned_linear(
     )
     rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
     x = x.reshape(rows, inputs)
-    if x.stride(1) != 1 or x.stride(0) % _VECTOR or x.data_ptr() % 16:
+    overlapping = rows > 1 and x.stride(0) < inputs  # which cannot be read in boxes
+    if x.stride(1) != 1 or x.stride(0) % _VECTOR or x.data_ptr() % 16 or overlapping:
         x = x.clone(memory_format=torch.contiguous_format)
     # Blocks that get no inputs would leave their part of the workspace unwritten.
     splits = _even(math.ceil(inputs / TILINGS[plan.tiling][2]), plan.splits)

@@ -5,10 +5,12 @@
 #include <cstring>
 #include <deque>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -134,6 +136,30 @@ struct Meeting {
   Slot slots[2][kWarp];
 };
 
+// A barrier for part of a block.
+struct PartBarrier {
+  int threads = 0;
+  std::vector<int> waiting;
+};
+
+// A copy of a box that is under way.
+struct Bulk {
+  uint64_t* barrier;
+  size_t bytes;
+  std::function<void()> work;
+};
+
+// How a barrier in shared memory looks here. Shared memory starts as 0xFF, so `sign` tells whether it was
+// initialised.
+struct SharedBarrier {
+  static constexpr uint8_t kSign = 0x5A;
+  uint8_t sign, phase;
+  uint16_t arrivals;     // a phase
+  int32_t missing : 12;  // arrivals
+  int32_t bytes : 20;    // announced, not here yet
+};
+static_assert(sizeof(SharedBarrier) == sizeof(uint64_t));
+
 struct Block {
   int threads = 0, running = -1, alive = 0;
   std::vector<Thread> thread;
@@ -142,9 +168,14 @@ struct Block {
   std::vector<int> at_barrier;
   const char* barrier = nullptr;
   int votes = 0, last_votes = 0;
+  std::map<int, PartBarrier> part_barriers;                     // by their number
+  std::map<const uint64_t*, std::vector<int>> waits_for_phase;  // threads, by barrier
+  std::deque<Bulk> bulk;
   std::exception_ptr error;
   std::unique_ptr<char, void (*)(void*)> shared{nullptr, std::free};
 };
+
+bool land_bulk();  // one of the boxes under way; false if there is none
 
 uint64_t schedule = 0;
 std::mt19937_64 generator;
@@ -265,7 +296,10 @@ void run_block(size_t shared_bytes) {
     state.ready.push_back(t);
   }
   while (state.alive > 0) {
-    if (state.ready.empty()) report_stuck();
+    // Boxes arrive as late as they may, or at random.
+    if (schedule > 1 && generator() % 8 == 0) land_bulk();
+    while (state.ready.empty())
+      if (!land_bulk()) report_stuck();
     const int t = pick_ready();
     set_thread(t);
 #if defined(__SANITIZE_ADDRESS__)
@@ -279,6 +313,7 @@ void run_block(size_t shared_bytes) {
     // A thread that ended while others wait at a barrier will never come.
     if (!state.at_barrier.empty() && state.alive < state.threads && state.ready.empty()) report_stuck();
   }
+  if (!state.bulk.empty()) throw Fault("a block ends with copies of boxes under way that nobody waited for");
 }
 
 }  // namespace
@@ -425,6 +460,96 @@ void wait_for_deferred(int groups_left) {
     for (const auto& work : me.deferred_groups.front()) work();
     me.deferred_groups.pop_front();
   }
+}
+
+namespace {
+
+SharedBarrier read_barrier(const uint64_t* barrier) {
+  const auto offset = reinterpret_cast<const char*>(barrier) - block->shared.get();
+  SharedBarrier state;
+  std::memcpy(&state, barrier, sizeof state);
+  if (offset < 0 || offset % 8 != 0 || state.sign != SharedBarrier::kSign)
+    throw Fault("a barrier in shared memory is used that was not initialised, or was overwritten");
+  return state;
+}
+
+// Ends the phase if nothing is missing.
+void write_barrier(uint64_t* barrier, SharedBarrier state) {
+  const bool ends = state.missing == 0 && state.bytes == 0;
+  if (ends) {
+    state.phase ^= 1;
+    state.missing = static_cast<int16_t>(state.arrivals);
+  }
+  std::memcpy(barrier, &state, sizeof state);
+  if (!ends) return;
+  std::vector<int> waiting = std::exchange(block->waits_for_phase[barrier], {});
+  for (const int t : waiting) wake(t);
+}
+
+}  // namespace
+
+void init_barrier(uint64_t* barrier, unsigned arrivals) {
+  const SharedBarrier state{SharedBarrier::kSign, 0, static_cast<uint16_t>(arrivals),
+                            static_cast<int16_t>(arrivals), 0};
+  std::memcpy(barrier, &state, sizeof state);
+}
+
+void arrive(uint64_t* barrier, unsigned bytes_to_come) {
+  yield();
+  SharedBarrier state = read_barrier(barrier);
+  if (state.missing == 0) fault("arrives at a barrier in shared memory at which all had arrived");
+  state.bytes += static_cast<int>(bytes_to_come);
+  --state.missing;
+  write_barrier(barrier, state);
+}
+
+void wait_for_phase(const uint64_t* barrier, unsigned parity, const char* where) {
+  yield();
+  while (read_barrier(barrier).phase == parity) {
+    block->waits_for_phase[barrier].push_back(block->running);
+    wait_at(where);
+  }
+}
+
+int64_t boxes_copied = 0;
+
+void copy_bulk(uint64_t* barrier, void* shared, size_t bytes, std::function<void()> work) {
+  ++boxes_copied;
+  read_barrier(barrier);
+  std::memset(shared, 0xFF, bytes);  // who reads too early reads NaN
+  block->bulk.push_back({barrier, bytes, std::move(work)});
+}
+
+namespace {
+bool land_bulk() {
+  auto& bulk = block->bulk;
+  if (bulk.empty()) return false;
+  const size_t which = schedule == 0 ? 0 : schedule == 1 ? bulk.size() - 1 : generator() % bulk.size();
+  const Bulk copy = std::move(bulk[which]);
+  bulk.erase(bulk.begin() + static_cast<std::ptrdiff_t>(which));
+  copy.work();
+  SharedBarrier state = read_barrier(copy.barrier);
+  if (state.bytes < static_cast<int>(copy.bytes))
+    throw Fault("a box brings bytes to a barrier in shared memory that does not expect them");
+  state.bytes -= static_cast<int>(copy.bytes);
+  write_barrier(copy.barrier, state);
+  return true;
+}
+}  // namespace
+
+void sync_some(int id, int threads) {
+  PartBarrier& barrier = block->part_barriers[id];
+  if (!barrier.waiting.empty() && barrier.threads != threads)
+    fault("is at barrier " + std::to_string(id) + " for " + std::to_string(threads) +
+          " threads while others are there for " + std::to_string(barrier.threads));
+  barrier.threads = threads;
+  if (static_cast<int>(barrier.waiting.size()) + 1 < threads) {
+    barrier.waiting.push_back(block->running);
+    return wait_at("a barrier for part of the block");
+  }
+  for (const int t : std::exchange(barrier.waiting, {})) wake(t);
+  wake(block->running);  // the last to come has no right to go on first
+  suspend();
 }
 
 void check_aligned(const void* pointer, size_t bytes, const char* what) {

@@ -69,6 +69,14 @@ void check_fenced();
 void defer(std::function<void()> work);
 void commit_deferred();
 void wait_for_deferred(int groups_left);
+// Barriers in shared memory (mbarrier), which the engine keeps in their 8 bytes.
+void init_barrier(uint64_t* barrier, unsigned arrivals);
+void arrive(uint64_t* barrier, unsigned bytes_to_come);
+void wait_for_phase(const uint64_t* barrier, unsigned parity, const char* where);
+// A copy of `bytes` by nobody's hand: `work` happens at some time, and then they arrive at the barrier.
+extern int64_t boxes_copied;  // for tests
+void copy_bulk(uint64_t* barrier, void* shared, size_t bytes, std::function<void()> work);
+void sync_some(int id, int threads);  // a barrier of as many threads
 int linear_thread();
 [[noreturn]] void fault(const std::string& what);
 void check_aligned(const void* pointer, size_t bytes, const char* what);

@@ -3,6 +3,7 @@
 
 #include "cuda/common.cuh"
 #include "faults.h"
+#include "mvp/cuda/pipeline.cuh"
 #include "mvp/cuda/wgmma.cuh"
 
 namespace mvp::cuda {
@@ -169,6 +170,69 @@ __global__ void warpgroup_product(const float* in, float* out) {
   for (int i = 0; i < 64; ++i) out[(row + i / 2 % 2 * 8) * 128 + i / 4 * 8 + column + i % 2] = d[i];
 }
 
+enum class PipelineFault {
+  none,
+  no_wait_for_full,
+  no_wait_for_empty,
+  too_few_bytes,
+  too_many_bytes,
+  no_barriers,
+  no_last_wait,
+  half_a_barrier,
+};
+
+// Rows of `in`, 32 floats each, through a ring of two stages: the second warp's first thread copies them as
+// boxes, the first warp adds them up.
+template <PipelineFault kFault>
+__global__ void pipeline(const __grid_constant__ BoxedMatrix in, float* out) {
+  constexpr int kRows = 4, kStages = 2;
+  struct Stage {
+    alignas(1024) float row[32];
+  };
+  struct Memory {
+    Stage stages[kStages];
+    Barrier full[kStages], empty[kStages];
+  };
+  auto& memory = *dynamic_shared<Memory>();
+  if (threadIdx.x == 0 && kFault != PipelineFault::no_barriers) {
+    for (int s = 0; s < kStages; ++s) {
+      init_barrier(memory.full[s], 1);
+      init_barrier(memory.empty[s], 32);
+    }
+    fence_barriers();
+  }
+  __syncthreads();
+  if (threadIdx.x >= 32) {
+    if (threadIdx.x > 32) return;
+    for (unsigned r = 0; r < kRows; ++r) {
+      const unsigned slot = r % kStages, turn = r / kStages;
+      if (kFault != PipelineFault::no_wait_for_empty) wait(memory.empty[slot], turn % 2 ^ 1);
+      arrive_and_expect(memory.full[slot], kFault == PipelineFault::too_few_bytes    ? 64
+                                           : kFault == PipelineFault::too_many_bytes ? 256
+                                                                                     : 128);
+      copy_box(&memory.stages[slot], in, static_cast<int>(r), 0, memory.full[slot]);
+    }
+    return;
+  }
+  float sum = 0.0f;
+  constexpr unsigned kRead = kFault == PipelineFault::no_last_wait ? kRows - 1 : kRows;
+  for (unsigned r = 0; r < kRead; ++r) {
+    const unsigned slot = r % kStages, turn = r / kStages;
+    if (kFault != PipelineFault::no_wait_for_full) wait(memory.full[slot], turn % 2);
+    sum += memory.stages[slot].row[threadIdx.x];
+    arrive(memory.empty[slot]);
+  }
+  if (kFault == PipelineFault::half_a_barrier && threadIdx.x < 7) return;
+  sync_some<1, 32>();
+  out[threadIdx.x] = sum;
+}
+
+template <PipelineFault kFault>
+void run_pipeline(const float* in, float* out) {
+  launch("a test kernel", DType::f32, Queue(0, 0), Shape{dim3(1), dim3(64), 2 * 1024 + 1024},
+         &pipeline<kFault>, make_boxed_matrix(in, 4, 64, 64, 1), out);
+}
+
 }  // namespace
 }  // namespace mvp::cuda
 
@@ -215,6 +279,18 @@ void run_faulty_kernel(const std::string& name, const TensorView& in, const Tens
       return launch("a test kernel", DType::f32, Queue(0, 0), shape, kernel, in.ptr<float>(),
                     out.ptr<float>());
     }
+  const std::pair<const char*, void (*)(const float*, float*)> pipelines[] = {
+      {"pipeline", &run_pipeline<PipelineFault::none>},
+      {"pipeline without wait for full", &run_pipeline<PipelineFault::no_wait_for_full>},
+      {"pipeline without wait for empty", &run_pipeline<PipelineFault::no_wait_for_empty>},
+      {"pipeline with too few bytes", &run_pipeline<PipelineFault::too_few_bytes>},
+      {"pipeline with too many bytes", &run_pipeline<PipelineFault::too_many_bytes>},
+      {"pipeline without barriers", &run_pipeline<PipelineFault::no_barriers>},
+      {"pipeline without the last wait", &run_pipeline<PipelineFault::no_last_wait>},
+      {"pipeline with half a barrier", &run_pipeline<PipelineFault::half_a_barrier>},
+  };
+  for (const auto& [known, run] : pipelines)
+    if (name == known) return run(in.ptr<float>(), out.ptr<float>());
   throw std::invalid_argument("no kernel is named " + name);
 }
 

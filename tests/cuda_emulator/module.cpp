@@ -2,6 +2,8 @@
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
 #include "cuda_bindings.h"
 #include "engine.h"
 #include "faults.h"
@@ -12,5 +14,7 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("set_schedule", &emulator::set_schedule,
         "0: in order, 1: in reverse, others: at random by this seed.");
   m.def("fail_next_launch", [](int error) { emulator::next_error = static_cast<cudaError_t>(error); });
+  m.def(
+      "boxes_copied", [] { return std::exchange(emulator::boxes_copied, 0); }, "Since this was last asked.");
   m.def("run_faulty_kernel", &mvp::run_faulty_kernel);
 }

@@ -24,6 +24,7 @@ inline void wgmma_commit() { emulator::commit_deferred(); }
 template <int kGroups>
 void wgmma_wait() {
   emulator::wait_for_deferred(kGroups);
+  emulator::meet_warp(0xFFFFFFFF, "the wait for matrix instructions", 0);  // .sync.aligned
 }
 
 template <typename T, bool kRowsAreK>
