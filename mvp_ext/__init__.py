@@ -31,8 +31,9 @@ from mvp_ext.pruning.build import build_elastic, build_refined_zoo, build_univer
 from mvp_ext.pruning.data import ImageData, load_data
 from mvp_ext.pruning.elastic import ElasticOptions
 from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.methods import METHODS
 from mvp_ext.pruning.pretrain import pretrain
-from mvp_ext.pruning.prune import METHODS, prune
+from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.scores import CRITERIA, score_units
 from mvp_ext.pruning.tasks import Task, TaskData, sample_tasks

@@ -27,7 +27,8 @@ from mvp_ext.model.structure import find_structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.backbone import Preprocessing
 from mvp_ext.pruning.iterative import Schedule
-from mvp_ext.pruning.prune import method_for, prune
+from mvp_ext.pruning.methods import method_for
+from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.zoo import Zoo
 
 BUILD = "--tasks 3 --classes-per-task 3 --max-train 12 --steps 1 --steps-per-round 1 --share 0.6"

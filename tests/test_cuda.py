@@ -17,7 +17,8 @@ from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.ops import importance, merge, meta_vote, pack, pruned_linear, residual_add
 from mvp_ext.pruning.build import build_universal, build_zoo
 from mvp_ext.pruning.iterative import Schedule
-from mvp_ext.pruning.prune import METHODS, prune
+from mvp_ext.pruning.methods import METHODS
+from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.training import Recipe
 from mvp_ext.pruning.zoo import Zoo
 

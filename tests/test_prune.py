@@ -20,20 +20,13 @@ from mvp_ext.pruning.batches import to_batch
 from mvp_ext.pruning.build import build_elastic, build_refined_zoo, build_universal, build_zoo, zoo_steps
 from mvp_ext.pruning.elastic import ElasticOptions
 from mvp_ext.pruning.iterative import Schedule, planned_steps
+from mvp_ext.pruning.methods import METHODS, REFINED_WEIGHTING, method_for, vote_for
 from mvp_ext.pruning.pretrain import pretrain
-from mvp_ext.pruning.prune import (
-    METHODS,
-    REFINED_WEIGHTING,
-    elastic_path,
-    method_for,
-    prune,
-    start_path,
-    universal_path,
-    vote_for,
-)
+from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.training import Recipe, reestimate_statistics
 from mvp_ext.pruning.vote import VoteOptions, small_model
 from mvp_ext.pruning.zoo import Zoo, ZooError
+from mvp_ext.pruning.zoo_models import elastic_path, start_path, universal_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(batch_size=8, precision="float32")
@@ -466,9 +459,7 @@ def test_only_refined_votes_are_weighted():
 
 def test_a_glance_is_a_few_images_of_each_class(backbone, monkeypatch):
     """It costs its own images alone, and gives way to all features where these have been paid for."""
-    from mvp_ext.pruning import prune as module
-
-    monkeypatch.setattr(module, "GLANCE_IMAGES", 6)
+    monkeypatch.setattr("mvp_ext.pruning.job.GLANCE_IMAGES", 6)
     seen = {}
 
     def look(job):

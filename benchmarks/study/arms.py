@@ -19,14 +19,8 @@ from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.backbone import set_head
 from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.iterative import scoring_batches
-from mvp_ext.pruning.prune import (
-    REFINED_WEIGHTING,
-    Job,
-    ask_neighbours,
-    merged_model,
-    own_scores,
-    voted_mask,
-)
+from mvp_ext.pruning.job import Job, ask_neighbours, merged_model, own_scores, voted_mask
+from mvp_ext.pruning.methods import REFINED_WEIGHTING
 from mvp_ext.pruning.scores import CRITERIA, Scores
 from mvp_ext.pruning.training import Trainer
 from mvp_ext.pruning.vote import Neighbour, VoteOptions, small_model

@@ -25,10 +25,10 @@ from mvp_ext.pruning.elastic import ElasticOptions
 from mvp_ext.pruning.heads import ridge_head
 from mvp_ext.pruning.iterative import Schedule, planned_steps, round_ratios
 from mvp_ext.pruning.pretrain import pretrain
-from mvp_ext.pruning.prune import elastic_path, universal_path
 from mvp_ext.pruning.tasks import Task
 from mvp_ext.pruning.training import Recipe, accuracy_of
 from mvp_ext.pruning.zoo import Zoo
+from mvp_ext.pruning.zoo_models import elastic_path, universal_path
 
 from .config import World
 from .tasks import TaskSet, draw_tasks

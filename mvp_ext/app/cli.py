@@ -26,8 +26,8 @@ from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import find_structure
 from mvp_ext.model.timm_compat import create_model
+from mvp_ext.pruning.methods import METHODS, method_for, vote_for
 from mvp_ext.pruning.pretrain import pretrain as run_pretraining
-from mvp_ext.pruning.prune import METHODS, method_for, vote_for
 from mvp_ext.pruning.prune import prune as run_prune
 from mvp_ext.pruning.tasks import Task
 from mvp_ext.pruning.training import Recipe

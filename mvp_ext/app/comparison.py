@@ -31,12 +31,14 @@ from mvp_ext.pruning.backbone import Backbone, extract_features
 from mvp_ext.pruning.cost import Cost
 from mvp_ext.pruning.data import ImageData
 from mvp_ext.pruning.iterative import Schedule, planned_steps
-from mvp_ext.pruning.prune import method_for, prune, start_path, vote_for
+from mvp_ext.pruning.methods import method_for, vote_for
+from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.tasks import Task
 from mvp_ext.pruning.training import Recipe
 from mvp_ext.pruning.vote import proxy_leep
 from mvp_ext.pruning.zoo import Zoo, ZooEntry
 from mvp_ext.pruning.zoo_entry import BackboneIdentity
+from mvp_ext.pruning.zoo_models import start_path
 
 NAMES = {
     "refined": "MVP, refined",

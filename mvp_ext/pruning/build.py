@@ -20,12 +20,13 @@ from mvp_ext.pruning.backbone import Backbone
 from mvp_ext.pruning.cost import Cost
 from mvp_ext.pruning.elastic import ElasticOptions, train_elastic
 from mvp_ext.pruning.iterative import Schedule, planned_steps
-from mvp_ext.pruning.prune import elastic_path, prune, start_path, universal_path
+from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.tasks import Task
 from mvp_ext.pruning.training import Recipe
 from mvp_ext.pruning.zoo import Zoo, ZooError
 from mvp_ext.pruning.zoo_entry import BackboneIdentity, ZooEntry
+from mvp_ext.pruning.zoo_models import elastic_path, start_path, universal_path
 
 Progress = Callable[[str, int, int], None]  # (what is being made, steps done, steps in all)
 

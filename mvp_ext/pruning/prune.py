@@ -7,298 +7,30 @@ so that methods are compared by what they start from, not by how their heads wer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, read_pruned
+from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
-from mvp_ext.model.structure import Structure, find_structure
-from mvp_ext.model.surgery import expand_state, prune_model
-from mvp_ext.pruning.backbone import Backbone, extract_features, set_head
+from mvp_ext.model.structure import find_structure
+from mvp_ext.pruning.backbone import Backbone, extract_features
 from mvp_ext.pruning.cost import Cost
-from mvp_ext.pruning.heads import class_mean_head, class_means, fit_temperature, ridge_head
-from mvp_ext.pruning.iterative import Schedule, planned_steps, prune_iteratively, scoring_batches
+from mvp_ext.pruning.heads import class_means, fit_temperature, ridge_head
+from mvp_ext.pruning.iterative import Schedule, planned_steps, prune_iteratively
+from mvp_ext.pruning.job import Job
+from mvp_ext.pruning.methods import METHODS, STARTS, Start, method_for, vote_for
 from mvp_ext.pruning.result import Point, Result
-from mvp_ext.pruning.scores import Scores
-from mvp_ext.pruning.tasks import Task, TaskData, few_of_each
+from mvp_ext.pruning.tasks import Task, TaskData
 from mvp_ext.pruning.training import Recipe, Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
-from mvp_ext.pruning.vote import (
-    Neighbour,
-    VoteOptions,
-    merge_voters,
-    nearest_entries,
-    normalised_scores,
-    small_model,
-    vote_mask,
-    voter_weights,
-    weight_prior,
-)
-from mvp_ext.pruning.zoo import Zoo, ZooError
-from mvp_ext.pruning.zoo_entry import BackboneIdentity
-
-GLANCE_IMAGES = 320  # of all classes together: a dense pass over 1000 images was half of a task's cost
+from mvp_ext.pruning.vote import VoteOptions
+from mvp_ext.pruning.zoo import Zoo
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
-
-
-@dataclass
-class Job:
-    """One call of ``prune``: its inputs, checked, and what methods need of them. ``cost`` is filled as the work goes.
-
-    ``neighbours`` is what the result says of the voters; a method that asks some puts them there.
-    """
-
-    backbone: Backbone
-    data: TaskData
-    structure: Structure
-    zoo: Zoo | None
-    keep: float
-    steps: int
-    align: int
-    seed: int
-    recipe: Recipe
-    schedule: Schedule
-    vote: VoteOptions
-    task_name: str
-    cost: Cost
-    neighbours: list[tuple[str, float]] = field(default_factory=list)
-    known_features: tuple[Tensor, float] | None = None  # and the seconds that their pass took
-    _features: Tensor | None = None
-    _glance: tuple[Tensor, Tensor] | None = None
-    _scores: Scores | None = None
-
-    def features(self) -> Tensor:
-        """The dense backbone's on all training images, f32 [n, F]; the first call books their pass."""
-        if self._features is None:
-            self._features = self._extract(None, "refit_flops")
-        return self._features
-
-    def glance(self, spent_on: str = "refit_flops") -> tuple[Tensor, Tensor]:
-        """The same of a few images of each class, f32 [m, F], with their labels, int64 [m]: enough to find the task's
-        neighbours and to score units, at a fraction of the pass. All of them where they have been paid for.
-        """
-        if self._features is not None:
-            return self._features, self.data.train_labels
-        if self._glance is None:
-            index = few_of_each(self.data.train_labels, GLANCE_IMAGES, self.seed)
-            self._glance = self._extract(index, spent_on), self.data.train_labels[index]
-        return self._glance
-
-    def _extract(self, index: Tensor | None, spent_on: str) -> Tensor:
-        images = self.data.train_images if index is None else self.data.train_images[index]
-        setattr(self.cost, spent_on, getattr(self.cost, spent_on) + len(images) * self.image_flops)
-        if self.known_features is not None:
-            known, seconds = self.known_features
-            self.cost.seconds += seconds * len(images) / len(known)
-            return known if index is None else known[index]
-        with self.cost.timed():
-            return extract_features(
-                self.backbone.model, images, self.backbone.preprocessing, self.recipe.precision
-            )
-
-    def description(self) -> tuple[Tensor, Tensor]:
-        """Features and labels of images that describe the task to a zoo; unbooked, for they make no model."""
-        if self.known_features is not None:
-            return self.known_features[0], self.data.train_labels
-        unbooked = replace(self, cost=Cost())
-        return unbooked.glance()
-
-    @property
-    def image_flops(self) -> int:
-        size = self.backbone.preprocessing.size
-        return count_flops(self.backbone.model, (3, size, size))
-
-    def need_zoo(self, method: str) -> Zoo:
-        if self.zoo is None:
-            raise ZooError(
-                f"prune: method {method!r} needs a zoo; got none. Build one with build_zoo or `mvp-ext zoo build`"
-            )
-        with (
-            self.cost.timed()
-        ):  # entries of other dense weights have the same shapes: they would merge into nonsense
-            self.zoo.check(BackboneIdentity.of(self.backbone.model, self.structure))
-        return self.zoo
-
-
-def ask_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
-    """The task's nearest entries, by ``job.vote``."""
-    features, labels = job.glance("similarity_flops")
-    neighbours = nearest_entries(
-        zoo,
-        job.structure,
-        job.backbone,
-        job.data,
-        features,
-        job.vote,
-        labels=labels,
-        cost=job.cost,
-        seed=job.seed,
-        exclude=(job.task_name,),
-    )
-    job.neighbours = [(n.entry.name, n.similarity) for n in neighbours]
-    return neighbours
-
-
-def voted_mask(job: Job, neighbours: Sequence[Neighbour]) -> Mask:
-    """What these neighbours vote for, with the target's own score where ``job.vote`` wants it."""
-    own = normalised_scores(own_scores(job), job.structure) if job.vote.needs_scores else None
-    with job.cost.timed():
-        prior = own if job.vote.prior == "taylor" else weight_prior(job.backbone.model, job.structure)
-        return vote_mask(
-            [n.entry.mask for n in neighbours],
-            job.structure,
-            keep=job.keep,
-            weights=voter_weights(neighbours, job.vote.weighting),
-            prior=prior,
-            rule=job.vote.rule,
-            temperature=job.vote.temperature,
-            align=job.align,
-            seed=job.seed,
-            score=job.vote.own_score * own if own is not None and job.vote.own_score else None,
-        )
-
-
-def merged_model(job: Job, zoo: Zoo, neighbours: Sequence[Neighbour], mask: Mask) -> nn.Module:
-    """The sub-network of ``mask`` with the weights that these neighbours share.
-
-    Where none has an element it is the pre-trained one, or that of the model which the zoo's entries started from.
-    """
-    with job.cost.timed():
-        base: Mapping[str, Tensor] = job.backbone.model.state_dict()
-        if start_path(zoo).exists():
-            start = load_pruned(start_path(zoo), job.backbone.device)
-            wide = expand_state(start.model.state_dict(), start.structure, start.mask, base)
-            base = {
-                n: wide[n] if wide[n].shape == t.shape else t for n, t in base.items()
-            }  # all but the head
-        weights = voter_weights(neighbours, job.vote.weighting)
-        states = [n.entry.read().state for n in neighbours]
-        merged = merge_voters(base, states, [n.entry.mask for n in neighbours], job.structure, mask, weights)
-        return small_model(job.backbone, job.structure, mask, merged)
-
-
-def _start_mvp(job: Job) -> tuple[nn.Module, Mask]:
-    zoo = job.need_zoo("mvp")
-    neighbours = ask_neighbours(job, zoo)
-    mask = voted_mask(job, neighbours)
-    return merged_model(job, zoo, neighbours, mask), mask
-
-
-def _start_refined(job: Job) -> tuple[nn.Module, Mask]:
-    zoo = job.need_zoo("refined")
-    if not is_refined(zoo):
-        raise ZooError(
-            f"prune: method 'refined' needs a zoo whose entries refine a universal model, which {zoo.path} is not: "
-            "make one with build_refined_zoo or `mvp-ext zoo build`, or use method 'mvp'"
-        )
-    return _start_mvp(job)
-
-
-def _start_elastic(job: Job) -> tuple[nn.Module, Mask]:
-    zoo = job.need_zoo("elastic")
-    path = elastic_path(zoo)
-    if not path.exists():
-        raise ZooError(
-            f"prune: method 'elastic' needs {path}; make it with build_elastic or `zoo build --elastic`"
-        )
-    mask = voted_mask(job, ask_neighbours(job, zoo))
-    with job.cost.timed():
-        checkpoint = _load_shared(job, path)
-        return prune_model(checkpoint.model, mask, structure=job.structure), mask
-
-
-def _load_shared(job: Job, path: Path) -> PrunedCheckpoint:
-    checkpoint = load_pruned(path, job.backbone.device)
-    if checkpoint.structure.fingerprint != job.structure.fingerprint:
-        raise ZooError(
-            f"prune: {path}: expected a model of structure {job.structure.fingerprint}, "
-            f"got {checkpoint.structure.fingerprint}"
-        )
-    return checkpoint
-
-
-def _start_universal(job: Job) -> tuple[nn.Module, Mask]:
-    zoo = job.need_zoo("universal")
-    path = start_path(zoo) if is_refined(zoo) and not universal_path(zoo).exists() else universal_path(zoo)
-    if not path.exists():
-        raise ZooError(
-            f"prune: method 'universal' needs {path}; make it with build_universal or `zoo build --universal`"
-        )
-    checkpoint = _load_shared(job, path)
-    if checkpoint.extra.get("keep") != job.keep:
-        raise ZooError(
-            f"prune: {path}: expected a model with keep {job.keep}, got one with keep {checkpoint.extra.get('keep')}"
-        )
-    return checkpoint.model, checkpoint.mask
-
-
-def own_scores(job: Job) -> Scores:
-    """Every unit of the dense model scored on the target's images, by ``job.schedule.criterion``; once a job."""
-    if job._scores is not None:
-        return job._scores
-    features, labels = job.glance()
-    with job.cost.timed():
-        dense = job.backbone.copy_model()
-        set_head(dense, class_mean_head(features, labels, job.data.num_classes))
-        trainer = Trainer(dense, job.data, job.backbone.preprocessing, job.recipe, seed=job.seed)
-    job._scores = scoring_batches(trainer, job.structure, job.schedule, job.cost, seed=job.seed)
-    return job._scores
-
-
-def _start_one_shot(job: Job) -> tuple[nn.Module, Mask]:
-    scores = own_scores(job)
-    with job.cost.timed():
-        mask = Mask.from_scores(
-            job.structure, scores, job.keep, job.align, global_=job.schedule.global_ranking
-        )
-        return small_model(job.backbone, job.structure, mask), mask
-
-
-def _start_random(job: Job) -> tuple[nn.Module, Mask]:
-    with job.cost.timed():
-        mask = Mask.random(job.structure, job.keep, job.seed, job.align)
-        return small_model(job.backbone, job.structure, mask), mask
-
-
-def _start_dense(job: Job) -> tuple[nn.Module, Mask]:
-    return job.backbone.copy_model(), Mask.full(job.structure)
-
-
-Start = Callable[[Job], tuple[nn.Module, Mask]]
-_STARTS: dict[str, Start] = {
-    "refined": _start_refined,
-    "mvp": _start_mvp,
-    "universal": _start_universal,
-    "elastic": _start_elastic,
-    "one_shot": _start_one_shot,
-    "random": _start_random,
-    "dense": _start_dense,
-}
-METHODS = (*_STARTS, "ifp")
-REFINED_WEIGHTING = (
-    0.1  # nats: voters that refine one model need no company, but should be of the task's kind
-)
-
-
-def method_for(zoo: Zoo | None) -> str:
-    """What ``prune`` does unless it is told: "refined" where the zoo's entries refine a universal model, else "mvp"."""
-    return "refined" if zoo is not None and is_refined(zoo) else "mvp"
-
-
-def is_refined(zoo: Zoo) -> bool:
-    """Whether ``build_refined_zoo`` made it: what its entries start from says for which keep ratio it was made."""
-    return start_path(zoo).exists() and "keep" in read_pruned(start_path(zoo)).extra
-
-
-def vote_for(method: str, neighbours: int = 5, similarity: str = "leep") -> VoteOptions:
-    """A method's vote: equal voters, for "refined" softmax(similarity / 0.1)."""
-    weighting = REFINED_WEIGHTING if method == "refined" else None
-    return VoteOptions(neighbours=neighbours, similarity=similarity, weighting=weighting)
 
 
 def prune(
@@ -391,7 +123,7 @@ def prune(
     if method == "ifp":
         small, mask = _iterate(job, history, on_step, resume, start)
     else:
-        small, mask = (_STARTS[method] if isinstance(method, str) else method)(job)
+        small, mask = (STARTS[method] if isinstance(method, str) else method)(job)
         _fine_tune(job, small, history, on_step)
     trained = evaluate(small, data, backbone.preprocessing, recipe.precision)
     classifier = small.get_classifier()  # type: ignore[operator]
@@ -496,18 +228,3 @@ class _History:
         with torch.no_grad():
             trained = accuracy_of(classifier(test.to(classifier.weight.device)).cpu(), data.test_labels)
         self.points.append(Point(step, trained, accuracy_of(ridge(test), data.test_labels)))
-
-
-def universal_path(zoo: Zoo) -> Path:
-    """Where a zoo keeps the universal pruned model of its tasks."""
-    return Path(zoo.path) / "universal.safetensors"
-
-
-def elastic_path(zoo: Zoo) -> Path:
-    """Where a zoo keeps the elastic backbone of its tasks."""
-    return Path(zoo.path) / "elastic.safetensors"
-
-
-def start_path(zoo: Zoo) -> Path:
-    """Where a zoo keeps the model that its entries started from, if that was not the dense one."""
-    return Path(zoo.path) / "start.safetensors"
