@@ -48,6 +48,9 @@ STUDY = RESULTS / "study_cpu.json"
 STUDY_PAGE = ROOT / "docs" / "study.md"
 STUDY_COLUMNS = ("arm", "accuracy (%)", "minus universal", "p, corrected", "tasks, runs", "steps", "FLOPs a task",
                  "time a task", "made once: time", "learning rate")  # fmt: skip
+FACTOR_COLUMNS = ("factor", "arm", "accuracy (%)", "minus universal there", "p, corrected",
+                  "minus itself at the default", "p, corrected", "tasks, runs", "FLOPs a task")  # fmt: skip
+TIME_COLUMNS = ("world", "arm", "steps", "FLOPs a task", "time a task", "above it by", "tasks, runs")
 
 
 def study_summary(results: dict[str, Any]) -> str:
@@ -93,6 +96,17 @@ def study_page(results: dict[str, Any]) -> str:
             world = results["worlds"][name.partition(",")[0]]
             parts.append(f"**{name}** ({world['model']}, keep {world['keep']:g})")
             parts.append(table(STUDY_COLUMNS, rows))
+    if results["time to accuracy"]:
+        parts.append("## Cost to reach full iterative pruning's accuracy")
+        parts.append(table(TIME_COLUMNS, results["time to accuracy"]))
+    parts += [
+        "## One factor at a time",
+        "The others have their defaults. Each difference is over the tasks and seeds that both sides have; "
+        "p is corrected within a table.",
+    ]
+    for world, rows in results["factors"].items():
+        if rows:
+            parts += [f"**{world}, shared**", table(FACTOR_COLUMNS, rows)]
     parts.append("## Figures")
     for figure in sorted((ROOT / "docs" / "figures" / "study").glob(f"{results['name']}_*.png")):
         parts.append(f"![{figure.stem}](figures/study/{figure.name})")

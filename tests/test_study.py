@@ -27,6 +27,7 @@ from study.journal import Journal  # noqa: E402
 from study.runner import run  # noqa: E402
 from study.study import Study  # noqa: E402
 from study.summary import Table, collect  # noqa: E402
+from study.tables import factor_rows, time_rows  # noqa: E402
 from study.tasks import draw_tasks  # noqa: E402
 from study.units import arm_key, plan, select  # noqa: E402
 from study.verdicts import Comparison, Questions, judge  # noqa: E402
@@ -315,6 +316,43 @@ def test_results_and_verdicts(finished: Study) -> None:
     assert (
         cost["steps"] > results["worlds"]["digits"]["made"]["elastic"]["steps"]
     )  # and the zoo whose masks it is cut by
+
+
+def test_tables(finished: Study) -> None:
+    table = Table(collect(finished, []))
+    factors = {(row[0], row[1]): row for row in factor_rows(table, "digits")}
+    # The default point is no row: N = 2 and J = 2 are it.
+    assert set(factors) == {
+        *product(("J = 0", "J = 4"), ("mvp", "universal")),
+        *product(("N = 1", "N = 4", "neighbours: random", "neighbours: farthest"), ("mvp",)),
+    }
+    there = table.scores("digits", "shared", "mvp", steps=4)
+    for column, other in (
+        (3, table.scores("digits", "shared", "universal", steps=4)),
+        (5, table.scores("digits", "shared", "mvp")),
+    ):
+        difference = stats.paired(there, other)
+        assert difference is not None
+        assert factors["J = 4", "mvp"][column].startswith(f"{100 * difference.difference:+.1f}")
+    assert factors["J = 4", "universal"][3:5] == ["", ""]
+    goal = table.scores("digits", "shared", "iterative, full")
+    reached = {row[1]: row for row in time_rows(table)}
+    assert "iterative, full" not in reached
+    for arm in table.arms("digits", "shared"):
+        if arm == "iterative, full":
+            continue
+        by_steps = [
+            table.scores("digits", "shared", arm, steps=j)
+            for j in table.values("digits", "shared", arm, "steps")
+        ]
+        margins = [mean_difference(scores, goal) for scores in by_steps]
+        reaches = any(margin is not None and margin >= 0 for margin in margins)
+        assert (arm in reached) == reaches, arm
+
+
+def mean_difference(first: stats.Scores, second: stats.Scores) -> float | None:
+    common = first.keys() & second.keys()
+    return sum(first[k] - second[k] for k in common) / len(common) if common else None
 
 
 def test_what_is_asked_again_is_a_family_of_its_own(finished: Study) -> None:

@@ -15,13 +15,22 @@ from mvp_ext.model.storage import write_atomic
 
 from .arms import ARMS
 from .figures import figures
-from .stats import by_task, mean_error
 from .study import Study
 from .summary import Table, collect
+from .tables import (
+    COLUMNS,
+    FACTOR_COLUMNS,
+    FACTOR_NOTE,
+    NOTE,
+    TIME_COLUMNS,
+    TIME_TITLE,
+    Columns,
+    arm_rows,
+    factor_rows,
+    time_rows,
+)
 from .units import Unit
-from .verdicts import Questions, Verdict, judge
-
-CONTROL = "universal"
+from .verdicts import Verdict, judge
 
 
 def write_report(
@@ -41,6 +50,8 @@ def write_report(
         for world in answers.worlds
         for split in answers.splits(world)
     }
+    results["time to accuracy"] = time_rows(answers)
+    results["factors"] = {world: factor_rows(answers, world) for world in answers.worlds}
     drawn = figures(answers)
     path = study.folder / "report.html"
     write_atomic(path, render(results, answers, verdicts, drawn).encode())
@@ -73,9 +84,11 @@ def render(results: dict[str, Any], answers: Table, verdicts: Sequence[Verdict],
     for name in results["tables"]:
         rows = results["tables"][name]
         if rows:
-            body.append(f"<h2>{escape(name)}</h2><div class='wide'>{table(COLUMNS, rows)}</div>")
-            body.append(f'<p class="note">{escape(NOTE)}</p>')
-    body += [_time_to_accuracy(answers), *(figure(*parts) for parts in drawn.values())]
+            body += _section(name, COLUMNS, rows, NOTE)
+    body += _section(TIME_TITLE, TIME_COLUMNS, results["time to accuracy"])
+    for world, rows in results["factors"].items():
+        body += _section(f"{world}, shared: one factor at a time", FACTOR_COLUMNS, rows, FACTOR_NOTE)
+    body += [figure(*parts) for parts in drawn.values()]
     body.append(bullets("Read this before quoting it", limits(results)))
     body.append(bullets("The arms", [f"{arm.name}: {arm.about}" for arm in ARMS.values()]))
     for world, about in answers.worlds.items():
@@ -93,94 +106,6 @@ def render(results: dict[str, Any], answers: Table, verdicts: Sequence[Verdict],
     body.append(facts("Machine and versions", {**results["environment"], "commit": results["commit"]}))
     ends = " · ".join(x for x in (results["command"], results["created"]) if x)
     return page(results["title"], "\n".join([*body, f'<p class="note">{escape(ends)}</p>']))
-
-
-COLUMNS = (
-    ("arm", "left"),
-    ("accuracy (%)", "right"),
-    (f"minus {CONTROL}", "right"),
-    ("p, corrected", "right"),
-    ("tasks, runs", "right"),
-    ("steps", "right"),
-    ("FLOPs a task", "right"),
-    ("time a task", "right"),
-    ("made once: time", "right"),
-    ("learning rate", "right"),
-)
-NOTE = (
-    "Accuracy: mean ± standard error over tasks, each the mean of its seeds. Differences are paired; p is a two-sided "
-    "paired t-test over tasks, corrected (Holm) within this table. FLOPs and time count the dense pass, similarity, "
-    "scoring, merging, statistics, heads and training; what is made once for all tasks is in the column of that name."
-)
-
-
-def arm_rows(answers: Table, world: str, split: str) -> list[list[str]]:
-    """One row an arm at the default point, best first, and the dense model."""
-    questions = Questions(answers)
-    about = answers.worlds[world]
-    compared = {
-        arm: questions.ask(world, split, arm, CONTROL) if arm != CONTROL else None
-        for arm in answers.arms(world, split)
-    }
-    questions.correct()
-    rows = []
-    for arm, comparison in compared.items():
-        runs = answers.runs(world, split, arm)
-        means = list(by_task({key: row["accuracy"] for key, row in runs.items()}).values())
-        mean, error = mean_error(means)
-        cost = {k: sum(r[k] for r in runs.values()) / len(runs) for k in ("steps", "flops", "seconds")}
-        once = answers.shared_cost(world, arm)["seconds"]
-        rate = about["chosen"].get(arm)
-        difference = adjusted = ""
-        if comparison is not None:
-            paired = comparison.paired
-            difference = f"{100 * paired.difference:+.1f}" + (
-                f" ± {100 * paired.error:.1f}" if paired.error else ""
-            )
-            adjusted = f"{comparison.adjusted:.2g}"
-        row = [
-            arm,
-            f"{100 * mean:.1f}" + (f" ± {100 * error:.1f}" if error is not None else ""),
-            difference,
-            adjusted,
-            f"{len(means)}, {len(runs)}",
-            f"{cost['steps']:g}",
-            flops_text(cost["flops"]),
-            seconds_text(cost["seconds"]),
-            seconds_text(once) if once else "",
-            f"{rate:g}" if rate else "",
-        ]
-        rows.append((mean, row))
-    rows.sort(key=lambda item: -item[0])
-    if rows and (dense := about["dense"].get(split)):
-        blank = [""] * (len(COLUMNS) - 3)
-        rows.append((0.0, ["dense, ridge head", f"{100 * sum(dense) / len(dense):.1f}", "", *blank]))
-    return [row for _, row in rows]
-
-
-def _time_to_accuracy(answers: Table) -> str:
-    """What each arm needs to reach full iterative pruning's mean accuracy on the tasks that both have."""
-    rows = []
-    for world in answers.worlds:
-        goal = answers.scores(world, "shared", "iterative, full")
-        for arm in answers.arms(world, "shared") if goal else []:
-            for steps in answers.values(world, "shared", arm, "steps"):
-                runs = answers.runs(world, "shared", arm, steps=steps)
-                common = goal.keys() & runs.keys()
-                if not common or arm == "iterative, full":
-                    continue
-                margin = sum(runs[k]["accuracy"] - goal[k] for k in common) / len(common)
-                if margin >= 0:
-                    kinds = ("steps", "flops", "seconds")
-                    trained, flops, seconds = (sum(runs[k][c] for k in common) / len(common) for c in kinds)
-                    costs = [f"{trained:g}", flops_text(flops), seconds_text(seconds)]
-                    rows.append([world, arm, *costs, f"{100 * margin:+.1f}"])
-                    break
-    if not rows:
-        return ""
-    columns = [("world", "left"), ("arm", "left"), ("steps", "right"), ("FLOPs a task", "right")]
-    columns += [("time a task", "right"), ("above it by", "right")]
-    return f"<h2>Cost to reach full iterative pruning's accuracy</h2><div class='wide'>{table(columns, rows)}</div>"
 
 
 def limits(results: dict[str, Any]) -> list[str]:
@@ -206,6 +131,13 @@ def limits(results: dict[str, Any]) -> list[str]:
         else "Seconds are wall-clock, taken with as many processes as were started."
     )
     return [*sentences, PROVENANCE]
+
+
+def _section(title: str, columns: Columns, rows: list[list[str]], note: str = "") -> list[str]:
+    if not rows:
+        return []
+    text = f"<h2>{escape(title)}</h2><div class='wide'>{table(columns, rows)}</div>"
+    return [text, f'<p class="note">{escape(note)}</p>'] if note else [text]
 
 
 def _lead(verdicts: Sequence[Verdict]) -> str:
