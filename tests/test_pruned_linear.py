@@ -307,6 +307,8 @@ def test_opcheck():
         (x, w, b, out_index, in_index, 1, 1, None, True),
     ):
         torch.library.opcheck(registry.pruned_linear_op, arguments)
+        if arguments[7] is None:
+            torch.library.opcheck(registry.pruned_linear_gelu, arguments[:7])
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])

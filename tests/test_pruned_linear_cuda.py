@@ -15,7 +15,7 @@ from pruned_helpers import assert_as_exact_as_torch, draw_index, generator, to
 from test_pruned_linear import draw, input_major
 from torch import Tensor
 
-from mvp_ext.ops import cuda, cuda_linear, pruned_attention, pruned_linear, reference
+from mvp_ext.ops import cuda, cuda_linear, pruned_attention, pruned_linear, reference, registry
 from mvp_ext.ops.cuda_linear import Plan, linear_by
 
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
@@ -431,6 +431,25 @@ def test_gradients(layout: str, with_residual: bool, device: torch.device) -> No
     for ours, plain, exact in zip(*grads.values(), strict=True):
         allowed = 2 * (plain.double() - exact).abs().max() + 0.01 * exact.abs().max()
         assert (ours.double() - exact).abs().max() <= allowed
+
+
+@ON_GPU
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_gelu_was_applied_to(layout: str, device: torch.device) -> None:
+    """The kernel leaves it behind for the gradient: as it would be without GELU, whole vectors or not."""
+    for plan in (Plan(0, 1), Plan(0, 2), Plan(1, 1), Plan(2, 1), *on_hopper(device)):
+        for size in (SIZES[1], SIZES[3], (7, 48, 64, 8, 8)):
+            arguments, blocks = problem(size, layout, torch.bfloat16)
+            if layout == "row-major":
+                arguments[3] = arguments[3][:-1]  # a number of outputs that is no multiple of four
+            call = list(move(device, *arguments))
+            with linear_by(plan), counted() as calls:
+                plain = pruned_linear(*call, **blocks)
+                curved = pruned_linear(*call, **blocks, activation="gelu")
+                out, before = registry.pruned_linear_gelu(*call, *blocks.values())
+                assert len(calls) == 3
+            assert torch.equal(before, plain)
+            assert torch.equal(out, curved)
 
 
 @ON_GPU

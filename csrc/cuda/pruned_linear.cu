@@ -23,7 +23,8 @@
 // leave sums in `partial` and a second kernel adds these up in order.
 //
 // Bytes: kept W once for each row of tiles (from L2 after the first), x once for each column of tiles, y
-// once. Bias, GELU and residual are applied to the float32 sums, rounded once.
+// once. Bias, GELU and residual are applied to the float32 sums, rounded once. Where a gradient will want
+// what GELU was applied to, that is written, too, which saves the pass that would read it.
 //
 // With a residual and an out_index, tiles read and write the kept columns only. The removed columns are
 // copied by blocks of their own in the same launch, first of all, so that they use the memory while the
@@ -81,7 +82,8 @@ namespace mvp {
 void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const TensorView& bias,
                         const TensorView& out_index, const TensorView& in_index, int64_t out_block,
                         int64_t in_block, const TensorView& residual, bool gelu, const TensorView& out,
-                        int64_t tiling, const TensorView& partial, int device, uint64_t stream) {
+                        const TensorView& before, int64_t tiling, const TensorView& partial, int device,
+                        uint64_t stream) {
   using namespace cuda;
   const bool input_major = weight.stride[1] != 1;
   const int64_t weight_stride = weight.stride[input_major ? 1 : 0];
@@ -109,6 +111,7 @@ void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const Ten
   problem.bias = bias.data;
   problem.residual = residual.data;
   problem.out = out.data;
+  problem.before = before.data;
   problem.partial = partial.ptr<float>();
   problem.splits = partial.defined() ? static_cast<int>(partial.shape[0]) : 1;
   problem.out_index = make_kept(out_index, out_block, weight.shape[0], true);
@@ -122,7 +125,7 @@ void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const Ten
   problem.out_stride = static_cast<int>(residual.defined() ? weight.shape[0] : outputs);
   problem.gelu = gelu;
   problem.quads = problem.out_stride % 4 == 0 && aligned(out.data, 8) && aligned(residual.data, 8) &&
-                  (!problem.scatter || out_block % 4 == 0);
+                  aligned(before.data, 8) && (!problem.scatter || out_block % 4 == 0);
   problem.aligned_columns =
       problem.out_stride % kHalves == 0 && aligned(out.data, 16) && aligned(residual.data, 16);
   const Queue queue(device, stream);

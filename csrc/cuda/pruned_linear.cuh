@@ -48,8 +48,8 @@ struct Kept {
 
 struct Problem {
   const void *x, *weight, *bias, *residual;
-  void* out;
-  float* partial;  // [splits, rows, outputs], or null
+  void *out, *before;  // before: like out, what GELU is applied to; or null
+  float* partial;      // [splits, rows, outputs], or null
   Kept out_index, in_index;
   int64_t rows, x_stride, weight_stride;
   int64_t weight_rows, weight_columns;  // as they lie in memory: rows are inputs where W is input-major
@@ -257,19 +257,9 @@ __device__ __forceinline__ Quad<T> load_residual(const Problem& problem, const T
 }
 
 template <typename T>
-__device__ __forceinline__ void store_target(const Problem& problem, const Target& target, int64_t row,
-                                             float4 sums, const Quad<T>& residual) {
-  if (row >= problem.rows) return;
-  const float sum[4] = {sums.x, sums.y, sums.z, sums.w};
-  Quad<T> quad;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float y = sum[i] + target.bias[i];
-    if (problem.gelu) y = gelu(y);
-    if (problem.residual != nullptr) y += to_float(residual.at[i]);
-    quad.at[i] = from_float<T>(y);
-  }
-  T* out = static_cast<T*>(problem.out) + row * problem.out_stride;
+__device__ __forceinline__ void store_quad(const Problem& problem, void* to, const Target& target,
+                                           int64_t row, const Quad<T>& quad) {
+  T* out = static_cast<T*>(to) + row * problem.out_stride;
   if (target.whole) {
     *reinterpret_cast<Quad<T>*>(out + target.column[0]) = quad;
     return;
@@ -277,6 +267,24 @@ __device__ __forceinline__ void store_target(const Problem& problem, const Targe
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     if (i < target.count) out[target.column[i]] = quad.at[i];
+}
+
+template <typename T>
+__device__ __forceinline__ void store_target(const Problem& problem, const Target& target, int64_t row,
+                                             float4 sums, const Quad<T>& residual) {
+  if (row >= problem.rows) return;
+  const float sum[4] = {sums.x, sums.y, sums.z, sums.w};
+  Quad<T> quad, before;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float y = sum[i] + target.bias[i];
+    before.at[i] = from_float<T>(y);
+    if (problem.gelu) y = gelu(y);
+    if (problem.residual != nullptr) y += to_float(residual.at[i]);
+    quad.at[i] = from_float<T>(y);
+  }
+  store_quad(problem, problem.out, target, row, quad);
+  if (problem.before != nullptr) store_quad(problem, problem.before, target, row, before);
 }
 
 __device__ __forceinline__ float* partial_at(const Problem& problem, int split, int64_t row, int output) {

@@ -167,15 +167,19 @@ def pruned_linear(
     residual: Tensor | None,
     gelu: bool,
     plan: Plan,
-) -> Tensor:
+    *,
+    before: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The result, and with ``before`` what GELU was applied to."""
     outputs = _outputs(weight, out_index, out_block)
     if residual is not None:
         residual = residual.contiguous()
         if outputs == 0:
-            return residual.clone()
+            return residual.clone(), None
     out = (x if residual is None else residual).new_empty(
         (*x.shape[:-1], outputs if residual is None else weight.shape[0])
     )
+    y = torch.empty_like(out) if before else None
     rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
     x = x.reshape(rows, inputs)
     overlapping = rows > 1 and x.stride(0) < inputs  # which cannot be read in boxes
@@ -194,8 +198,9 @@ def pruned_linear(
         residual,
         gelu,
         out,
+        y,
         plan.tiling,
         None if splits == 1 else x.new_empty((splits, rows, outputs), dtype=torch.float32),
         *cuda.queue(x),
     )
-    return out
+    return out, y

@@ -105,8 +105,11 @@ def pruned_linear(
         check_shape(op, "residual", residual, (*x.shape[:-1], rows), "[..., O]")
     arguments = (x, weight, bias, out_index, in_index, out_block, in_block, residual)
     if _needs_grad(x, weight, bias, residual):
-        y = _PrunedLinear.apply(*arguments)
-        return y if activation is None else F.gelu(y)  # its gradient needs y, so a pass that leaves y behind
+        return (
+            _PrunedLinear.apply(*arguments)
+            if activation is None
+            else _PrunedLinearGelu.apply(*arguments[:-1])[0]
+        )
     return registry.pruned_linear(*arguments, activation == "gelu")
 
 
@@ -133,22 +136,61 @@ class _PrunedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, out_index, in_index = ctx.saved_tensors
-        out_block, in_block = ctx.blocks
         grad_y = grad
         if ctx.to_residual and out_index is not None:
-            grad_y = grad.index_select(-1, positions(out_index, out_block))
-        grad_x = grad_weight = grad_bias = None
-        flat = grad_y.reshape(-1, grad_y.shape[-1])
-        if ctx.needs_input_grad[0]:
-            grad_x = pruned_linear(
-                grad_y, weight.t(), None, in_index, out_index, out_block=in_block, in_block=out_block
-            )
-        if ctx.needs_input_grad[1]:
-            part = flat.t() @ x.reshape(-1, x.shape[-1])
-            grad_weight = put_back(part, weight.shape, out_index, in_index, out_block, in_block)
-        if ctx.needs_input_grad[2]:
-            grad_bias = put_back(flat.sum(0), (weight.shape[0],), out_index, None, out_block)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, grad if ctx.to_residual else None
+            grad_y = grad.index_select(-1, positions(out_index, ctx.blocks[0]))
+        grads = _linear_gradients(ctx, grad_y, x, weight, out_index, in_index)
+        return *grads, None, None, None, None, grad if ctx.to_residual else None
+
+
+class _PrunedLinearGelu(torch.autograd.Function):
+    """gelu(y) and y, which the gradient needs: an output, so that the gradient can be differentiated, too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        out_index: Tensor | None,
+        in_index: Tensor | None,
+        out_block: int,
+        in_block: int,
+    ) -> tuple[Tensor, Tensor]:
+        out, y = registry.pruned_linear_gelu(x, weight, bias, out_index, in_index, out_block, in_block)
+        ctx.save_for_backward(x, weight, out_index, in_index, y)
+        ctx.blocks = out_block, in_block
+        ctx.set_materialize_grads(False)
+        return out, y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, out_index, in_index, y = ctx.saved_tensors
+        if grad is not None:
+            through = torch.ops.aten.gelu_backward(grad, y)
+            grad_y = through if grad_y is None else grad_y + through
+        if grad_y is None:
+            return (None,) * 7
+        return *_linear_gradients(ctx, grad_y, x, weight, out_index, in_index), None, None, None, None
+
+
+def _linear_gradients(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, out_index: Tensor | None, in_index: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, weight and bias, from y's."""
+    out_block, in_block = ctx.blocks
+    grad_x = grad_weight = grad_bias = None
+    flat = grad.reshape(-1, grad.shape[-1])
+    if ctx.needs_input_grad[0]:
+        grad_x = pruned_linear(
+            grad, weight.t(), None, in_index, out_index, out_block=in_block, in_block=out_block
+        )
+    if ctx.needs_input_grad[1]:
+        part = flat.t() @ x.reshape(-1, x.shape[-1])
+        grad_weight = put_back(part, weight.shape, out_index, in_index, out_block, in_block)
+    if ctx.needs_input_grad[2]:
+        grad_bias = put_back(flat.sum(0), (weight.shape[0],), out_index, None, out_block)
+    return grad_x, grad_weight, grad_bias
 
 
 def _autocast_linear(

@@ -254,7 +254,7 @@ def _pruned_linear(
     if cuda.runs(x):
         plan = cuda_linear.plan(x, weight, out_index, in_index, out_block, in_block)
         if plan is not None:
-            return cuda_linear.pruned_linear(*arguments, gelu, plan)
+            return cuda_linear.pruned_linear(*arguments, gelu, plan)[0]
         y = _pruned_linear_library(*arguments)
     else:
         y = _pruned_linear_cpu(*arguments)
@@ -329,6 +329,47 @@ def pruned_linear(
     ):
         call = _pruned_linear
     return call(x, weight, bias, out_index, in_index, out_block, in_block, residual, gelu)
+
+
+def _pruned_linear_gelu_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+) -> tuple[Tensor, Tensor]:
+    y = _pruned_linear_output(x, weight, out_index, out_block, None)
+    return torch.empty_like(y), y
+
+
+def _pruned_linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+) -> tuple[Tensor, Tensor]:
+    arguments = (x, weight, bias, out_index, in_index, out_block, in_block, None)
+    if cuda.runs(x):
+        plan = cuda_linear.plan(x, weight, out_index, in_index, out_block, in_block)
+        if plan is not None:
+            out, y = cuda_linear.pruned_linear(*arguments, True, plan, before=True)
+            assert y is not None
+            return out, y
+    y = _pruned_linear(*arguments)
+    return F.gelu(y), y
+
+
+pruned_linear_gelu = define(
+    "pruned_linear_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? out_index, Tensor? in_index, int out_block,"
+    " int in_block) -> (Tensor, Tensor)",
+    fake=_pruned_linear_gelu_fake,
+    run=_pruned_linear_gelu,
+)
 
 
 def _residual_form(residual: Tensor, dim: int) -> torch.memory_format:

@@ -54,6 +54,7 @@ void residual_add_cuda(const TensorView& residual, const TensorView& y, const Te
 void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const TensorView& bias,
                         const TensorView& out_index, const TensorView& in_index, int64_t out_block,
                         int64_t in_block, const TensorView& residual, bool gelu, const TensorView& out,
-                        int64_t tiling, const TensorView& partial, int device, uint64_t stream);
+                        const TensorView& before, int64_t tiling, const TensorView& partial, int device,
+                        uint64_t stream);
 
 }  // namespace mvp
