@@ -82,9 +82,9 @@ def test_matrix_instructions() -> None:
         torch.testing.assert_close(out, a @ b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows_are_k", [False, True])
-def test_warpgroup_matrix_instructions(rows_are_k: bool) -> None:
-    name = "warpgroup product" + (", rows are k" if rows_are_k else "")
+@pytest.mark.parametrize("variant", ["", ", rows are k", " by barrier"])
+def test_warpgroup_matrix_instructions(variant: str) -> None:
+    name, rows_are_k = f"warpgroup product{variant}", "rows are k" in variant
     for schedule in SCHEDULES:
         a, b = torch.randn(64, 64).bfloat16(), torch.randn(64, 128).bfloat16()
         values = torch.cat([a.flatten(), (b if rows_are_k else b.t().contiguous()).flatten()])
@@ -94,6 +94,7 @@ def test_warpgroup_matrix_instructions(rows_are_k: bool) -> None:
         torch.testing.assert_close(out, a.float() @ b.float(), rtol=1e-5, atol=1e-4)
     for fault, message in (
         ("warpgroup product without fence", "starts a matrix instruction while copies of .* are not fenced"),
+        ("warpgroup product by barrier without fence", "on copies of others that it did not fence"),
         ("warpgroup product without wait", "ends with matrix instructions that it never waited for"),
     ):
         with emulator.emulated() as module, pytest.raises(RuntimeError, match=message):

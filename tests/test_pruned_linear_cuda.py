@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -410,6 +411,37 @@ def test_forced_library(device: torch.device) -> None:
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients(layout: str, with_residual: bool, device: torch.device) -> None:
+    check_gradients(layout, device, with_residual=with_residual, activation=not with_residual)
+
+
+@ON_GPU
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_on_hopper(layout: str, device: torch.device) -> None:
+    if not on_hopper(device):
+        pytest.skip("needs a GPU of compute capability 9.0 and a build for it")
+    with linear_by(HOPPER):
+        check_gradients(layout, device)
+
+
+@ON_GPU
+def test_hopper_in_a_new_thread(device: torch.device) -> None:
+    """One that has used CUDA for nothing else, as autograd's at its first backward, has no context yet."""
+    if not on_hopper(device):
+        pytest.skip("needs a GPU of compute capability 9.0 and a build for it")
+    arguments, blocks = problem(SIZES[1], "row-major", torch.bfloat16)
+    arguments = list(move(device, *arguments))
+    results: list[Tensor] = []
+    with linear_by(HOPPER):
+        wanted = pruned_linear(*arguments, **blocks)
+        thread = threading.Thread(target=lambda: results.append(pruned_linear(*arguments, **blocks)))
+        thread.start()
+        thread.join()
+    assert torch.equal(results[0], wanted)
+
+
+def check_gradients(
+    layout: str, device: torch.device, *, with_residual: bool = False, activation: bool = False
+) -> None:
     """Forward and the gradient of x by the kernel. Single rows (columns) forward become single columns (rows) backward,
     which it can read because the weight is then transposed."""
     arguments, blocks = problem((20, 64, 80, 8, 8), layout, torch.bfloat16)
@@ -423,7 +455,9 @@ def test_gradients(layout: str, with_residual: bool, device: torch.device) -> No
             ("exact", reference.pruned_linear, torch.float64),
         ):
             leaves = [t.detach().to(dtype).requires_grad_() for t in (x, w, b, residual)]
-            options = {"residual": leaves[3]} if with_residual else {"activation": "gelu"}
+            options: dict[str, Any] = {"activation": "gelu"} if activation else {}
+            if with_residual:
+                options["residual"] = leaves[3]
             y = op(*leaves[:3], rows, cols, **blocks, **options)
             y.backward(torch.linspace(-1, 1, y.numel(), device=device).view_as(y).to(dtype))
             grads[name] = [t.grad for t in leaves[: 4 if with_residual else 3]]

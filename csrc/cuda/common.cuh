@@ -29,12 +29,13 @@ __host__ __device__ constexpr auto ceil_div(A a, B b) {
 
 // ---------------------------------------------------------------- host
 // Makes a device current for the life of this object. (Each thread has a current device; torch's is not ours
-// to change.)
+// to change.) Sets it even where it is current already: a thread that has used CUDA for nothing else yet,
+// such as autograd's, has a current device but no context, and the driver's own functions want one.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    if (cudaGetDevice(&before_) != cudaSuccess || before_ == device) return;
-    changed_ = cudaSetDevice(device) == cudaSuccess;
+    if (cudaGetDevice(&before_) != cudaSuccess) return;
+    changed_ = cudaSetDevice(device) == cudaSuccess && before_ != device;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(before_);

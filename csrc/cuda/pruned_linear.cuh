@@ -30,19 +30,19 @@ struct Kept {
   int block, units;
   Divisor by_block;
 
-  // The block that kept position i lies in; to be given to position().
-  __device__ __forceinline__ int unit(int i) const {
+  // The block that kept position i lies in; to be given to position(). Nothing is done with it here, so that
+  // nobody waits for it before it is used.
+  __device__ __forceinline__ int64_t unit(int i) const {
     if (index == nullptr) return 0;
     if (!wide) return static_cast<const int32_t*>(index)[by_block.quotient(i)];
-    const int64_t unit = static_cast<const int64_t*>(index)[by_block.quotient(i)];
-    return unit == static_cast<int>(unit) ? static_cast<int>(unit) : -1;
+    return static_cast<const int64_t*>(index)[by_block.quotient(i)];
   }
   // Without meaning where it is not `valid`.
-  __device__ __forceinline__ int position(int i, int unit, bool valid = true) const {
+  __device__ __forceinline__ int position(int i, int64_t unit, bool valid = true) const {
     if (index == nullptr) return i;
     require(!valid || (unit >= 0 && unit < units), outputs ? "pruned_linear: out_index: a value out of range"
                                                            : "pruned_linear: in_index: a value out of range");
-    return unit * block + (i - by_block.quotient(i) * block);
+    return static_cast<int>(unit) * block + (i - by_block.quotient(i) * block);
   }
 };
 
@@ -154,7 +154,8 @@ class WeightLoader<T, Tiling, false> {
 
   const Problem& problem_;
   const T* weight_[kPasses];  // the outputs' rows
-  int k_, unit_, outputs_left_;
+  int k_, outputs_left_;
+  int64_t unit_;
 };
 
 // Input-major: [kK][kN]. A thread's vectors of a stage lie in several inputs, which others of the block need,
@@ -202,10 +203,10 @@ class WeightLoader<T, Tiling, true> {
  private:
   static constexpr int kVectors = Tiling::kN / kHalves, kRows = Tiling::kThreads / kVectors;
   static_assert(Tiling::kK <= Tiling::kThreads && (Tiling::kStages & (Tiling::kStages - 1)) == 0);
-  __device__ static int fetch_unit(const Problem& problem, int k) {
+  __device__ static int64_t fetch_unit(const Problem& problem, int k) {
     return k < problem.inputs ? problem.in_index.unit(k) : 0;
   }
-  __device__ static int place(const Problem& problem, int k, int unit) {
+  __device__ static int place(const Problem& problem, int k, int64_t unit) {
     return k < problem.inputs ? problem.in_index.position(k, unit) : -1;
   }
 
@@ -213,7 +214,8 @@ class WeightLoader<T, Tiling, true> {
   Shared& shared_;
   const T* weight_;
   bool valid_;
-  int next_, unit_;  // this thread's share of the stage after the next
+  int next_;  // this thread's share of the stage after the next
+  int64_t unit_;
   unsigned loaded_ = 0;
 };
 

@@ -6,8 +6,8 @@
 //
 //   x   always comes in boxes (one thread names a corner, the copy engine does the rest)
 //   W   in boxes of 64 × 64, too, where what is kept lies in blocks of multiples of 64, as heads do, or where
-//       all is kept. Else the two warps gather it by 16-byte copies: a thread starts those of stage s, then
-//       waits for its own of stage s − 1, shows them to the matrix instructions, and says that it is full.
+//       all is kept. Else the two warps gather it by 16-byte copies, which arrive at the stage's barrier when
+//       they are there; who multiplies shows them to the matrix instructions.
 //
 // Two blocks share a multiprocessor, so that one multiplies while the other starts or stores: with the few
 // hundred inputs of a ViT's layers a tile has six to sixteen stages, and its ends count. Hence three stages,
@@ -41,27 +41,16 @@ struct HopperProblem {
   bool weight_in_boxes;
 };
 
-template <bool kInputMajor>
 struct HopperStage {
   SharedTile<Hopper::kM, kVectorsARow> x;
-  struct Weight : SharedTile<Hopper::kN, kVectorsARow> {
-    __device__ __forceinline__ Vec16<uint16_t>* at(unsigned row, unsigned vector) {
-      using Tile = SharedTile<Hopper::kN, kVectorsARow>;
-      if constexpr (kInputMajor)
-        return Tile::at(vector / kVectorsARow * Hopper::kK + row, vector % kVectorsARow);
-      else
-        return Tile::at(row, vector);
-    }
-  } weight;
+  SharedTile<Hopper::kN, kVectorsARow> weight;
 };
 
-template <bool kInputMajor>
 struct HopperShared {
-  using Stage = HopperStage<kInputMajor>;
   union {
-    Stage stages[Hopper::kStages];
+    HopperStage stages[Hopper::kStages];
     Slab<Hopper> slab;
-    uint32_t is_kept[sizeof(Stage) * Hopper::kStages / 4];  // columns, in copy_removed
+    uint32_t is_kept[sizeof(HopperStage) * Hopper::kStages / 4];  // columns, in copy_removed
   };
   int columns[Hopper::kN];  // of the block's outputs in the weight
   Barrier full[Hopper::kStages], empty[Hopper::kStages];
@@ -77,39 +66,43 @@ struct Turn {
 };
 
 // ---------------------------------------------------------------- filling
-// A warp's half of W, by 16-byte copies. Lane l knows where rows l, 32 + l, … of the half are in the weight;
-// the place along a row is the thread's own.
+// A warp's half of W, by 16-byte copies. Lane l knows where rows l, 32 + l, … of the half begin in the
+// weight; the place along a row is the thread's own.
 template <typename T, bool kInputMajor>
 class Gatherer {
  public:
   __device__ Gatherer(const Problem& problem, const int* columns, int first_input)
-      : problem_(problem), weight_(static_cast<const T*>(problem.weight)) {
-    const int thread = static_cast<int>(threadIdx.x) - Hopper::kThreads, lane = thread % kWarp;
-    first_row_ = thread / kWarp * kRows;
+      : problem_(problem), lane_(threadIdx.x % kWarp) {
+    first_row_ = static_cast<int>(threadIdx.x - Hopper::kThreads) / kWarp * kRows;
     if constexpr (kInputMajor) {
-      along_ = columns[lane % kVectors * kHalves];  // the vector's others follow it
-      k_ = first_input + first_row_ + lane;
+      along_ = columns[lane_ % kVectors * kHalves];  // the vector's others follow it
+      k_ = first_input + first_row_ + static_cast<int>(lane_);
     } else {
 #pragma unroll
-      for (int i = 0; i < kRows / kWarp; ++i) row_[i] = columns[first_row_ + i * kWarp + lane];
-      k_ = first_input + lane % kVectors * kHalves;
+      for (int i = 0; i < kRows / kWarp; ++i) row_[i] = begin_of(columns[first_row_ + i * kWarp + lane_]);
+      k_ = first_input + static_cast<int>(lane_ % kVectors) * kHalves;
     }
     fetch_unit();
   }
 
   // Starts the copies of the next stage.
-  template <typename Tile>
-  __device__ __forceinline__ void load(Tile& tile) {
-    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  __device__ __forceinline__ void load(Vec16<uint16_t>* tile) {
     const bool valid = k_ < problem_.inputs;
     const int input = valid ? problem_.in_index.position(k_, unit_) : -1;
-    (kInputMajor ? row_[0] : along_) = input;
+    if constexpr (kInputMajor)
+      row_[0] = begin_of(input);
+    else
+      along_ = input;
+    // The half begins at a multiple of eight rows, so that within it the swizzle is that of a tile's rows.
+    const unsigned vector = lane_ % kVectors;
+    Vec16<uint16_t>* half = tile + (vector / kVectorsARow * Hopper::kK + first_row_) * kVectorsARow;
 #pragma unroll
-    for (int p = 0; p < kRows / kRowsAtOnce; ++p) {
-      const int row = p * kRowsAtOnce + lane / kVectors;
-      const int from = __shfl_sync(kAllLanes, row_[p * kRowsAtOnce / kWarp], row % kWarp);
-      cp_async16(tile.at(first_row_ + row, lane % kVectors),
-                 weight_ + max(from, 0) * problem_.weight_stride + max(along_, 0), from >= 0 && along_ >= 0);
+    for (unsigned p = 0; p < kRows / kRowsAtOnce; ++p) {
+      const unsigned row = p * kRowsAtOnce + lane_ / kVectors;
+      const uint64_t begin = __shfl_sync(kAllLanes, row_[p * kRowsAtOnce / kWarp], row % kWarp);
+      cp_async16(half + row * kVectorsARow + (vector % kVectorsARow ^ row % kVectorsARow),
+                 reinterpret_cast<const void*>(begin + along_ * int64_t{sizeof(T)}),
+                 begin != 0 && along_ >= 0);
     }
     k_ += Hopper::kK;
     fetch_unit();
@@ -122,76 +115,77 @@ class Gatherer {
   static constexpr int kRowsAtOnce = kWarp / kVectors;
   static_assert(kRows % kWarp == 0 && (!kInputMajor || kRows == kWarp));
 
+  // An address, or 0 where there is nothing to be read.
+  __device__ __forceinline__ uint64_t begin_of(int row) const {
+    const T* weight = static_cast<const T*>(problem_.weight);
+    return row < 0 ? 0 : reinterpret_cast<uint64_t>(weight + row * problem_.weight_stride);
+  }
   // The next stage's: on its way while the copies of this one are.
   __device__ __forceinline__ void fetch_unit() {
     unit_ = k_ < problem_.inputs ? problem_.in_index.unit(k_) : 0;
   }
 
   const Problem& problem_;
-  const T* weight_;
-  int first_row_, row_[kRows / kWarp], along_ = -1, k_, unit_;
-};
-
-// The two boxes of a stage of W.
-template <bool kInputMajor>
-class Boxes {
- public:
-  static constexpr int kCount = Hopper::kN / kBox;
-  __device__ Boxes(const HopperProblem& problem, const int* columns) : problem_(problem) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int column = columns[i * kBox];
-      at_[i] = column < 0 ? 0x7FFFFF00 : column;  // outside: zeros
-    }
-  }
-
-  // k: the stage's first input, of those kept.
-  __device__ __forceinline__ void load(void* tile, int k, Barrier& full) const {
-    const Kept& kept = problem_.linear.in_index;
-    const int input = kept.position(k, kept.unit(k));
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      copy_box(static_cast<char*>(tile) + i * kBox * kRowBytes, problem_.weight, kInputMajor ? input : at_[i],
-               kInputMajor ? at_[i] : input, full);
-  }
-
- private:
-  const HopperProblem& problem_;
-  int at_[kCount];
+  const unsigned lane_;
+  int first_row_, along_ = -1, k_;
+  int64_t unit_;
+  uint64_t row_[kRows / kWarp];
 };
 
 template <typename T, bool kInputMajor>
-__device__ __forceinline__ void fill_stages(const HopperProblem& problem, const Place& place,
-                                            HopperShared<kInputMajor>& shared) {
-  constexpr int kLag = 1;  // of a stage that is waited for behind the one whose copies start
-  static_assert(kLag <= Hopper::kStages - 2, "a stage comes before the one is needed that waits for its end");
-  const bool in_boxes = problem.weight_in_boxes, leader = threadIdx.x == Hopper::kThreads;
-  if (in_boxes && !leader) return;
+__device__ __forceinline__ void gather_stages(const HopperProblem& problem, const Place& place,
+                                              HopperShared& shared) {
   int k = place.first_stage * Hopper::kK;
-  const Boxes<kInputMajor> boxes(problem, shared.columns);
   Gatherer<T, kInputMajor> gatherer(problem.linear, shared.columns, k);
-  Turn filled, handed_over;
-  for (int s = 0; s < place.stages + kLag; ++s) {
-    if (s < place.stages) {
-      auto& stage = shared.stages[filled.slot];
-      Barrier& full = shared.full[filled.slot];
-      wait(shared.empty[filled.slot], filled.parity ^ 1);  // at first: what was before phase 0 has ended
-      if (leader) {
-        arrive_and_expect(full, in_boxes ? sizeof stage : sizeof stage.x);
-        copy_box(&stage.x, problem.x, static_cast<int>(place.first_row), k, full);
-        if (in_boxes) boxes.load(&stage.weight, k, full);
-      }
-      if (!in_boxes) gatherer.load(stage.weight);
-      k += Hopper::kK;
-      filled.next();
+  Turn turn;
+  for (int s = 0; s < place.stages; ++s) {
+    auto& stage = shared.stages[turn.slot];
+    Barrier& full = shared.full[turn.slot];
+    wait(shared.empty[turn.slot], turn.parity ^ 1);  // at first: what was before phase 0 has ended
+    if (threadIdx.x == Hopper::kThreads) {
+      arrive_and_expect(full, sizeof stage.x);
+      copy_box(&stage.x, problem.x, static_cast<int>(place.first_row), k, full);
     }
-    if (in_boxes) continue;
-    cp_async_commit();
-    if (s < kLag) continue;
-    cp_async_wait<kLag>();
-    fence_for_wgmma();
-    arrive(shared.full[handed_over.slot]);
-    handed_over.next();
+    gatherer.load(stage.weight.vectors);
+    arrive_after_copies(full);
+    k += Hopper::kK;
+    turn.next();
+  }
+  cp_async_commit();
+  cp_async_wait<0>();  // nobody leaves before its copies are there
+}
+
+template <bool kInputMajor>
+__device__ __forceinline__ void copy_boxes(const HopperProblem& problem, const Place& place,
+                                           HopperShared& shared) {
+  constexpr int kCount = Hopper::kN / kBox;
+  const Problem& linear = problem.linear;
+  // Of the two boxes' outputs. Those past the last lie outside the weight: zeros.
+  int outputs[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int column = shared.columns[i * kBox];
+    outputs[i] =
+        column < 0 ? static_cast<int>(kInputMajor ? linear.weight_columns : linear.weight_rows) : column;
+  }
+  int k = place.first_stage * Hopper::kK;
+  const auto unit_at = [&](int i) { return i < linear.inputs ? linear.in_index.unit(i) : 0; };
+  int64_t unit = unit_at(k);
+  Turn turn;
+  for (int s = 0; s < place.stages; ++s) {
+    auto& stage = shared.stages[turn.slot];
+    Barrier& full = shared.full[turn.slot];
+    const int input = linear.in_index.position(k, unit);
+    unit = unit_at(k + Hopper::kK);  // on its way while this thread waits
+    wait(shared.empty[turn.slot], turn.parity ^ 1);
+    arrive_and_expect(full, sizeof stage);
+    copy_box(&stage.x, problem.x, static_cast<int>(place.first_row), k, full);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      copy_box(stage.weight.vectors + i * kBox * kVectorsARow, problem.weight,
+               kInputMajor ? input : outputs[i], kInputMajor ? outputs[i] : input, full);
+    k += Hopper::kK;
+    turn.next();
   }
 }
 
@@ -207,7 +201,7 @@ struct WarpgroupProduct {
     return make_float2(sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]);
   }
 
-  __device__ __forceinline__ void multiply(const HopperStage<kInputMajor>& stage) {
+  __device__ __forceinline__ void multiply(const HopperStage& stage) {
     const int warpgroup = static_cast<int>(threadIdx.x) / (4 * kWarp);
     const auto* x = reinterpret_cast<const char*>(&stage.x) + warpgroup * 64 * kRowBytes;
     const auto* weight = reinterpret_cast<const char*>(&stage.weight);
@@ -226,10 +220,11 @@ struct WarpgroupProduct {
 
   // Adds up the tile's stages. A stage is empty when the instructions that read it have ended, which is
   // waited for once those of the next one are under way.
-  __device__ __forceinline__ void add_up(HopperShared<kInputMajor>& shared, int count) {
+  __device__ __forceinline__ void add_up(HopperShared& shared, int count, bool gathered) {
     Turn turn, last;
     for (int s = 0; s < count; ++s) {
       wait(shared.full[turn.slot], turn.parity);
+      if (gathered) fence_for_wgmma();  // boxes need none
       multiply(shared.stages[turn.slot]);
       turn.next();
       wgmma_wait<1>();
@@ -247,7 +242,7 @@ template <typename T, bool kInputMajor>
 __global__ void __launch_bounds__(Hopper::kBlockThreads, Hopper::kBlocks)
     multiply_on_hopper(const __grid_constant__ HopperProblem problem) {
   const Problem& linear = problem.linear;
-  auto& shared = *dynamic_shared<HopperShared<kInputMajor>>();
+  auto& shared = *dynamic_shared<HopperShared>();
   if (blockIdx.x < linear.copying_blocks) {
     if (blockIdx.y == 0) copy_removed<T>(linear, shared.is_kept);
     return;
@@ -256,19 +251,26 @@ __global__ void __launch_bounds__(Hopper::kBlockThreads, Hopper::kBlocks)
   find_columns<Hopper>(linear, place.first_output, shared.columns);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Hopper::kStages; ++i) {
-      // A stage is full when the boxes are announced and here, and every gatherer has handed over its part.
+      // A stage is full when the boxes are announced and here, and every gatherer's copies.
       init_barrier(shared.full[i], problem.weight_in_boxes ? 1 : 1 + Hopper::kGatherers);
       init_barrier(shared.empty[i], Hopper::kThreads / kWarp);  // a thread of each warp that multiplies
     }
     fence_barriers();
   }
+  if (threadIdx.x == Hopper::kThreads) {
+    prefetch_matrix(problem.x);
+    if (problem.weight_in_boxes) prefetch_matrix(problem.weight);
+  }
   __syncthreads();
   if (threadIdx.x >= Hopper::kThreads) {
-    fill_stages<T>(problem, place, shared);
+    if (!problem.weight_in_boxes)
+      gather_stages<T, kInputMajor>(problem, place, shared);
+    else if (threadIdx.x == Hopper::kThreads)
+      copy_boxes<kInputMajor>(problem, place, shared);
     return;
   }
   WarpgroupProduct<T, kInputMajor> product;
-  product.add_up(shared, place.stages);
+  product.add_up(shared, place.stages, !problem.weight_in_boxes);
   store_tile<T>(linear, place, shared.columns, shared.slab, product);
 }
 
@@ -277,8 +279,7 @@ bool in_boxes(const Kept& kept) { return kept.index == nullptr || kept.block % k
 
 template <typename T, bool kInputMajor>
 void run_on_hopper(HopperProblem problem, DType dtype, const Queue& queue) {
-  const Shape shape =
-      plan_grid<Hopper, HopperShared<kInputMajor>>(problem.linear, Hopper::kBlockThreads, queue);
+  const Shape shape = plan_grid<Hopper, HopperShared>(problem.linear, Hopper::kBlockThreads, queue);
   launch(kOp, dtype, queue, shape, &multiply_on_hopper<T, kInputMajor>, problem);
   add_splits<T>(problem.linear, dtype, queue);
 }
@@ -291,12 +292,13 @@ void run_on_hopper(const HopperProblem& problem, bool input_major, DType dtype, 
 
 }  // namespace
 
-void multiply_on_hopper(const linear::Problem& linear, bool input_major, DType dtype, const Queue& queue) {
+void multiply_on_hopper(const Problem& linear, bool input_major, DType dtype, const Queue& queue) {
   MVP_CHECK(linear.rows < 0x7FFFFF00, kOp, "too many rows for the kernel for Hopper");
   MVP_CHECK(linear.inputs > 0, kOp, "no inputs: nothing for the kernel for Hopper");
   // A single row's stride may be anything.
   const int64_t x_stride = linear.rows == 1 ? linear.inputs : linear.x_stride;
   MVP_CHECK(x_stride >= linear.inputs, kOp, "x: expected rows that do not overlap");
+  const DeviceGuard guard(queue.device);  // describing a matrix wants its context
   HopperProblem problem{};
   problem.linear = linear;
   problem.x = make_boxed_matrix(linear.x, linear.rows, linear.inputs, x_stride, Hopper::kM);

@@ -121,6 +121,7 @@ struct Thread {
   std::vector<Copy> open;                // copies of the group that is not committed yet
   std::deque<std::vector<Copy>> groups;  // committed, not waited for
   bool unfenced = false;                 // copies arrived that matrix instructions may not see yet
+  bool sees_unfenced = false;            // the same, of others, by a barrier that they arrived at
   std::vector<std::function<void()>> deferred;
   std::deque<std::vector<std::function<void()>>> deferred_groups;
 };
@@ -142,7 +143,8 @@ struct PartBarrier {
   std::vector<int> waiting;
 };
 
-// A copy of a box that is under way.
+// What is under way by nobody's hand: a box of so many bytes, or (no bytes) a thread's copies with the
+// arrival that follows them.
 struct Bulk {
   uint64_t* barrier;
   size_t bytes;
@@ -170,6 +172,7 @@ struct Block {
   int votes = 0, last_votes = 0;
   std::map<int, PartBarrier> part_barriers;                     // by their number
   std::map<const uint64_t*, std::vector<int>> waits_for_phase;  // threads, by barrier
+  std::map<const uint64_t*, bool> by_copies;                    // whether 16-byte copies arrive at a barrier
   std::deque<Bulk> bulk;
   std::exception_ptr error;
   std::unique_ptr<char, void (*)(void*)> shared{nullptr, std::free};
@@ -418,23 +421,32 @@ void commit_copies() {
   me.open.clear();
 }
 
+namespace {
+void land(const Copy& copy) {
+  if (copy.valid)
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  else
+    std::memset(copy.to, 0, copy.bytes);
+}
+}  // namespace
+
 void wait_for_copies(int groups_left) {
   Thread& me = block->thread[static_cast<size_t>(block->running)];
   while (static_cast<int>(me.groups.size()) > groups_left) {
     me.unfenced = me.unfenced || !me.groups.front().empty();
-    for (const Copy& copy : me.groups.front()) {
-      if (copy.valid)
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      else
-        std::memset(copy.to, 0, copy.bytes);
-    }
+    for (const Copy& copy : me.groups.front()) land(copy);
     me.groups.pop_front();
   }
 }
 
-void fence_copies() { block->thread[static_cast<size_t>(block->running)].unfenced = false; }
+void fence_copies() {
+  Thread& me = block->thread[static_cast<size_t>(block->running)];
+  me.unfenced = me.sees_unfenced = false;
+}
 
 void check_fenced() {
+  if (block->thread[static_cast<size_t>(block->running)].sees_unfenced)
+    fault("starts a matrix instruction on copies of others that it did not fence");
   for (int t = 0; t < block->threads; ++t)
     if (block->thread[static_cast<size_t>(t)].unfenced)
       fault("starts a matrix instruction while copies of " + name_of(t) + " are not fenced");
@@ -509,6 +521,19 @@ void wait_for_phase(const uint64_t* barrier, unsigned parity, const char* where)
     block->waits_for_phase[barrier].push_back(block->running);
     wait_at(where);
   }
+  if (block->by_copies[barrier]) block->thread[static_cast<size_t>(block->running)].sees_unfenced = true;
+}
+
+void arrive_after_copies(uint64_t* barrier) {
+  read_barrier(barrier);
+  Thread& me = block->thread[static_cast<size_t>(block->running)];
+  std::vector<Copy> copies = std::exchange(me.open, {});
+  for (auto& group : me.groups) copies.insert(copies.end(), group.begin(), group.end());
+  me.groups.clear();
+  block->by_copies[barrier] = true;
+  block->bulk.push_back({barrier, 0, [copies = std::move(copies)] {
+                           for (const Copy& copy : copies) land(copy);
+                         }});
 }
 
 int64_t boxes_copied = 0;
@@ -532,6 +557,8 @@ bool land_bulk() {
   if (state.bytes < static_cast<int>(copy.bytes))
     throw Fault("a box brings bytes to a barrier in shared memory that does not expect them");
   state.bytes -= static_cast<int>(copy.bytes);
+  if (copy.bytes == 0 && state.missing-- == 0)
+    throw Fault("copies arrive at a barrier in shared memory at which all had arrived");
   write_barrier(copy.barrier, state);
   return true;
 }

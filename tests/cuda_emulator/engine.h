@@ -72,6 +72,7 @@ void wait_for_deferred(int groups_left);
 // Barriers in shared memory (mbarrier), which the engine keeps in their 8 bytes.
 void init_barrier(uint64_t* barrier, unsigned arrivals);
 void arrive(uint64_t* barrier, unsigned bytes_to_come);
+void arrive_after_copies(uint64_t* barrier);  // some time after the thread's asynchronous copies are there
 void wait_for_phase(const uint64_t* barrier, unsigned parity, const char* where);
 // A copy of `bytes` by nobody's hand: `work` happens at some time, and then they arrive at the barrier.
 extern int64_t boxes_copied;  // for tests

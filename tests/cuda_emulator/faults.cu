@@ -132,12 +132,17 @@ __global__ void matrix_product(const float* in, float* out) {
 
 // d[64×128] = a[64×64] · b[64×128] by a warpgroup: `in` holds a, row-major, then b, as [n][k] or as [k][n];
 // bfloat16.
-template <bool kRowsAreK, bool kFence, bool kWait>
+template <bool kRowsAreK, bool kFence, bool kWait, bool kByBarrier = false>
 __global__ void warpgroup_product(const float* in, float* out) {
   auto* a = dynamic_shared<Bf16>();
   auto* b = a + 64 * 64;
   const auto* values = reinterpret_cast<const Bf16*>(in);
   const int thread = static_cast<int>(threadIdx.x);
+  auto* here = reinterpret_cast<Barrier*>(b + 64 * 128);
+  if (kByBarrier) {
+    if (thread == 0) init_barrier(*here, 128);
+    __syncthreads();
+  }
   const auto copy = [](Bf16* tile, int row, int vector, const Bf16* from) {
     cp_async16(tile + row * 64 + (vector ^ row % 8) * 8, from);
   };
@@ -149,10 +154,15 @@ __global__ void warpgroup_product(const float* in, float* out) {
     else
       copy(b, i / 8, i % 8, from);
   }
-  cp_async_commit();
-  cp_async_wait<0>();
+  if (kByBarrier) {
+    arrive_after_copies(*here);
+    wait(*here, 0);
+  } else {
+    cp_async_commit();
+    cp_async_wait<0>();
+  }
   if (kFence) fence_for_wgmma();
-  __syncthreads();
+  if (!kByBarrier) __syncthreads();
   float d[64];
   wgmma_begin();
 #pragma unroll
@@ -272,10 +282,12 @@ void run_faulty_kernel(const std::string& name, const TensorView& in, const Tens
       {"warpgroup product, rows are k", &warpgroup_product<true, true, true>},
       {"warpgroup product without fence", &warpgroup_product<false, false, true>},
       {"warpgroup product without wait", &warpgroup_product<false, true, false>},
+      {"warpgroup product by barrier", &warpgroup_product<false, true, true, true>},
+      {"warpgroup product by barrier without fence", &warpgroup_product<false, false, true, true>},
   };
   for (const auto& [known, kernel] : warpgroup_kernels)
     if (name == known) {
-      const Shape shape{dim3(1), dim3(128), (64 + 128) * 64 * sizeof(Bf16)};
+      const Shape shape{dim3(1), dim3(128), (64 + 128) * 64 * sizeof(Bf16) + sizeof(Barrier)};
       return launch("a test kernel", DType::f32, Queue(0, 0), shape, kernel, in.ptr<float>(),
                     out.ptr<float>());
     }

@@ -45,6 +45,12 @@ __device__ __forceinline__ void arrive_and_expect(Barrier& barrier, unsigned byt
                : "memory");
 }
 
+// An arrival when all 16-byte copies that this thread has started are there. They are not yet shown to matrix
+// instructions: whoever waits must fence_for_wgmma().
+__device__ __forceinline__ void arrive_after_copies(Barrier& barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address_of(&barrier)) : "memory");
+}
+
 // Waits until a phase of this parity (its number % 2) has ended, which must be the present one or the one
 // before it.
 __device__ __forceinline__ void wait(const Barrier& barrier, unsigned parity) {
@@ -99,6 +105,11 @@ inline BoxedMatrix make_boxed_matrix(const void* base, int64_t rows, int64_t col
     throw std::runtime_error("a matrix could not be described for copies of boxes: CUDA error " +
                              std::to_string(static_cast<int>(error)));
   return matrix;
+}
+
+// Fetches what copies of boxes must know of the matrix, ahead of the first.
+__device__ __forceinline__ void prefetch_matrix(const BoxedMatrix& matrix) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&matrix.map) : "memory");
 }
 
 // One thread: copies the box that begins at (row, column) to shared memory, in rows of 128 bytes that are

@@ -16,6 +16,7 @@ inline void init_barrier(Barrier& barrier, unsigned arrivals) {
 inline void fence_barriers() {}
 inline void arrive(Barrier& barrier) { emulator::arrive(&barrier.state, 0); }
 inline void arrive_and_expect(Barrier& barrier, unsigned bytes) { emulator::arrive(&barrier.state, bytes); }
+inline void arrive_after_copies(Barrier& barrier) { emulator::arrive_after_copies(&barrier.state); }
 inline void wait(const Barrier& barrier, unsigned parity) {
   emulator::wait_for_phase(&barrier.state, parity, "a barrier in shared memory");
 }
@@ -38,6 +39,8 @@ inline BoxedMatrix make_boxed_matrix(const void* base, int64_t rows, int64_t col
   if (!right) throw emulator::Fault("a matrix that cannot be read in boxes");
   return {static_cast<const uint16_t*>(base), rows, columns, stride, box_rows};
 }
+
+inline void prefetch_matrix(const BoxedMatrix&) {}
 
 inline void copy_box(void* shared, const BoxedMatrix& matrix, int row, int column, Barrier& barrier) {
   emulator::check_aligned(shared, 1024, "copies a box to");
