@@ -22,14 +22,14 @@ sys.path.append(str(ROOT / "benchmarks"))
 from study import stats  # noqa: E402
 from study.arms import ARMS, Point  # noqa: E402
 from study.cli import main  # noqa: E402
-from study.config import load_config  # noqa: E402
+from study.config import load_config, rates_of  # noqa: E402
 from study.journal import Journal  # noqa: E402
 from study.runner import run  # noqa: E402
 from study.study import Study  # noqa: E402
 from study.summary import Table, collect  # noqa: E402
 from study.tables import factor_rows, time_rows  # noqa: E402
 from study.tasks import draw_tasks  # noqa: E402
-from study.units import arm_key, plan, select  # noqa: E402
+from study.units import arm_key, plan, rate_key, select  # noqa: E402
 from study.verdicts import Comparison, Questions, judge  # noqa: E402
 from study.worlds import STARTS  # noqa: E402
 
@@ -316,6 +316,18 @@ def test_results_and_verdicts(finished: Study) -> None:
     assert (
         cost["steps"] > results["worlds"]["digits"]["made"]["elastic"]["steps"]
     )  # and the zoo whose masks it is cut by
+
+
+def test_learning_rates_beyond_the_grid() -> None:
+    """An arm's own, everywhere; a world's own, for every arm."""
+    config = load_config("smoke")
+    world = replace(config.worlds["digits"], more_rates=(0.5,))
+    config = replace(config, worlds={"digits": world}, more_rates={"mvp": (0.25,)})
+    assert set(rates_of(config, "digits", "mvp")) - set(config.rates) == {0.25, 0.5}
+    assert set(rates_of(config, "digits", "universal")) - set(config.rates) == {0.5}
+    planned = {unit.key for unit in plan(config)}
+    assert rate_key("digits", "universal", 0.5, 0) in planned
+    assert rate_key("digits", "universal", 0.25, 0) not in planned
 
 
 def test_tables(finished: Study) -> None:

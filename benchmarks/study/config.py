@@ -60,7 +60,8 @@ class World:
         domains: lists of superclasses (or names of joined sources): each task's classes are then of one domain.
         hidden: number of classes that neither the zoo nor universal models nor a backbone pre-trained here see.
         zoo_train, task_train: training images a class of the zoo's tasks, and of targets.
-        rates_from: the world whose learning rates are used; "" = its own.
+        rates_from: the world whose learning rates are used; "" = its own. more_rates: learning rates tried here beside
+            the study's, where arms have their best at the end of those.
         start_keep, start_share: of the specialised zoo: the keep ratio of the universal model that entries start from,
             and the share of the zoo's steps spent on it. base_share: the same of the refined zoo, whose entries start
             from a universal model of their own keep ratio. elastic_share: of the elastic weights.
@@ -82,6 +83,7 @@ class World:
     task_train: int | None = 100
     development: int = 3
     rates_from: str = ""
+    more_rates: tuple[float, ...] = ()
     share: float = 0.1
     steps_per_round: int = 5
     final_steps: int = 200
@@ -165,8 +167,9 @@ class Config:
                 raise ValueError(f"world {name!r}: rates_from: no world {world.rates_from!r}")
 
 
-def rates_of(config: Config, arm: str) -> tuple[float, ...]:
-    return (*config.rates, *config.more_rates.get(arm, ()))
+def rates_of(config: Config, world: str, arm: str) -> tuple[float, ...]:
+    """The learning rates tried for an arm in a world that has its own (no ``rates_from``)."""
+    return (*config.rates, *config.more_rates.get(arm, ()), *config.worlds[world].more_rates)
 
 
 def load_config(name: str | Path) -> Config:

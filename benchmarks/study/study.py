@@ -86,7 +86,7 @@ class Study:
         world = self.config.worlds[world].rates_from or world
         arm = ARMS[arm].rate_of or arm
         scores = {}
-        for rate in rates_of(self.config, arm):
+        for rate in rates_of(self.config, world, arm):
             keys = [rate_key(world, arm, rate, i) for i in range(self.config.worlds[world].development)]
             found = [self.journal.result(key)["accuracy"] for key in keys if key in self.journal]
             if found:

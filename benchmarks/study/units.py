@@ -128,7 +128,7 @@ class _Planner:
             needs = [*self.arm_needs("rates", world, ARMS[arm], default), features]
             if ARMS[arm].ifp_cost is not None:
                 needs += self.reference(world)
-            for rate in rates_of(config, arm):
+            for rate in rates_of(config, world, arm):
                 keys.append(
                     self.add(
                         Unit(
