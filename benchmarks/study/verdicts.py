@@ -329,9 +329,10 @@ def _goals(questions: Questions, world: str) -> list[Later]:
         met = plain.sign > 0 and plain.paired.difference >= 0.05
         return Verdict("Goal 1", claim, SUPPORTED if met else REFUTED, [plain.text])
 
-    same = questions.ask(world, "shared", default, "universal")
-    elsewhere = []
+    same, elsewhere = [], []
     for name in table.worlds:
+        if not table.worlds[name]["domains"] and (c := questions.ask(name, "shared", default, "universal")):
+            same.append(c)
         for split in table.splits(name):
             special = split != "shared" or table.worlds[name]["domains"]
             if special and (c := questions.ask(name, split, default, "universal")):
@@ -347,12 +348,11 @@ def _goals(questions: Questions, world: str) -> list[Later]:
             f"{default} is never significantly worse than universal of equal total cost on one distribution, and beats "
             "it on several domains, at very small keep, or on unseen classes or data"
         )
-        if same is None or not elsewhere:
-            return Verdict("Goal 2", claim, NO_DATA, [same.text] if same else [])
-        met = same.sign >= 0 and any(c.sign > 0 for c in elsewhere)
-        return Verdict(
-            "Goal 2", claim, SUPPORTED if met else REFUTED, [same.text, *(c.text for c in elsewhere)]
-        )
+        sentences = [c.text for c in [*same, *elsewhere]]
+        if not same or not elsewhere:
+            return Verdict("Goal 2", claim, NO_DATA, sentences)
+        met = all(c.sign >= 0 for c in same) and any(c.sign > 0 for c in elsewhere)
+        return Verdict("Goal 2", claim, SUPPORTED if met else REFUTED, sentences)
 
     full = questions.ask(world, "shared", default, "iterative, full")
 
