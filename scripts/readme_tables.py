@@ -53,6 +53,13 @@ FACTOR_COLUMNS = ("factor", "arm", "accuracy (%)", "minus universal there", "p, 
 TIME_COLUMNS = ("world", "arm", "steps", "FLOPs a task", "time a task", "above it by", "tasks, runs")
 
 
+README_ARMS = {
+    "dense, ridge head", "dense fine-tuned", "universal", "mvp refined, weighted", "mvp specialised + score",
+    "elastic + score", "iterative, full", "mvp", "mvp plain", "one-shot taylor", "Torch-Pruning Taylor",
+    "random sub-network", "from scratch",
+}  # fmt: skip
+
+
 def study_summary(results: dict[str, Any]) -> str:
     """The README's part: a verdict a hypothesis, and the tables of tasks that share classes with their zoo."""
     verdicts = [(v["name"], v["claim"], v["verdict"]) for v in results["verdicts"]]
@@ -62,7 +69,7 @@ def study_summary(results: dict[str, Any]) -> str:
         f"**The study**: every claim of the method beside the controls that could beat it ([{page}]({page}), from "
         f"{STUDY.relative_to(ROOT).as_posix()}).",
         table(("", "claim", "verdict"), verdicts),
-        f"At J = {results['config']['steps']} steps; differences are paired over tasks.",
+        f"At J = {results['config']['steps']} steps; differences are paired over tasks. All arms: {page}.",
     ]
     for name, rows in results["tables"].items():
         world, _, split = name.partition(", ")
@@ -70,7 +77,8 @@ def study_summary(results: dict[str, Any]) -> str:
             parts.append(
                 f"**{name}**: {results['worlds'][world]['model']}, keep {results['worlds'][world]['keep']:g}"
             )
-            parts.append(table([STUDY_COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in rows]))
+            rows = [[row[i] for i in shown] for row in rows if row[0] in README_ARMS]
+            parts.append(table([STUDY_COLUMNS[i] for i in shown], rows))
     return "\n\n".join(parts)
 
 
@@ -89,7 +97,8 @@ def study_page(results: dict[str, Any]) -> str:
         parts += ["\n".join(f"- {sentence}" for sentence in v["sentences"])] if v["sentences"] else []
     parts += [
         "## Tables",
-        f"All at J = {config['steps']} steps and the world's own keep ratio; best arm first.",
+        f"All at J = {config['steps']} steps and the world's own keep ratio; best arm first, by the paired difference: "
+        "arms that ran on fewer tasks have means of other tasks.",
     ]
     for name, rows in results["tables"].items():
         if rows:
