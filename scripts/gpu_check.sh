@@ -76,7 +76,7 @@ if has_part tests; then
   export workers
   step "kernels on the GPU" 60 bash -c 'tests "$root/tests/test_cuda.py" -k "not compile and not 2_to_the_31 and not main_job"'
   MVP_HOPPER=0 step "pruned_linear on the GPU" 60 bash -c 'tests "$root/tests/test_pruned_linear_cuda.py"'
-  if ! step "pruned_linear by wgmma" 60 bash -c 'tests "$root/tests/test_pruned_linear_cuda.py" -k "equals or edges or not_read or repeats or hopper or gelu"'; then
+  if ! step "pruned_linear by wgmma" 60 bash -c 'tests "$root/tests/test_pruned_linear_cuda.py" -k "equals or edges or not_read or repeats or views or hopper or gelu"'; then
     export MVP_HOPPER=0
     echo "           the steps that follow leave the wgmma kernel out"
   fi

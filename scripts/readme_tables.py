@@ -54,9 +54,9 @@ TIME_COLUMNS = ("world", "arm", "steps", "FLOPs a task", "time a task", "above i
 
 
 README_ARMS = {
-    "dense, ridge head", "dense fine-tuned", "universal", "mvp refined, weighted", "mvp specialised + score",
-    "elastic + score", "iterative, full", "mvp", "mvp plain", "one-shot taylor", "Torch-Pruning Taylor",
-    "random sub-network", "from scratch",
+    "dense, ridge head", "dense fine-tuned", "universal", "universal, refined's rate", "universal, one entry's cost",
+    "mvp refined, weighted", "mvp specialised + score", "elastic + score", "iterative, full", "mvp", "mvp plain",
+    "one-shot taylor", "Torch-Pruning Taylor", "random sub-network", "from scratch",
 }  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def study_summary(results: dict[str, Any]) -> str:
         f"**The study**: every claim of the method beside the controls that could beat it ([{page}]({page}), from "
         f"{STUDY.relative_to(ROOT).as_posix()}).",
         table(("", "claim", "verdict"), verdicts),
-        f"At J = {results['config']['steps']} steps; differences are paired over tasks. All arms: {page}.",
+        f"At J = {results['config']['steps']} steps; differences are paired over tasks. In the tables p is corrected "
+        f"(Holm) within a table, in the verdicts over all questions that they ask. All arms: {page}.",
     ]
     for name, rows in results["tables"].items():
         world, _, split = name.partition(", ")
@@ -87,8 +88,9 @@ def study_page(results: dict[str, Any]) -> str:
     config = results["config"]
     parts = [
         "# The study",
-        f"{results['title']}. Made from {STUDY.relative_to(ROOT).as_posix()} by scripts/readme_tables.py; the run was "
-        f"`{results['command']}` at commit {results['commit']}, {results['created'][:10]}. How to repeat it: "
+        f"{results['title']}. Made from {STUDY.relative_to(ROOT).as_posix()} by scripts/readme_tables.py; that file "
+        f"was made from the run's journal by `{results['command']}` at commit {results['commit']}, "
+        f"{results['created'][:10]}. How to repeat it: "
         "[benchmarks/README.md](../benchmarks/README.md).",
         "## Verdicts",
     ]
@@ -98,7 +100,8 @@ def study_page(results: dict[str, Any]) -> str:
     parts += [
         "## Tables",
         f"All at J = {config['steps']} steps and the world's own keep ratio; best arm first, by the paired difference: "
-        "arms that ran on fewer tasks have means of other tasks.",
+        "arms that ran on fewer tasks have means of other tasks. p is corrected (Holm) within a table; in the verdicts "
+        "above over all questions that they ask.",
     ]
     for name, rows in results["tables"].items():
         if rows:
@@ -107,11 +110,11 @@ def study_page(results: dict[str, Any]) -> str:
             parts.append(table(STUDY_COLUMNS, rows))
     if results["time to accuracy"]:
         parts.append("## Cost to reach full iterative pruning's accuracy")
+        parts.append(results["table notes"]["time"])
         parts.append(table(TIME_COLUMNS, results["time to accuracy"]))
     parts += [
         "## One factor at a time",
-        "The others have their defaults. Each difference is over the tasks and seeds that both sides have; "
-        "p is corrected within a table.",
+        results["table notes"]["factors"],
     ]
     for world, rows in results["factors"].items():
         if rows:

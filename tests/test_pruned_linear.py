@@ -296,6 +296,37 @@ def test_autocast_with_a_residual_and_repeats():
         torch.testing.assert_close(ours, wanted, rtol=0, atol=0.01 * wanted.abs().max().item())
 
 
+def test_gradients_where_nothing_is_kept():
+    none = torch.zeros(0, dtype=torch.int32)
+    for out_index, in_index in ((none, None), (None, none), (none, none)):
+        for options in ({}, {"activation": "gelu"}, {"residual": torch.randn(3, 10)}):
+            grads = []
+            for op in (pruned_linear, reference.pruned_linear):
+                x, w, b, _, _ = draw(3, 10, 12, kept=(False, False))
+                leaves = [
+                    t.requires_grad_() for t in (x[:, : 0 if in_index is not None else 12].clone(), w, b)
+                ]
+                y = op(*leaves, out_index, in_index, **options)
+                y.sum().backward()
+                grads.append([torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
+            for ours, wanted in zip(*grads, strict=True):
+                torch.testing.assert_close(ours, wanted)
+
+
+def test_a_loss_of_gelu_and_its_gradient():
+    """Then y's own gradient comes beside gelu's."""
+    grads = []
+    for op in (pruned_linear, reference.pruned_linear):
+        x, w, b, out_index, in_index = (t.double() if t.is_floating_point() else t for t in draw(4, 10, 12))
+        leaves = [t.requires_grad_() for t in (x, w, b)]
+        y = op(*leaves, out_index, in_index, activation="gelu")
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (y.sum() + grad.pow(2).sum()).backward()
+        grads.append([t.grad for t in leaves])
+    for ours, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
 def test_opcheck():
     x, w, b, out_index, in_index = draw(4, 10, 12)
     for arguments in (
@@ -308,7 +339,7 @@ def test_opcheck():
     ):
         torch.library.opcheck(registry.pruned_linear_op, arguments)
         if arguments[7] is None:
-            torch.library.opcheck(registry.pruned_linear_gelu, arguments[:7])
+            torch.library.opcheck(registry.pruned_linear_gelu_op, arguments[:7])
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])

@@ -462,6 +462,7 @@ def check_gradients(
             y.backward(torch.linspace(-1, 1, y.numel(), device=device).view_as(y).to(dtype))
             grads[name] = [t.grad for t in leaves[: 4 if with_residual else 3]]
     assert len(calls) == 2
+    assert (calls[0][-5] is not None) == activation  # the kernel leaves behind what GELU was applied to
     for ours, plain, exact in zip(*grads.values(), strict=True):
         allowed = 2 * (plain.double() - exact).abs().max() + 0.01 * exact.abs().max()
         assert (ours.double() - exact).abs().max() <= allowed

@@ -94,6 +94,8 @@ def _arm(name: str, about: str, *needs: str, **options: Any) -> Callable[..., An
     return register
 
 
+EQUAL_RATE_CONTROL = "universal, refined's rate"
+
 # ---- the vote and its variants
 
 
@@ -215,6 +217,12 @@ for _name, _about, _kind in (
     ("universal, plain", "at the zoo's whole cost, not distilled", "plain"),
 ):
     _arm(_name, _about, f"universal {_kind}")(_universal(_kind))
+_arm(
+    EQUAL_RATE_CONTROL,
+    "universal with the learning rate of the refined arm, so that no difference between them is the rate's",
+    "universal whole",
+    rate_of="mvp refined, weighted",
+)(_universal("whole"))
 
 
 @_arm(

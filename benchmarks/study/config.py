@@ -165,6 +165,8 @@ class Config:
         for name, world in self.worlds.items():
             if world.rates_from and world.rates_from not in self.worlds:
                 raise ValueError(f"world {name!r}: rates_from: no world {world.rates_from!r}")
+            if world.rates_from and world.more_rates:
+                raise ValueError(f"world {name!r}: more_rates: its rates are those of {world.rates_from!r}")
 
 
 def rates_of(config: Config, world: str, arm: str) -> tuple[float, ...]:

@@ -38,7 +38,7 @@ def figures(table: Table) -> dict[str, tuple[str, Draw, str]]:
                     "Mean over the held-out tasks that all points share; bands are ± one standard error over tasks. "
                     "The dense model has a ridge head and is not fine-tuned.",
                 )
-        for which, label in (("seconds", "wall-clock a task (s)"), ("flops", "FLOPs a task")):
+        for which, label in (("seconds", "time a task (s)"), ("flops", "FLOPs a task")):
             points, ceiling = _points(table, world, which)
             if len(points) > 1:
                 drawn[f"{world}_{which}"] = (

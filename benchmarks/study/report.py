@@ -23,6 +23,7 @@ from .tables import (
     FACTOR_NOTE,
     NOTE,
     TIME_COLUMNS,
+    TIME_NOTE,
     TIME_TITLE,
     Columns,
     arm_rows,
@@ -51,6 +52,7 @@ def write_report(
         for split in answers.splits(world)
     }
     results["time to accuracy"] = time_rows(answers)
+    results["table notes"] = {"arms": NOTE, "time": TIME_NOTE, "factors": FACTOR_NOTE}
     results["factors"] = {world: factor_rows(answers, world) for world in answers.worlds}
     drawn = figures(answers)
     path = study.folder / "report.html"
@@ -85,7 +87,7 @@ def render(results: dict[str, Any], answers: Table, verdicts: Sequence[Verdict],
         rows = results["tables"][name]
         if rows:
             body += _section(name, COLUMNS, rows, NOTE)
-    body += _section(TIME_TITLE, TIME_COLUMNS, results["time to accuracy"])
+    body += _section(TIME_TITLE, TIME_COLUMNS, results["time to accuracy"], TIME_NOTE)
     for world, rows in results["factors"].items():
         body += _section(f"{world}, shared: one factor at a time", FACTOR_COLUMNS, rows, FACTOR_NOTE)
     body += [figure(*parts) for parts in drawn.values()]
@@ -121,6 +123,10 @@ def limits(results: dict[str, Any]) -> list[str]:
             sentences.append(
                 f"{world}: left out, for want of the files: {', '.join(about['tasks']['left out'])}."
             )
+    sentences.append(
+        "Each world and keep ratio has one zoo and one universal model. Seeds are of the targets: no ± and no p holds "
+        "what training those again would change."
+    )
     sentences.append(
         "Held-out tasks of one world share classes: their number overstates the independent evidence."
     )

@@ -71,7 +71,7 @@ def collect(study: Study, units: Sequence[Unit], command: str = "") -> dict[str,
                 dense[split][int(index)] = result["accuracy"]
             elif kind in ("overlap", "latency"):
                 extra[kind] = result
-            elif kind != "rate" and [*rest, ""][-1] != "s1":  # a second seed only says what chance does
+            elif kind != "rate" and rest[-1:] != ["s1"]:  # a second seed only says what chance does
                 entry = made["/".join([kind, *rest[:1]])]
                 entry["count"] += 1
                 cost = Cost.from_dict(result["cost"]).to_dict()

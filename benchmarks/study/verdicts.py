@@ -16,6 +16,7 @@ import numpy as np
 
 from mvp_ext.app.results import chance_overlap
 
+from .arms import EQUAL_RATE_CONTROL
 from .stats import Paired, Scores, holm, mantel, mean_error, paired
 from .summary import Table
 
@@ -73,6 +74,9 @@ class Questions:
     def ask_scores(
         self, first: str, second: str, where: str, a: Scores, b: Scores, *, again: bool = False
     ) -> Comparison | None:
+        for known in self.asked:  # the same question of another hypothesis is no further one
+            if (known.first, known.second, known.where) == (first, second, where):
+                return known
         found = paired(a, b)
         if found is None:
             return None
@@ -109,9 +113,7 @@ def judge(table: Table) -> tuple[list[Verdict], Questions]:
     return [make() for make in later], questions
 
 
-def _chain(
-    questions: Questions, world: str, steps: Sequence[tuple[str, Any]], factor: str = ""
-) -> list[Comparison]:
+def _chain(questions: Questions, world: str, steps: Sequence[tuple[str, Any]]) -> list[Comparison]:
     found = []
     for (first, a), (second, b) in pairwise(steps):
         comparison = questions.ask(world, "shared", first, second, a, b)
@@ -150,8 +152,8 @@ def _h1(questions: Questions, world: str) -> Later:
         gaps = [layer["similar"] - layer["dissimilar"] for layer in layers]
         above = all(layer["mean"] > layer["chance"] for layer in layers)
         grows = float(np.mean(gaps[half:])) > float(np.mean(gaps[:half]))
-        rises = p1 < LEVEL and rho1 > 0
-        verdict = SUPPORTED if rises and grows and above else MIXED if rises or above else REFUTED
+        rises = [p < LEVEL and rho > 0 for rho, p in ((rho0, p0), (rho1, p1))]
+        verdict = SUPPORTED if all(rises) and grows and above else MIXED if any(rises) or above else REFUTED
         ceiling = overlap.get("two seeds") or []
         return Verdict(
             "H1",
@@ -214,11 +216,11 @@ def _h3(questions: Questions, world: str) -> Later:
     def make() -> Verdict:
         if not asked:
             return Verdict("H3", claim, NO_DATA)
-        first = asked[0]
-        if first.sign > 0 or first.paired.low > -MARGIN:
-            verdict = SUPPORTED
+        if any(c.sign < 0 for c in asked):
+            verdict = REFUTED
         else:
-            verdict = REFUTED if first.sign < 0 else UNDECIDED
+            matches = all(c.sign > 0 or c.paired.low > -MARGIN for c in asked)
+            verdict = SUPPORTED if matches and len(asked) == len(arms) else UNDECIDED
         return Verdict("H3", claim, verdict, [c.text for c in [*asked, *ours]])
 
     return make
@@ -295,24 +297,18 @@ def _h6(questions: Questions, world: str) -> Later:
 
 def _h7(questions: Questions) -> Later:
     claim = "It transfers to classes, and to a data set, that neither zoo nor backbone saw"
-    table, asked, against = questions.table, [], []
+    table, asked, beside = questions.table, [], []
     for world in table.worlds:
         for split in table.splits(world, ("hidden", "other")):
-            seen = (
-                ""
-                if table.worlds[world]["pretrained here"] or split != "hidden"
-                else ", backbone saw the classes"
-            )
-            where = f"{world}, {split}{seen}"
-            asked += [
-                c for a in ("one-shot taylor",) if (c := questions.ask(world, split, "mvp", a, where=where))
-            ]
-            against += [
-                c for a in ("universal",) if (c := questions.ask(world, split, "mvp", a, where=where))
-            ]
+            unseen = table.worlds[world]["pretrained here"] or split != "hidden"
+            where = f"{world}, {split}" + ("" if unseen else ", backbone saw the classes")
+            if c := questions.ask(world, split, "mvp", "one-shot taylor", where=where):
+                (asked if unseen else beside).append(c)
+            if c := questions.ask(world, split, "mvp", "universal", where=where):
+                beside.append(c)
 
     def make() -> Verdict:
-        return Verdict("H7", claim, _all_positive(asked, len(asked)), [c.text for c in [*asked, *against]])
+        return Verdict("H7", claim, _all_positive(asked, len(asked)), [c.text for c in [*asked, *beside]])
 
     return make
 
@@ -321,37 +317,49 @@ def _goals(questions: Questions, world: str) -> list[Later]:
     table = questions.table
     default = table.results["default arm"]
     plain = questions.ask(world, "shared", default, "mvp plain")
+    healed = questions.ask(world, "shared", default, "mvp")  # whose voters are distilled, for as many steps
 
     def first() -> Verdict:
         claim = f"Our default ({default}) beats plain MVP by at least 5 points at keep 0.1, J ≤ 20"
         if plain is None:
             return Verdict("Goal 1", claim, NO_DATA)
         met = plain.sign > 0 and plain.paired.difference >= 0.05
-        return Verdict("Goal 1", claim, SUPPORTED if met else REFUTED, [plain.text])
+        sentences = [c.text for c in (plain, healed) if c]
+        return Verdict("Goal 1", claim, SUPPORTED if met else REFUTED, sentences)
 
     same, elsewhere = [], []
+    # Beside each the same question to the control at the default's learning rate: a win must be one over both.
+    equal_rate: dict[int, Comparison] = {}
+
+    def ask(name: str, split: str, point: dict[str, Any] | None = None) -> Comparison | None:
+        found = questions.ask(name, split, default, "universal", point, point)
+        control = questions.ask(name, split, default, EQUAL_RATE_CONTROL, point, point)
+        if found and control:
+            equal_rate[id(found)] = control
+        return found
+
     for name in table.worlds:
-        if not table.worlds[name]["domains"] and (c := questions.ask(name, "shared", default, "universal")):
+        domains = table.worlds[name]["domains"]
+        if not domains and (c := ask(name, "shared")):
             same.append(c)
         for split in table.splits(name):
-            special = split != "shared" or table.worlds[name]["domains"]
-            if special and (c := questions.ask(name, split, default, "universal")):
+            if (split != "shared" or domains) and (c := ask(name, split)):
                 elsewhere.append(c)
         for keep in table.values(name, "shared", default, "keep"):
-            if keep <= table.worlds[name]["keep"] / 2:
-                point = {"keep": keep}
-                if c := questions.ask(name, "shared", default, "universal", point, point):
-                    elsewhere.append(c)
+            if keep <= table.worlds[name]["keep"] / 2 and (c := ask(name, "shared", {"keep": keep})):
+                elsewhere.append(c)
 
     def second() -> Verdict:
         claim = (
             f"{default} is never significantly worse than universal of equal total cost on one distribution, and beats "
             "it on several domains, at very small keep, or on unseen classes or data"
         )
-        sentences = [c.text for c in [*same, *elsewhere]]
+        asked = [*same, *elsewhere]
+        sentences = [c.text for c in [*asked, *equal_rate.values()]]
         if not same or not elsewhere:
             return Verdict("Goal 2", claim, NO_DATA, sentences)
-        met = all(c.sign >= 0 for c in same) and any(c.sign > 0 for c in elsewhere)
+        won = any(c.sign > 0 and equal_rate.get(id(c), c).sign > 0 for c in elsewhere)
+        met = won and all(c.sign >= 0 for c in asked)
         return Verdict("Goal 2", claim, SUPPORTED if met else REFUTED, sentences)
 
     full = questions.ask(world, "shared", default, "iterative, full")

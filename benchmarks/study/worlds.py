@@ -33,7 +33,6 @@ from mvp_ext.pruning.zoo_models import elastic_path, universal_path
 from .config import World
 from .tasks import TaskSet, draw_tasks
 
-ZOOS = ("distilled", "plain", "specialised", "refined")
 STARTS = {"specialised": "start", "refined": "base"}  # the universal model that a zoo's entries go on from
 
 

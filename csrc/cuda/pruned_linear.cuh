@@ -293,7 +293,7 @@ __device__ __forceinline__ float* partial_at(const Problem& problem, int split, 
   return problem.partial + (split * problem.rows + row) * problem.outputs + output;
 }
 
-// The columns of the residual that no output goes to. A block takes 16 rows at a time, a warp 4 of them.
+// The columns of the residual that no output goes to. A warp takes four rows at a time.
 template <typename T>
 __device__ void copy_removed(const Problem& problem, uint32_t* is_kept) {
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);

@@ -182,7 +182,8 @@ def pruned_linear(
     y = torch.empty_like(out) if before else None
     rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
     x = x.reshape(rows, inputs)
-    overlapping = rows > 1 and x.stride(0) < inputs  # which cannot be read in boxes
+    # Rows that overlap cannot be read in boxes.
+    overlapping = plan.tiling == _HOPPER and rows > 1 and x.stride(0) < inputs
     if x.stride(1) != 1 or x.stride(0) % _VECTOR or x.data_ptr() % 16 or overlapping:
         x = x.clone(memory_format=torch.contiguous_format)
     # Blocks that get no inputs would leave their part of the workspace unwritten.

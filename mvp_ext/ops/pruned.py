@@ -180,13 +180,13 @@ def _linear_gradients(
     """Of x, weight and bias, from y's."""
     out_block, in_block = ctx.blocks
     grad_x = grad_weight = grad_bias = None
-    flat = grad.reshape(-1, grad.shape[-1])
+    flat = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1])  # not −1: nothing may be kept
     if ctx.needs_input_grad[0]:
         grad_x = pruned_linear(
             grad, weight.t(), None, in_index, out_index, out_block=in_block, in_block=out_block
         )
     if ctx.needs_input_grad[1]:
-        part = flat.t() @ x.reshape(-1, x.shape[-1])
+        part = flat.t() @ x.reshape(len(flat), x.shape[-1])
         grad_weight = put_back(part, weight.shape, out_index, in_index, out_block, in_block)
     if ctx.needs_input_grad[2]:
         grad_bias = put_back(flat.sum(0), (weight.shape[0],), out_index, None, out_block)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -364,12 +365,21 @@ def _pruned_linear_gelu(
     return F.gelu(y), y
 
 
-pruned_linear_gelu = define(
+pruned_linear_gelu_op = define(
     "pruned_linear_gelu(Tensor x, Tensor weight, Tensor? bias, Tensor? out_index, Tensor? in_index, int out_block,"
     " int in_block) -> (Tensor, Tensor)",
     fake=_pruned_linear_gelu_fake,
     run=_pruned_linear_gelu,
 )
+
+
+def pruned_linear_gelu(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """gelu(y) and y; the kernel directly where no one can tell the difference."""
+    plain = type(x) is Tensor and (x.is_cpu or x.is_cuda)
+    if plain and not torch.compiler.is_compiling() and nobody_listens():
+        return _pruned_linear_gelu(x, *arguments)
+    out, y = pruned_linear_gelu_op(x, *arguments)
+    return out, y
 
 
 def _residual_form(residual: Tensor, dim: int) -> torch.memory_format:

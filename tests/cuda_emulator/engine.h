@@ -75,8 +75,8 @@ void arrive(uint64_t* barrier, unsigned bytes_to_come);
 void arrive_after_copies(uint64_t* barrier);  // some time after the thread's asynchronous copies are there
 void wait_for_phase(const uint64_t* barrier, unsigned parity, const char* where);
 // A copy of `bytes` by nobody's hand: `work` happens at some time, and then they arrive at the barrier.
-extern int64_t boxes_copied;  // for tests
 void copy_bulk(uint64_t* barrier, void* shared, size_t bytes, std::function<void()> work);
+extern int64_t boxes_copied;          // by copy_bulk; for tests
 void sync_some(int id, int threads);  // a barrier of as many threads
 int linear_thread();
 [[noreturn]] void fault(const std::string& what);
