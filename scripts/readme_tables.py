@@ -46,13 +46,6 @@ def comparison(path: Path) -> str:
 
 STUDY = RESULTS / "study_cpu.json"
 STUDY_PAGE = ROOT / "docs" / "study.md"
-STUDY_COLUMNS = ("arm", "accuracy (%)", "minus universal", "p, corrected", "tasks, runs", "steps", "FLOPs a task",
-                 "time a task", "made once: time", "learning rate")  # fmt: skip
-FACTOR_COLUMNS = ("factor", "arm", "accuracy (%)", "minus universal there", "p, corrected",
-                  "minus itself at the default", "p, corrected", "tasks, runs", "FLOPs a task")  # fmt: skip
-TIME_COLUMNS = ("world", "arm", "steps", "FLOPs a task", "time a task", "above it by", "tasks, runs")
-
-
 README_ARMS = {
     "dense, ridge head", "dense fine-tuned", "universal", "universal, refined's rate", "universal, one entry's cost",
     "mvp refined, weighted", "mvp specialised + score", "elastic + score", "iterative, full", "mvp", "mvp plain",
@@ -63,7 +56,7 @@ README_ARMS = {
 def study_summary(results: dict[str, Any]) -> str:
     """The README's part: a verdict a hypothesis, and the tables of tasks that share classes with their zoo."""
     verdicts = [(v["name"], v["claim"], v["verdict"]) for v in results["verdicts"]]
-    shown = [0, 1, 2, 3, 4, 6, 7, 8]
+    columns, shown = results["table columns"]["arms"], [0, 1, 2, 3, 4, 6, 7, 8]
     page = STUDY_PAGE.relative_to(ROOT).as_posix()
     parts = [
         f"**The study**: every claim of the method beside the controls that could beat it ([{page}]({page}), from "
@@ -79,13 +72,13 @@ def study_summary(results: dict[str, Any]) -> str:
                 f"**{name}**: {results['worlds'][world]['model']}, keep {results['worlds'][world]['keep']:g}"
             )
             rows = [[row[i] for i in shown] for row in rows if row[0] in README_ARMS]
-            parts.append(table([STUDY_COLUMNS[i] for i in shown], rows))
+            parts.append(table([columns[i] for i in shown], rows))
     return "\n\n".join(parts)
 
 
 def study_page(results: dict[str, Any]) -> str:
     """docs/study.md."""
-    config = results["config"]
+    config, columns = results["config"], results["table columns"]
     parts = [
         "# The study",
         f"{results['title']}. Made from {STUDY.relative_to(ROOT).as_posix()} by scripts/readme_tables.py; that file "
@@ -107,18 +100,18 @@ def study_page(results: dict[str, Any]) -> str:
         if rows:
             world = results["worlds"][name.partition(",")[0]]
             parts.append(f"**{name}** ({world['model']}, keep {world['keep']:g})")
-            parts.append(table(STUDY_COLUMNS, rows))
+            parts.append(table(columns["arms"], rows))
     if results["time to accuracy"]:
         parts.append("## Cost to reach full iterative pruning's accuracy")
         parts.append(results["table notes"]["time"])
-        parts.append(table(TIME_COLUMNS, results["time to accuracy"]))
+        parts.append(table(columns["time"], results["time to accuracy"]))
     parts += [
         "## One factor at a time",
         results["table notes"]["factors"],
     ]
     for world, rows in results["factors"].items():
         if rows:
-            parts += [f"**{world}, shared**", table(FACTOR_COLUMNS, rows)]
+            parts += [f"**{world}, shared**", table(columns["factors"], rows)]
     parts.append("## Figures")
     for figure in sorted((ROOT / "docs" / "figures" / "study").glob(f"{results['name']}_*.png")):
         parts.append(f"![{figure.stem}](figures/study/{figure.name})")

@@ -53,6 +53,10 @@ def write_report(
     }
     results["time to accuracy"] = time_rows(answers)
     results["table notes"] = {"arms": NOTE, "time": TIME_NOTE, "factors": FACTOR_NOTE}
+    results["table columns"] = {
+        kind: [heading for heading, _ in columns]
+        for kind, columns in (("arms", COLUMNS), ("time", TIME_COLUMNS), ("factors", FACTOR_COLUMNS))
+    }
     results["factors"] = {world: factor_rows(answers, world) for world in answers.worlds}
     drawn = figures(answers)
     path = study.folder / "report.html"

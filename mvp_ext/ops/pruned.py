@@ -147,19 +147,10 @@ class _PrunedLinearGelu(torch.autograd.Function):
     """gelu(y) and y, which the gradient needs: an output, so that the gradient can be differentiated, too."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        out_index: Tensor | None,
-        in_index: Tensor | None,
-        out_block: int,
-        in_block: int,
-    ) -> tuple[Tensor, Tensor]:
-        out, y = registry.pruned_linear_gelu(x, weight, bias, out_index, in_index, out_block, in_block)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, y = registry.pruned_linear_gelu(*arguments)
+        x, weight, _, out_index, in_index, *ctx.blocks = arguments
         ctx.save_for_backward(x, weight, out_index, in_index, y)
-        ctx.blocks = out_block, in_block
         ctx.set_materialize_grads(False)
         return out, y
 

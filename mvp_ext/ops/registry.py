@@ -332,36 +332,23 @@ def pruned_linear(
     return call(x, weight, bias, out_index, in_index, out_block, in_block, residual, gelu)
 
 
-def _pruned_linear_gelu_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_index: Tensor | None,
-    in_index: Tensor | None,
-    out_block: int,
-    in_block: int,
-) -> tuple[Tensor, Tensor]:
+# pruned_linear's arguments but for the residual, in this order.
+def _pruned_linear_gelu_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, weight, _, out_index, _, out_block, _ = arguments
     y = _pruned_linear_output(x, weight, out_index, out_block, None)
     return torch.empty_like(y), y
 
 
-def _pruned_linear_gelu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_index: Tensor | None,
-    in_index: Tensor | None,
-    out_block: int,
-    in_block: int,
-) -> tuple[Tensor, Tensor]:
-    arguments = (x, weight, bias, out_index, in_index, out_block, in_block, None)
+def _pruned_linear_gelu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, weight, _, *kept = arguments
+    whole: tuple[Any, ...] = (*arguments, None)
     if cuda.runs(x):
-        plan = cuda_linear.plan(x, weight, out_index, in_index, out_block, in_block)
+        plan = cuda_linear.plan(x, weight, *kept)
         if plan is not None:
-            out, y = cuda_linear.pruned_linear(*arguments, True, plan, before=True)
+            out, y = cuda_linear.pruned_linear(*whole, gelu=True, plan=plan, before=True)
             assert y is not None
             return out, y
-    y = _pruned_linear(*arguments)
+    y = _pruned_linear(*whole)
     return F.gelu(y), y
 
 
