@@ -345,7 +345,8 @@ def _pruned_linear_gelu(*arguments: Any) -> tuple[Tensor, Tensor]:
     if cuda.runs(x):
         plan = cuda_linear.plan(x, weight, *kept)
         if plan is not None:
-            out, y = cuda_linear.pruned_linear(*whole, gelu=True, plan=plan, before=True)
+            call: tuple[Any, ...] = (*whole, True, plan)
+            out, y = cuda_linear.pruned_linear(*call, before=True)
             assert y is not None
             return out, y
     y = _pruned_linear(*whole)
