@@ -322,6 +322,18 @@ def test_results_and_verdicts(finished: Study) -> None:
     )  # and the zoo whose masks it is cut by
 
 
+def test_a_default_that_loses_is_not_supported(finished: Study) -> None:
+    """Goal 2 where the default arm is a tenth below the universal model on each task of one distribution."""
+    results = collect(finished, [])
+    universal = Table(results).scores("digits", "shared", "universal")
+    at = {name: i for i, name in enumerate(results["columns"])}
+    for row in results["rows"]:
+        if row[at["split"]] == "shared" and row[at["arm"]] == results["default arm"]:
+            row[at["accuracy"]] = universal[row[at["task"]], row[at["seed"]]] - 0.1
+    goal = next(v for v in judge(Table(results))[0] if v.name == "Goal 2")
+    assert goal.verdict == "refuted"
+
+
 def test_learning_rates_beyond_the_grid() -> None:
     """An arm's own, everywhere; a world's own, for every arm."""
     config = load_config("smoke")
