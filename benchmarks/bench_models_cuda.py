@@ -13,11 +13,11 @@ from cuda_bench import CudaBench, graphed
 from torch import nn
 
 from mvp_ext.app.peers import prune_with_torch_pruning
+from mvp_ext.model.create import create_model
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
-from mvp_ext.model.structure import find_structure
 from mvp_ext.model.surgery import prune_model
-from mvp_ext.model.timm_compat import create_model
 
 MODELS = {
     "resnet18": ("test_resnet", "inner"),

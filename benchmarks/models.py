@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mvp_ext.model.create import create_model
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
-from mvp_ext.model.structure import find_structure
-from mvp_ext.model.timm_compat import create_model
 
 
 @dataclass
@@ -51,7 +51,7 @@ def cut_model(
     """
     model = create_model(name)
     structure = find_structure(model, scope)
-    index = structure.index_of(Mask.random(structure, keep, seed=seed, align=8 if scope == "inner" else 1))
+    index = Mask.random(structure, keep, seed=seed, align=8 if scope == "inner" else 1).index_in(structure)
     parameters = {n for n, _ in model.named_parameters()}
     cut = Cut([], [], [])
     for key, value in model.state_dict().items():

@@ -6,13 +6,15 @@ result.save("small.safetensors")
 zoo.add(result)
 """
 
-__version__ = "0.1.0"
-
+from mvp_ext._version import __version__ as __version__
+from mvp_ext.data.images import ImageData, load_data
+from mvp_ext.data.tasks import Task, TaskData, sample_tasks
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, save_pruned
+from mvp_ext.model.create import create_model
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
-from mvp_ext.model.structure import Structure, UnsupportedModelError, find_structure
+from mvp_ext.model.structure import Structure, UnsupportedModelError
 from mvp_ext.model.surgery import expand_state, masked_model, prune_model
-from mvp_ext.model.timm_compat import create_model
 from mvp_ext.ops import (
     Vote,
     importance,
@@ -26,20 +28,18 @@ from mvp_ext.ops import (
     residual_add,
     unpack,
 )
-from mvp_ext.pruning.backbone import Backbone, Preprocessing, load_backbone
 from mvp_ext.pruning.build import build_elastic, build_refined_zoo, build_universal, build_zoo
-from mvp_ext.pruning.data import ImageData, load_data
 from mvp_ext.pruning.elastic import ElasticOptions
 from mvp_ext.pruning.iterative import Schedule
 from mvp_ext.pruning.methods import METHODS
-from mvp_ext.pruning.pretrain import pretrain
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.scores import CRITERIA, score_units
-from mvp_ext.pruning.tasks import Task, TaskData, sample_tasks
-from mvp_ext.pruning.training import Recipe
 from mvp_ext.pruning.vote import VoteOptions
-from mvp_ext.pruning.zoo import Zoo, ZooEntry, ZooError
+from mvp_ext.train.backbone import Backbone, Preprocessing, load_backbone
+from mvp_ext.train.pretrain import pretrain
+from mvp_ext.train.trainer import Recipe
+from mvp_ext.zoo.zoo import Zoo, ZooEntry, ZooError
 
 __all__ = [
     "CRITERIA",

@@ -74,16 +74,16 @@ if has_part tests; then
   # Each in a process of its own: a kernel that faults ends its process's use of the GPU.
   workers=$("$python" -c 'import xdist' 2> /dev/null && echo "-n 4")
   export workers
-  step "kernels on the GPU" 60 bash -c 'tests "$root/tests/test_cuda.py" -k "not compile and not 2_to_the_31 and not main_job"'
-  MVP_HOPPER=0 step "pruned_linear on the GPU" 60 bash -c 'tests "$root/tests/test_pruned_linear_cuda.py"'
-  if ! step "pruned_linear by wgmma" 60 bash -c 'tests "$root/tests/test_pruned_linear_cuda.py" -k "equals or edges or not_read or repeats or views or hopper or gelu"'; then
+  step "kernels on the GPU" 60 bash -c 'tests "$root/tests/ops/test_cuda.py" -k "not compile and not 2_to_the_31 and not main_job"'
+  MVP_HOPPER=0 step "pruned_linear on the GPU" 60 bash -c 'tests "$root/tests/ops/test_pruned_linear_cuda.py"'
+  if ! step "pruned_linear by wgmma" 60 bash -c 'tests "$root/tests/ops/test_pruned_linear_cuda.py" -k "equals or edges or not_read or repeats or views or hopper or gelu"'; then
     export MVP_HOPPER=0
     echo "           the steps that follow leave the wgmma kernel out"
   fi
-  step "the other ops on the GPU" 75 bash -c 'tests $workers "$root/tests" --ignore="$root/tests/test_cuda.py" \
-    --ignore="$root/tests/test_pruned_linear_cuda.py"'
-  step "the main job on the GPU" 45 bash -c 'tests "$root/tests/test_cuda.py" -k main_job'
-  step "torch.compile, large tensors" 60 bash -c 'tests "$root/tests/test_cuda.py" -k "compile or 2_to_the_31"'
+  step "the other ops on the GPU" 75 bash -c 'tests $workers "$root/tests" --ignore="$root/tests/ops/test_cuda.py" \
+    --ignore="$root/tests/ops/test_pruned_linear_cuda.py"'
+  step "the main job on the GPU" 45 bash -c 'tests "$root/tests/ops/test_cuda.py" -k main_job'
+  step "torch.compile, large tensors" 60 bash -c 'tests "$root/tests/ops/test_cuda.py" -k "compile or 2_to_the_31"'
 fi
 
 if has_part sanitizers; then
@@ -92,7 +92,7 @@ if has_part sanitizers; then
       # torch asks the driver for functions that it may lack, which is no error of ours. The library's kernels are not
       # looked at, but take long to load.
       export checker="compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no --kernel-name regex=mvp"
-      step "compute-sanitizer $tool" 50 bash -c 'tests "$root/tests/test_cuda.py" -k "repeats_are_equal and not library"'
+      step "compute-sanitizer $tool" 50 bash -c 'tests "$root/tests/ops/test_cuda.py" -k "repeats_are_equal and not library"'
     done
     unset checker
   else

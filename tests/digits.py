@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from tiny import tiny_model
 
-from mvp_ext.pruning.backbone import Backbone, Preprocessing
-from mvp_ext.pruning.data import ImageData, load_data
-from mvp_ext.pruning.tasks import Task
+from mvp_ext.data.images import ImageData, load_data
+from mvp_ext.data.tasks import Task
+from mvp_ext.train.backbone import Backbone, Preprocessing
 
 
 @functools.cache

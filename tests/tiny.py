@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mvp_ext.model.timm_compat import create_model
+from mvp_ext.model.create import create_model
 
 
 def tiny_model(name: str, **kwargs: object) -> nn.Module:

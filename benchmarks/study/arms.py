@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
-from mvp_ext.pruning.backbone import set_head
-from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.iterative import scoring_batches
 from mvp_ext.pruning.job import Job, ask_neighbours, merged_model, own_scores, voted_mask
 from mvp_ext.pruning.methods import REFINED_WEIGHTING
 from mvp_ext.pruning.scores import CRITERIA, Scores
-from mvp_ext.pruning.training import Trainer
 from mvp_ext.pruning.vote import Neighbour, VoteOptions, small_model
-from mvp_ext.pruning.zoo import Zoo
+from mvp_ext.train.backbone import set_head
+from mvp_ext.train.heads import class_mean_head
+from mvp_ext.train.trainer import Trainer
+from mvp_ext.zoo.zoo import Zoo
 
 from .worlds import WorldAtWork
 
@@ -244,7 +244,7 @@ def _cut_out(stored: Any, mask: Mask, structure: Structure) -> dict[str, Tensor]
     """The weights of a pruned model at a sub-mask of its own."""
     inner = Mask({name: bits[stored.mask.layers[name]] for name, bits in mask.layers.items()})
     state = prune_model(stored.model, inner).state_dict()
-    known = structure.index_of(mask).keys()
+    known = mask.index_in(structure).keys()
     return {name: value for name, value in state.items() if name in known or not _is_head(stored.model, name)}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mvp_ext.app import plots
 from mvp_ext.app.report import PROVENANCE, bullets, facts, figure, page, table
 from mvp_ext.app.results import flops_text, seconds_text
-from mvp_ext.model.storage import write_atomic
+from mvp_ext.storage import write_atomic
 
 from .arms import ARMS
 from .figures import figures

@@ -18,12 +18,12 @@ from mvp_ext.app.environment import environment
 from mvp_ext.app.peers import prune_with_torch_pruning
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops, measure
-from mvp_ext.model.storage import write_atomic
-from mvp_ext.pruning.cost import BACKWARD_FACTOR, use_clock
 from mvp_ext.pruning.iterative import Schedule, round_ratios
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.vote import VoteOptions, proxy_leep, small_model
-from mvp_ext.pruning.zoo_entry import ZooEntry
+from mvp_ext.storage import write_atomic
+from mvp_ext.train.cost import BACKWARD_FACTOR, use_clock
+from mvp_ext.zoo.entry import ZooEntry
 
 from .arms import ARMS, Arm, Point, Run
 from .config import Config, rates_of
@@ -209,7 +209,7 @@ class Study:
 
     def _similarities(self, world: WorldAtWork, entries: list[ZooEntry]) -> np.ndarray:
         """[i, j]: proxy-LEEP of entry i for the task of entry j, on 500 of its training images."""
-        from mvp_ext.pruning.backbone import extract_features
+        from mvp_ext.train.backbone import extract_features
 
         near = np.zeros((len(entries), len(entries)))
         described = [entry.read().extra for entry in entries]

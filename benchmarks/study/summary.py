@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mvp_ext.app.environment import environment
-from mvp_ext.pruning.cost import Cost
+from mvp_ext.train.cost import Cost
 
 from .arms import ARMS, Point
 from .runner import progress

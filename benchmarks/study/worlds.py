@@ -14,21 +14,22 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mvp_ext.data.tasks import Task
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned
+from mvp_ext.model.create import create_model
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
-from mvp_ext.model.structure import Structure, find_structure
-from mvp_ext.model.timm_compat import create_model
-from mvp_ext.pruning.backbone import Backbone, extract_features, load_backbone
+from mvp_ext.model.structure import Structure
 from mvp_ext.pruning.build import build_elastic, build_universal, build_zoo, pooled_task
-from mvp_ext.pruning.cost import Cost, now
 from mvp_ext.pruning.elastic import ElasticOptions
-from mvp_ext.pruning.heads import ridge_head
 from mvp_ext.pruning.iterative import Schedule, planned_steps, round_ratios
-from mvp_ext.pruning.pretrain import pretrain
-from mvp_ext.pruning.tasks import Task
-from mvp_ext.pruning.training import Recipe, accuracy_of
-from mvp_ext.pruning.zoo import Zoo
-from mvp_ext.pruning.zoo_models import elastic_path, universal_path
+from mvp_ext.train.backbone import Backbone, extract_features, load_backbone
+from mvp_ext.train.cost import Cost, now
+from mvp_ext.train.heads import ridge_head
+from mvp_ext.train.pretrain import pretrain
+from mvp_ext.train.trainer import Recipe, accuracy_of
+from mvp_ext.zoo.shared import elastic_path, universal_path
+from mvp_ext.zoo.zoo import Zoo
 
 from .config import World
 from .tasks import TaskSet, draw_tasks

@@ -12,9 +12,9 @@ from torch import nn
 
 from mvp_ext.app.environment import environment
 from mvp_ext.app.results import count_text, flops_text
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import Measurement, measure, share_of_saving
-from mvp_ext.model.structure import find_structure
 from mvp_ext.model.surgery import prune_model
 
 DENSE = "dense"

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-import mvp_ext
+from mvp_ext._version import __version__
 from mvp_ext.app import options, zoo_commands
 from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, pruned_copies
@@ -22,16 +22,16 @@ from mvp_ext.app.console import Commands, console, progress_bar, say, warn_in_on
 from mvp_ext.app.demo import FULL, QUICK, run_demo
 from mvp_ext.app.report import save_report, summary_table
 from mvp_ext.app.results import count_text, flops_text, load_results, save_results, seconds_text
+from mvp_ext.data.tasks import Task
 from mvp_ext.model.checkpoint import load_pruned
+from mvp_ext.model.create import create_model
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
-from mvp_ext.model.structure import find_structure
-from mvp_ext.model.timm_compat import create_model
 from mvp_ext.pruning.methods import METHODS, method_for, vote_for
-from mvp_ext.pruning.pretrain import pretrain as run_pretraining
 from mvp_ext.pruning.prune import prune as run_prune
-from mvp_ext.pruning.tasks import Task
-from mvp_ext.pruning.training import Recipe
-from mvp_ext.pruning.zoo import Zoo
+from mvp_ext.train.pretrain import pretrain as run_pretraining
+from mvp_ext.train.trainer import Recipe
+from mvp_ext.zoo.zoo import Zoo
 
 app = typer.Typer(
     cls=Commands,
@@ -50,7 +50,7 @@ def main() -> None:
 
 def _version(value: bool) -> None:
     if value:
-        say(f"mvp-ext {mvp_ext.__version__}")
+        say(f"mvp-ext {__version__}")
         raise typer.Exit
 
 

@@ -22,23 +22,23 @@ from torch import nn
 
 from mvp_ext.app.environment import environment
 from mvp_ext.app.results import FORMAT
+from mvp_ext.data.images import ImageData
+from mvp_ext.data.tasks import Task
 from mvp_ext.model.checkpoint import read_pruned
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import measure
-from mvp_ext.model.structure import Structure, find_structure
+from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
-from mvp_ext.pruning.backbone import Backbone, extract_features
-from mvp_ext.pruning.cost import Cost
-from mvp_ext.pruning.data import ImageData
 from mvp_ext.pruning.iterative import Schedule, planned_steps
 from mvp_ext.pruning.methods import method_for, vote_for
 from mvp_ext.pruning.prune import prune
-from mvp_ext.pruning.tasks import Task
-from mvp_ext.pruning.training import Recipe
 from mvp_ext.pruning.vote import proxy_leep
-from mvp_ext.pruning.zoo import Zoo, ZooEntry
-from mvp_ext.pruning.zoo_entry import BackboneIdentity
-from mvp_ext.pruning.zoo_models import start_path
+from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features
+from mvp_ext.train.cost import Cost
+from mvp_ext.train.trainer import Recipe
+from mvp_ext.zoo.shared import start_path
+from mvp_ext.zoo.zoo import Zoo, ZooEntry
 
 NAMES = {
     "refined": "MVP, refined",

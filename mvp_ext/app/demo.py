@@ -14,15 +14,15 @@ import torch
 from mvp_ext.app.comparison import Comparison, Progress, compare
 from mvp_ext.app.console import say
 from mvp_ext.app.results import seconds_text
-from mvp_ext.model.timm_compat import create_model
-from mvp_ext.pruning.backbone import Backbone, load_backbone
+from mvp_ext.data.images import ImageData, load_data
+from mvp_ext.data.tasks import sample_tasks
+from mvp_ext.model.create import create_model
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
-from mvp_ext.pruning.data import ImageData, load_data
 from mvp_ext.pruning.iterative import Schedule
-from mvp_ext.pruning.pretrain import pretrain
-from mvp_ext.pruning.tasks import sample_tasks
-from mvp_ext.pruning.training import Recipe
-from mvp_ext.pruning.zoo import Zoo
+from mvp_ext.train.backbone import Backbone, load_backbone
+from mvp_ext.train.pretrain import pretrain
+from mvp_ext.train.trainer import Recipe
+from mvp_ext.zoo.zoo import Zoo
 
 Bar = Callable[[str], AbstractContextManager[Progress]]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import mvp_ext
+from mvp_ext._version import __version__
 from mvp_ext.ops import _native
 
 LIBRARIES = ("torchvision", "timm", "numpy", "safetensors", "scikit-learn", "matplotlib", "torch-pruning")
@@ -23,7 +23,7 @@ def environment() -> dict[str, str]:
     Never raises for a part that is missing.
     """
     return {
-        "mvp_ext": mvp_ext.__version__,
+        "mvp_ext": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
 
 def places() -> dict[str, str]:
     """Where the package and its Python are."""
-    return {"mvp_ext in": str(Path(mvp_ext.__file__).parent), "python in": sys.executable}
+    return {"mvp_ext in": str(Path(__file__).parent.parent), "python in": sys.executable}
 
 
 def cpu_name() -> str:

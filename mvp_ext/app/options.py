@@ -8,11 +8,11 @@ from typing import Annotated
 import torch
 import typer
 
-from mvp_ext.pruning.backbone import Backbone, load_backbone
-from mvp_ext.pruning.data import ImageData, load_data
+from mvp_ext.data.images import ImageData, load_data
+from mvp_ext.data.tasks import Task, sample_tasks
 from mvp_ext.pruning.iterative import Schedule
-from mvp_ext.pruning.tasks import Task, sample_tasks
-from mvp_ext.pruning.training import Recipe
+from mvp_ext.train.backbone import Backbone, load_backbone
+from mvp_ext.train.trainer import Recipe
 
 MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
 

@@ -75,7 +75,7 @@ def _producer(model: nn.Module, layer: UnitLayer) -> nn.Module:
 
 
 def _torch_pruning() -> ModuleType:
-    from mvp_ext.model.timm_compat import import_timm
+    from mvp_ext.timm_compat import import_timm
 
     import_timm()  # Torch-Pruning imports torchvision: the same remedy for its CUDA build beside a CPU torch
     try:

@@ -15,8 +15,8 @@ from mvp_ext.app.console import Commands, console, progress_bar, say
 from mvp_ext.app.results import count_text, flops_text, seconds_text
 from mvp_ext.model.measure import count_parameters
 from mvp_ext.pruning.build import build_elastic, build_refined_zoo, build_universal, build_zoo
-from mvp_ext.pruning.cost import Cost
-from mvp_ext.pruning.zoo import Zoo
+from mvp_ext.train.cost import Cost
+from mvp_ext.zoo.zoo import Zoo
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Pruned models of earlier tasks.")
 ZooArgument = Annotated[Path, typer.Argument(metavar="ZOO", help="Directory of the zoo.")]

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mvp_ext
-from mvp_ext.model import storage
+from mvp_ext import storage
+from mvp_ext._version import __version__
+from mvp_ext.model.create import create_model
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
-from mvp_ext.model.storage import FileFormatError
-from mvp_ext.model.structure import Structure, find_structure
+from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
-from mvp_ext.model.timm_compat import create_model, import_timm
+from mvp_ext.storage import FileFormatError
+from mvp_ext.timm_compat import import_timm
 
 _FORMAT = "mvp_ext.pruned_model"
 _VERSION = 1
@@ -84,7 +86,7 @@ def save_pruned(
     """Write a pruned model to one file, whole or not at all.
 
     Args:
-        model: a timm model from :func:`~mvp_ext.model.timm_compat.create_model` (or ``timm.create_model``), pruned.
+        model: a timm model from :func:`~mvp_ext.model.create.create_model` (or ``timm.create_model``), pruned.
         path: of the file; its folder must exist.
         mask: of the dense model (composed, if it was pruned more than once).
         structure: of the dense model.
@@ -108,7 +110,7 @@ def save_pruned(
         "kept": {name: units.tolist() for name, units in mask.indices.items()},
         "extra": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         "versions": {
-            "mvp_ext": mvp_ext.__version__,
+            "mvp_ext": __version__,
             "torch": torch.__version__,
             "timm": import_timm().__version__,
         },

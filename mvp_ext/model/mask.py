@@ -6,17 +6,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mvp_ext.model import storage
+from mvp_ext import storage
+from mvp_ext.model.structure import Structure
 from mvp_ext.ops import kept_units
-
-if TYPE_CHECKING:
-    from mvp_ext.model.structure import Structure
 
 _FORMAT = "mvp_ext.mask"
 _VERSION = 1
@@ -176,6 +173,41 @@ class Mask:
     def keep(self) -> float:
         """Share of all units that stays."""
         return sum(self.kept.values()) / sum(bits.numel() for bits in self._layers.values())
+
+    def check(self, structure: Structure) -> None:
+        """ValueError unless this mask has exactly the structure's layers with their numbers of units."""
+        for layer in structure:
+            if layer.name not in self._layers:
+                raise ValueError(
+                    f"mask: expected layer {layer.name!r} (scope {structure.scope!r}), got none of that name"
+                )
+            units = self._layers[layer.name].numel()
+            if units != layer.units:
+                raise ValueError(f"mask: layer {layer.name!r}: expected {layer.units} units, got {units}")
+        if surplus := set(self._layers) - set(structure.names):
+            raise ValueError(
+                f"mask: layer {sorted(surplus)[0]!r} is not in the structure (scope {structure.scope!r})"
+            )
+
+    def index_in(self, structure: Structure) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+        """For every tensor that changes shape: (rows, cols), int64 indices kept of dim 0 and dim 1; None keeps all.
+
+        Layers that keep all their units change nothing and are left out.
+        """
+        self.check(structure)
+        index: dict[str, list[Tensor | None]] = {}
+        for layer in structure:
+            kept = self._layers[layer.name]
+            if bool(kept.all()):
+                continue
+            units = kept.nonzero().flatten()
+            # A layer's tensors share one index tensor where they can.
+            places: dict[tuple[int, int], Tensor] = {}
+            for cut in layer.slices:
+                if (cut.block, cut.repeat) not in places:
+                    places[cut.block, cut.repeat] = cut.places(units, layer.units)
+                index.setdefault(cut.tensor, [None, None])[cut.dim] = places[cut.block, cut.repeat]
+        return {name: (rows, cols) for name, (rows, cols) in index.items()}
 
     def to_vector(self) -> Tensor:
         """bool [U], the layers one after the other."""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.model.families import SCOPES, find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.nn import ScatterBlock
-from mvp_ext.model.structure import SCOPES, Structure, UnsupportedModelError, check_fits, find_structure
+from mvp_ext.model.structure import Structure, UnsupportedModelError, check_fits
 from mvp_ext.ops import ops_for
 
 Cut = tuple[Tensor | None, Tensor | None]  # kept rows, kept columns; None keeps all
@@ -83,7 +84,7 @@ class _Plan:
         self, model: nn.Module, structure: Structure, mask: Mask, optimizer: torch.optim.Optimizer | None
     ) -> None:
         self.model, self.structure, self.mask, self.optimizer = model, structure, mask, optimizer
-        self.index = structure.index_of(mask)
+        self.index = mask.index_in(structure)
         check_fits(model, structure)
         self.tensors: list[Tensor] = []
         self.cuts: list[Cut] = []
@@ -218,7 +219,7 @@ def masked_model(model: nn.Module, mask: Mask, *, structure: Structure | None = 
     saves no time.
     """
     structure = structure or structure_for(model, mask)
-    structure.check(mask)
+    mask.check(structure)
     masked = copy.deepcopy(model)
     state = masked.state_dict(keep_vars=True)
     with torch.no_grad():
@@ -255,7 +256,7 @@ def expand_state(
     Raises:
         ValueError: a tensor is missing or does not have the shape that the mask says.
     """
-    index = structure.index_of(mask)
+    index = mask.index_in(structure)
     own = {
         f"{layer.scatter}.kept" for layer in structure if layer.scatter is not None
     }  # only a pruned model has them

@@ -12,21 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from mvp_ext.data.tasks import Task
 from mvp_ext.model.budget import kept_counts
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, read_pruned, save_pruned
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
-from mvp_ext.model.structure import Structure, find_structure
-from mvp_ext.pruning.backbone import Backbone
-from mvp_ext.pruning.cost import Cost
+from mvp_ext.model.structure import Structure
 from mvp_ext.pruning.elastic import ElasticOptions, train_elastic
 from mvp_ext.pruning.iterative import Schedule, planned_steps
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.result import Result
-from mvp_ext.pruning.tasks import Task
-from mvp_ext.pruning.training import Recipe
-from mvp_ext.pruning.zoo import Zoo, ZooError
-from mvp_ext.pruning.zoo_entry import BackboneIdentity, ZooEntry
-from mvp_ext.pruning.zoo_models import elastic_path, start_path, universal_path
+from mvp_ext.train.backbone import Backbone, BackboneIdentity
+from mvp_ext.train.cost import Cost
+from mvp_ext.train.trainer import Recipe
+from mvp_ext.zoo.entry import ZooEntry
+from mvp_ext.zoo.shared import elastic_path, start_path, universal_path
+from mvp_ext.zoo.zoo import Zoo, ZooError
 
 Progress = Callable[[str, int, int], None]  # (what is being made, steps done, steps in all)
 

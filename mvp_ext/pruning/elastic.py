@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.data.images import content_hash
+from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.checkpoint import read_pruned, save_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import expand_state, prune_model
-from mvp_ext.pruning.backbone import Backbone, extract_features, set_head
-from mvp_ext.pruning.cost import Cost
-from mvp_ext.pruning.data import content_hash
-from mvp_ext.pruning.heads import class_mean_head
-from mvp_ext.pruning.tasks import TaskData
-from mvp_ext.pruning.training import Recipe, Teacher, Trainer
 from mvp_ext.pruning.vote import vote_mask, weight_prior
-from mvp_ext.pruning.zoo_entry import BackboneIdentity
+from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
+from mvp_ext.train.cost import Cost
+from mvp_ext.train.heads import class_mean_head
+from mvp_ext.train.trainer import Recipe, Teacher, Trainer
 
 SAVE_EVERY = 200  # steps between two saved states of a run that can be resumed
 

@@ -12,20 +12,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mvp_ext.data.images import content_hash
+from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.budget import kept_counts
 from mvp_ext.model.checkpoint import PrunedCheckpoint, read_pruned, save_pruned
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
-from mvp_ext.model.structure import Structure, find_structure
+from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
-from mvp_ext.pruning.backbone import Backbone, extract_features, set_head
-from mvp_ext.pruning.cost import BACKWARD_FACTOR, Cost
-from mvp_ext.pruning.data import content_hash
-from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.scores import Scores, score_units
-from mvp_ext.pruning.tasks import TaskData
-from mvp_ext.pruning.training import Recipe, Teacher, Trainer, fit_head, reestimate_statistics
-from mvp_ext.pruning.zoo_entry import BackboneIdentity
+from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
+from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
+from mvp_ext.train.heads import class_mean_head
+from mvp_ext.train.trainer import Recipe, Teacher, Trainer, fit_head, reestimate_statistics
 
 SAVE_EVERY = 200  # final steps between two saved states of a run that can be resumed
 
@@ -162,7 +162,7 @@ def prune_iteratively(
                 model, mask = backbone.copy_model(), Mask.full(structure)
                 set_head(model, class_mean_head(features, data.train_labels, data.num_classes))
             else:
-                structure.check(start.mask)
+                start.mask.check(structure)
                 model, mask = copy.deepcopy(start.model), start.mask
                 seen = reestimate_statistics(
                     model, data.train_images, preprocessing, seed=seed, precision=recipe.precision

@@ -7,18 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from mvp_ext.data.tasks import TaskData, few_of_each
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import expand_state
-from mvp_ext.pruning.backbone import Backbone, extract_features, set_head
-from mvp_ext.pruning.cost import Cost
-from mvp_ext.pruning.heads import class_mean_head
 from mvp_ext.pruning.iterative import Schedule, scoring_batches
 from mvp_ext.pruning.scores import Scores
-from mvp_ext.pruning.tasks import TaskData, few_of_each
-from mvp_ext.pruning.training import Recipe, Trainer
 from mvp_ext.pruning.vote import (
     Neighbour,
     VoteOptions,
@@ -30,9 +26,12 @@ from mvp_ext.pruning.vote import (
     voter_weights,
     weight_prior,
 )
-from mvp_ext.pruning.zoo import Zoo, ZooError
-from mvp_ext.pruning.zoo_entry import BackboneIdentity
-from mvp_ext.pruning.zoo_models import start_path
+from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
+from mvp_ext.train.cost import Cost
+from mvp_ext.train.heads import class_mean_head
+from mvp_ext.train.trainer import Recipe, Trainer
+from mvp_ext.zoo.shared import start_path
+from mvp_ext.zoo.zoo import Zoo, ZooError
 
 GLANCE_IMAGES = 320  # of all classes together: a dense pass over 1000 images was half of a task's cost
 

@@ -12,8 +12,8 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.job import Job, ask_neighbours, merged_model, own_scores, voted_mask
 from mvp_ext.pruning.vote import VoteOptions, small_model
-from mvp_ext.pruning.zoo import Zoo, ZooError
-from mvp_ext.pruning.zoo_models import elastic_path, is_refined, start_path, universal_path
+from mvp_ext.zoo.shared import elastic_path, is_refined, start_path, universal_path
+from mvp_ext.zoo.zoo import Zoo, ZooError
 
 
 def _start_mvp(job: Job) -> tuple[nn.Module, Mask]:

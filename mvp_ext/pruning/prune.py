@@ -14,21 +14,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.model.checkpoint import PrunedCheckpoint
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
-from mvp_ext.model.structure import find_structure
-from mvp_ext.pruning.backbone import Backbone, extract_features
-from mvp_ext.pruning.cost import Cost
-from mvp_ext.pruning.heads import class_means, fit_temperature, ridge_head
 from mvp_ext.pruning.iterative import Schedule, planned_steps, prune_iteratively
 from mvp_ext.pruning.job import Job
 from mvp_ext.pruning.methods import METHODS, STARTS, Start, method_for, vote_for
 from mvp_ext.pruning.result import Point, Result
-from mvp_ext.pruning.tasks import Task, TaskData
-from mvp_ext.pruning.training import Recipe, Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
 from mvp_ext.pruning.vote import VoteOptions
-from mvp_ext.pruning.zoo import Zoo
+from mvp_ext.train.backbone import Backbone, extract_features
+from mvp_ext.train.cost import Cost
+from mvp_ext.train.heads import class_means, fit_temperature, ridge_head
+from mvp_ext.train.trainer import Recipe, Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
+from mvp_ext.zoo.zoo import Zoo
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.model.checkpoint import save_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import Measurement, count_flops, count_parameters, measure
 from mvp_ext.model.structure import Structure
-from mvp_ext.pruning.backbone import Preprocessing
-from mvp_ext.pruning.cost import Cost
-
-if TYPE_CHECKING:
-    from mvp_ext.pruning.tasks import Task, TaskData
+from mvp_ext.train.backbone import Preprocessing
+from mvp_ext.train.cost import Cost
 
 
 @dataclass(frozen=True)

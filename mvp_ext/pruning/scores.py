@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mvp_ext import ops
 from mvp_ext.model.structure import Structure, UnitLayer
-from mvp_ext.pruning.backbone import autocast
+from mvp_ext.ops import ops_for
+from mvp_ext.train.backbone import autocast
 
 Scores = dict[str, Tensor]  # layer name → f32 [units]
 Batches = Iterable[tuple[Tensor, Tensor]]  # f32 [B, 3, S, S], int64 [B]
@@ -83,7 +83,7 @@ def _on_activations(
                 loss.backward()
             for item in captured:
                 probe = item.layer.probe
-                score = ops.ops_for(images.device).importance(
+                score = ops_for(images.device).importance(
                     item.activation.detach(),
                     item.activation.grad if needs_gradient else None,
                     kind=kind,

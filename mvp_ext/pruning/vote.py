@@ -12,18 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mvp_ext import ops
+from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.budget import voted_counts
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
-from mvp_ext.pruning.backbone import Backbone, extract_features
-from mvp_ext.pruning.cost import Cost
-from mvp_ext.pruning.heads import LinearHead, nearest_mean_head
-from mvp_ext.pruning.similarity import ON_FEATURES, ON_PROBABILITIES, SIMILARITIES, leep
-from mvp_ext.pruning.tasks import TaskData
-from mvp_ext.pruning.zoo import Zoo, ZooEntry, ZooError
+from mvp_ext.ops import meta_vote, ops_for
+from mvp_ext.pruning.scores import score_units
+from mvp_ext.train.backbone import Backbone, extract_features
+from mvp_ext.train.cost import Cost
+from mvp_ext.train.heads import LinearHead, nearest_mean_head
+from mvp_ext.zoo.similarity import ON_FEATURES, ON_PROBABILITIES, SIMILARITIES, leep
+from mvp_ext.zoo.zoo import Zoo, ZooEntry, ZooError
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,6 @@ def voter_weights(neighbours: Sequence[Neighbour], weighting: float | None) -> T
 
 def weight_prior(model: nn.Module, structure: Structure) -> Tensor:
     """Tie-breaker f32 [U] from the pre-trained model alone: each unit's L2 norm of weights over its layer's largest."""
-    from mvp_ext.pruning.scores import score_units
-
     return normalised_scores(score_units(model, structure, "l2"), structure)
 
 
@@ -205,7 +204,7 @@ def vote_mask(
     counts = voted_counts(structure, masks, keep, align)
     if score is not None:
         return _scored_vote(masks, structure, counts, weights, prior, score)
-    vote = ops.meta_vote(
+    vote = meta_vote(
         torch.stack([m.to_vector() for m in masks]),
         weights,
         layers=structure.units_per_layer,
@@ -261,7 +260,7 @@ def merge_voters(
     Returns:
         name → tensor at the sub-network's shapes, on ``dense_state``'s device.
     """
-    index, voter_index = structure.index_of(mask), [structure.index_of(m) for m in voter_masks]
+    index, voter_index = mask.index_in(structure), [m.index_in(structure) for m in voter_masks]
     everything: tuple[None, None] = (None, None)
 
     def in_every_voter(name: str, tensor: Tensor) -> bool:
@@ -280,7 +279,7 @@ def merge_voters(
     def side(of: Mapping[str, tuple[Tensor | None, Tensor | None]], dim: int) -> list[Tensor | None]:
         return [move(of.get(n, everything)[dim]) for n in names]
 
-    merged = ops.ops_for(device).merge(
+    merged = ops_for(device).merge(
         [dense_state[n] for n in names],
         [[state[n].to(device) for n in names] for state in voter_states],
         [side(i, 0) for i in voter_index],

@@ -1,0 +1,71 @@
+"""From a model's name to a model."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import nn
+
+from mvp_ext.model.families import find_structure
+from mvp_ext.timm_compat import import_timm
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    img_size: int | None = None,
+    in_chans: int = 3,
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm model of a supported family (ResNet, ViT, DeiT), by its timm name.
+
+    Args:
+        name: timm's model name, like ``resnet18`` or ``vit_tiny_patch16_224``; a tag after a dot picks the
+            weights.
+        num_classes: outputs of the head; None keeps the model's own.
+        img_size: side of the square images in pixels. Convolutional models take any size and ignore it.
+        in_chans: channels of an image.
+        pretrained: download timm's weights (needs the network, or timm's cache).
+        kwargs: further arguments of ``timm.create_model``.
+
+    Raises:
+        ValueError: timm has no model of that name (the message lists close names).
+        UnsupportedModelError: the model is built of parts that cannot be cut here (the message names one).
+        RuntimeError: the pretrained weights cannot be had.
+    """
+    timm = import_timm()
+    base = name.split(".", 1)[0]
+    if not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), n=5, cutoff=0.5)
+        hint = f"; close names: {', '.join(close)}" if close else ""
+        raise ValueError(f"create_model: timm {timm.__version__} has no model named {name!r}{hint}")
+    kwargs = {
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "img_size": img_size,
+        "pretrained": pretrained,
+    } | kwargs
+    try:
+        try:
+            model = timm.create_model(name, **kwargs)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            kwargs.pop("img_size")
+            model = timm.create_model(name, **kwargs)
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise RuntimeError(
+            f"create_model: the pretrained weights of {name!r} could not be had ({type(error).__name__}: {error}). "
+            "They come from the network: give weights in a local file instead, or pretrained=False."
+        ) from error
+    find_structure(model)
+    if not hasattr(model, "_model_args"):  # a newer timm notes its arguments itself; a checkpoint needs them
+        model._model_args = {
+            key: value for key, value in kwargs.items() if key != "pretrained" and value is not None
+        }
+    return model

@@ -1,0 +1,280 @@
+"""The large model that all tasks share, with what it needs to see an image: input size and normalisation."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from mvp_ext.data.batches import to_batch
+from mvp_ext.model.checkpoint import recipe_of
+from mvp_ext.model.create import create_model
+from mvp_ext.model.families import find_structure
+from mvp_ext.model.structure import Structure
+from mvp_ext.storage import FileFormatError, read, to_bytes, write_atomic
+from mvp_ext.train.heads import LinearHead
+
+_KIND, _VERSION = "mvp_ext.backbone", 1
+FEATURE_BATCH = 256  # images a forward pass without gradients; bounds memory, not results
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images become the model's input: bilinear resize to ``size`` × ``size``, then (image/255 − mean) / std."""
+
+    size: int
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Preprocessing:
+        """From timm's ``pretrained_cfg`` and, for a ViT built with ``img_size``, its patch embedding."""
+        config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+        size = int(tuple(config.get("input_size", (3, 224, 224)))[-1])
+        patch_embed = getattr(model, "patch_embed", None)
+        if patch_embed is not None and getattr(patch_embed, "img_size", None) is not None:
+            size = int(patch_embed.img_size[0])
+        return cls(size, tuple(config.get("mean", cls.mean)), tuple(config.get("std", cls.std)))
+
+
+@dataclass
+class Backbone:
+    """A dense pre-trained model and its preprocessing. ``classes`` names what it was pre-trained on, where known."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def wrap(cls, model: nn.Module | Backbone) -> Backbone:
+        """``model`` itself if it is one already; otherwise with the preprocessing that timm declares for it."""
+        if isinstance(model, Backbone):
+            return model
+        if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
+            raise TypeError(
+                f"Backbone: expected a timm model (with forward_features and forward_head), got {type(model).__name__}"
+            )
+        return cls(model, Preprocessing.of(model))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; images and everything made of the model follow them there."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> Backbone:
+        """Moves the model (in place, as ``nn.Module.to`` does); returns this backbone."""
+        self.model.to(device)
+        return self
+
+    @property
+    def architecture(self) -> str:
+        config = getattr(self.model, "pretrained_cfg", None) or {}
+        return str(config.get("architecture") or type(self.model).__name__)
+
+    def copy_model(self) -> nn.Module:
+        return copy.deepcopy(self.model)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "architecture": self.architecture,
+            "preprocessing": asdict(self.preprocessing),
+            "classes": list(self.classes),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Weights and description as one safetensors file, written whole or not at all; ``load_backbone`` reads it."""
+        spec = {**self.describe(), "recipe": recipe_of(self.model, find_structure(self.model))}
+        write_atomic(path, to_bytes(self.model.state_dict(), spec, kind=_KIND, version=_VERSION))
+
+
+def load_backbone(
+    source: str | Path,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Backbone:
+    """A backbone from a file that ``Backbone.save`` wrote, or from timm by name.
+
+    Args:
+        source: path of such a file, or timm's name of the model.
+        weights: a plain safetensors state dict for the named model (any float dtype; loaded strictly).
+        pretrained: timm's own weights (network, or timm's cache).
+        num_classes: outputs of a model without weights; with weights their classifier says it.
+        image_size: side of the model's input in pixels; a ViT's position embedding is resampled to it.
+        mean, std: normalisation per channel; default: what timm declares for the model.
+
+    Raises:
+        FileNotFoundError, FileFormatError: ``weights``. ValueError: an unknown model, or weights of another one.
+    """
+    if Path(source).suffix == ".safetensors":
+        return _load_saved(Path(source), image_size)
+    name = str(source)
+    if weights is None:
+        options = {} if num_classes is None else {"num_classes": num_classes}
+        model = create_model(name, pretrained=pretrained, **options)
+    else:
+        model = _load_plain(name, Path(weights))
+    declared = Preprocessing.of(model)
+    size = _set_image_size(model, image_size) if image_size is not None else declared.size
+    return Backbone(model, Preprocessing(size, tuple(mean or declared.mean), tuple(std or declared.std)))
+
+
+def _load_saved(path: Path, image_size: int | None) -> Backbone:
+    tensors, spec = read(path, kind=_KIND, version=_VERSION)
+    stored = spec["preprocessing"]
+    preprocessing = Preprocessing(int(stored["size"]), tuple(stored["mean"]), tuple(stored["std"]))
+    model = create_model(**spec["recipe"])
+    model.load_state_dict(tensors)
+    if image_size is not None:
+        preprocessing = replace(preprocessing, size=_set_image_size(model, image_size))
+    return Backbone(model.eval(), preprocessing, tuple(spec["classes"]))
+
+
+def _load_plain(name: str, path: Path) -> nn.Module:
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: {path}: no such file")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise FileFormatError(f"weights: {path}: damaged, or not a safetensors file ({error})") from error
+    heads = [t for key, t in tensors.items() if key in ("fc.weight", "head.weight")]
+    model = create_model(name, num_classes=len(heads[0]) if heads else 0)
+    try:
+        model.load_state_dict({key: t.float() if t.is_floating_point() else t for key, t in tensors.items()})
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ValueError(f"weights: {path}: expected a state dict of {name}; {first}") from error
+    return model.eval()
+
+
+def _set_image_size(model: nn.Module, size: int) -> int:
+    """Tell a model that cares (a ViT) its input size; convolutional ones take any."""
+    if size < 1:
+        raise ValueError(f"image_size: expected at least 1, got {size}")
+    set_input_size: Any = getattr(model, "set_input_size", None)
+    if set_input_size is not None:
+        patch = max(getattr(getattr(model, "patch_embed", None), "patch_size", (1,)))
+        if size % patch:  # timm would leave out the pixels at the edge, without a word
+            raise ValueError(f"image_size: expected a multiple of the model's patch of {patch}, got {size}")
+        set_input_size(img_size=(size, size))
+    return size
+
+
+def autocast(device: torch.device | str = "cpu", precision: str = "auto") -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 where the processor computes in it, else none.
+
+    Args:
+        precision: "auto", "bfloat16" or "float32".
+    """
+    if precision not in ("auto", "bfloat16", "float32"):
+        raise ValueError(f"autocast: precision: expected auto, bfloat16 or float32, got {precision!r}")
+    kind = torch.device(device).type
+    use = precision == "bfloat16" or (precision == "auto" and (kind == "cuda" or _cpu_computes_bfloat16()))
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=use)
+
+
+def _cpu_computes_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx"))
+
+
+def forward_features(model: nn.Module, batch: Tensor) -> Tensor:
+    """What the classifier sees: pooled features f32 [B, F] of a batch f32 [B, 3, S, S]."""
+    return model.forward_head(model.forward_features(batch), pre_logits=True).float()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def extract_features(
+    model: nn.Module, images: Tensor, preprocessing: Preprocessing, precision: str = "auto"
+) -> Tensor:
+    """Features f32 [n, F] of images u8 [n, H, W, 3] in eval mode, without augmentation, on the model's device.
+
+    The model's train/eval mode is put back afterwards. The result is on the CPU.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    parts = []
+    with autocast(device, precision):
+        for chunk in images.split(FEATURE_BATCH):
+            batch = to_batch(chunk.to(device), preprocessing.size, preprocessing.mean, preprocessing.std)
+            parts.append(forward_features(model, batch).cpu())
+    model.train(was_training)
+    return torch.cat(parts) if parts else torch.empty(0, 0)
+
+
+def set_head(model: nn.Module, head: LinearHead) -> None:
+    """Replace the model's classifier by ``head`` (f32 [k, F] and [k])."""
+    classes, _ = head.weight.shape
+    model.reset_classifier(classes)  # type: ignore[operator]
+    classifier = model.get_classifier()  # type: ignore[operator]
+    if not isinstance(classifier, nn.Linear) or classifier.weight.shape != head.weight.shape:
+        raise ValueError(
+            f"set_head: expected a linear classifier of shape {tuple(head.weight.shape)}, got {classifier} "
+            f"from {type(model).__name__}.reset_classifier"
+        )
+    with torch.no_grad():
+        classifier.weight.copy_(head.weight)
+        classifier.bias.copy_(head.bias)
+    device = next(model.parameters()).device
+    classifier.to(device)
+
+
+@dataclass(frozen=True)
+class BackboneIdentity:
+    """Which dense model a zoo's entries were cut from. Entries of different ones cannot vote together.
+
+    Attributes:
+        architecture: timm's name of it, or None where it is not known.
+        structure_fingerprint: of its layers of units (``Structure.fingerprint``).
+        weights_sha256: of its weights without the head; None where only a pruned model was seen.
+    """
+
+    architecture: str | None
+    structure_fingerprint: str
+    weights_sha256: str | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, structure: Structure | None = None) -> BackboneIdentity:
+        """The identity of a dense model. The head does not enter it: every task has one of its own.
+
+        Args:
+            model: the dense model, as it was before any task.
+            structure: of the scope that is pruned; default: the model's default scope.
+        """
+        structure = structure or find_structure(model)
+        config = getattr(model, "pretrained_cfg", None) or {}
+        head = (config.get("classifier") if isinstance(config, Mapping) else config.classifier) or ()
+        heads = tuple(f"{name}." for name in ((head,) if isinstance(head, str) else head))
+        digest = hashlib.sha256()
+        for name, tensor in sorted(model.state_dict().items()):
+            # Batch counters say how long a model trained, and change nothing that it computes.
+            if not name.startswith(heads) and not name.endswith("num_batches_tracked"):
+                digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return cls(structure.architecture, structure.fingerprint, digest.hexdigest())
+
+    def to_meta(self) -> dict[str, str]:
+        """What is known of it, as the index records it."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, str]) -> BackboneIdentity | None:
+        """The inverse of :meth:`to_meta`; None where nothing is recorded."""
+        if "structure_fingerprint" not in meta:
+            return None
+        return cls(meta.get("architecture"), meta["structure_fingerprint"], meta.get("weights_sha256"))

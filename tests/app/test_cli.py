@@ -1,0 +1,320 @@
+"""Every command once on a tiny model, and every way to go wrong: one line, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from typer.testing import CliRunner, Result
+
+import mvp_ext
+from mvp_ext.app import cli, demo, zoo_commands
+from mvp_ext.app.comparison import Comparison
+from mvp_ext.app.peers import prune_with_torch_pruning, same_shapes
+from mvp_ext.model.checkpoint import load_pruned
+from mvp_ext.model.families import find_structure
+from mvp_ext.model.mask import Mask
+from mvp_ext.model.surgery import prune_model
+from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.methods import method_for
+from mvp_ext.pruning.prune import prune
+from mvp_ext.train.backbone import Preprocessing
+from mvp_ext.zoo.zoo import Zoo
+
+BUILD = "--tasks 3 --classes-per-task 3 --max-train 12 --steps 1 --steps-per-round 1 --share 0.6"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(command: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(cli.app, shlex.split(command))
+    assert result.exit_code == code, f"{command}\n{result.output}\n{result.exception!r}"
+    return result
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a backbone and a zoo of three entries and the universal model, all made by commands."""
+    home = tmp_path_factory.mktemp("home")
+    backbone = home / "backbone.safetensors"
+    said = run(f"pretrain --model test_resnet --image-size 16 --steps 3 --out {backbone}")
+    assert "test images of 10 classes" in said.output
+    said = run(f"zoo build --universal --zoo {home}/zoo --model {backbone} {BUILD}")
+    assert "3 entries, mean accuracy" in said.output
+    assert (home / "zoo" / "universal.safetensors").exists()
+    return home
+
+
+def test_zoo_build_goes_on_where_it_was(home: Path) -> None:
+    before = {e.name: e.created for e in Zoo(home / "zoo").entries()}
+    Zoo(home / "zoo").remove("zoo-001")
+    said = run(f"zoo build --zoo {home}/zoo --model {home}/backbone.safetensors {BUILD}")
+    assert "2 of 3 entries are there already" in said.output
+    after = {e.name: e.created for e in Zoo(home / "zoo").entries()}
+    assert set(after) == set(before) == {"zoo-000", "zoo-001", "zoo-002"}
+    assert after["zoo-000"] == before["zoo-000"]
+
+
+def test_zoo_build_from_the_dense_model(home: Path, tmp_path: Path) -> None:
+    run(f"zoo build --no-refine --zoo {tmp_path}/zoo --model {home}/backbone.safetensors {BUILD}")
+    assert method_for(Zoo(tmp_path / "zoo")) == "mvp"
+    assert (tmp_path / "zoo" / "universal.safetensors").exists()  # the control, there by default
+    run(
+        f"compare --zoo {tmp_path}/zoo --model {home}/backbone.safetensors --out {tmp_path}/runs --tasks 1 "
+        "--max-train 12 --classes-per-task 3 --steps 1 --neighbours 2 --arm mvp --seconds 0"
+    )
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert [arm["name"] for arm in results["arms"]] == ["MVP"]
+    assert len(results["overlap"]) == 2 * 3
+
+
+def test_zoo_list_show_verify(home: Path) -> None:
+    listed = run(f"zoo list {home}/zoo").output
+    assert "zoo-000" in listed
+    assert "3 entries of test_resnet" in listed
+    shown = run(f"zoo show zoo-001 {home}/zoo").output
+    assert "accuracy" in shown
+    assert "kept" in shown
+    assert "3 entries, all sound" in run(f"zoo verify {home}/zoo").output
+
+
+def test_zoo_verify_names_and_repairs_damage(home: Path, tmp_path: Path) -> None:
+    zoo = tmp_path / "zoo"
+    shutil.copytree(home / "zoo", zoo)
+    victim = Zoo(zoo)["zoo-002"].path
+    victim.write_bytes(victim.read_bytes()[:-7])
+    said = run(f"zoo verify {zoo}", code=1).output
+    assert victim.name in said
+    assert "--repair" in said
+    assert f"warning: zoo {zoo}: skipped damaged: entry 'zoo-002'" in run(f"zoo list {zoo}").stderr
+    run(f"zoo verify {zoo} --repair")
+    assert "2 entries, all sound" in run(f"zoo verify {zoo}").output
+
+
+def test_prune_writes_a_model_that_loads(home: Path, tmp_path: Path) -> None:
+    common = f"--zoo {home}/zoo --model {home}/backbone.safetensors --steps 1 --neighbours 2 --max-train 12"
+    out, task = tmp_path / "new" / "small.safetensors", tmp_path / "task.json"
+    said = run(f"prune {common} --classes 3,5,8 --keep 0.3 --save-task {task} --out {out}")
+    assert "voters: zoo-" in said.output
+    small = load_pruned(out)
+    assert small.model(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+    assert small.extra["result"]["method"] == "refined"
+    run(f"prune {common} --task {task} --out {tmp_path}/again.safetensors")
+    again = load_pruned(tmp_path / "again.safetensors")
+    assert again.mask == small.mask
+    assert again.extra["result"]["accuracy"] == small.extra["result"]["accuracy"]
+
+
+def test_compare_writes_results_and_page_and_goes_on(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    runs = tmp_path / "runs"
+    command = (
+        f"compare --zoo {home}/zoo --model {home}/backbone.safetensors --out {runs} --tasks 2 --classes-per-task 3 "
+        "--max-train 12 --steps 1 --neighbours 2 --steps-per-round 1 --share 0.6 --final-steps 1 "
+        "--rate random=0.002 --seconds 0"
+    )
+    assert "universal" in run(command).output
+    results = json.loads((runs / "results.json").read_text())
+    assert results["arms"][0]["name"] == "MVP, refined"
+    assert all(len(arm["tasks"]) == 2 for arm in results["arms"])
+    assert len({json.dumps(arm["tasks"][0]["kept"]) for arm in results["arms"]}) == 1, (
+        "arms of different shapes"
+    )
+    assert results["overlap"] == []  # entries that refine one model have its mask
+    assert "<picture>" in (runs / "report.html").read_text()
+    assert (runs / "figures" / "accuracy.png").exists()
+    finished = (runs / "runs.jsonl").read_text()
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a finished run was repeated")
+
+    with (runs / "runs.jsonl").open("a") as file:
+        file.write('{"identity": {"op')  # killed while writing
+    monkeypatch.setattr("mvp_ext.app.comparison.prune", never)
+    run(command)
+    assert (runs / "runs.jsonl").read_text().startswith(finished)
+    run(f"report {runs}/results.json --out {tmp_path}/page.html --figures {tmp_path}/figures")
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_demo_is_the_whole_job(tmp_path: Path, monkeypatch: Any) -> None:
+    tiny = demo.DemoSize(
+        model="test_resnet",
+        image_size=16,
+        pretrain_steps=2,
+        zoo_tasks=2,
+        held_out_tasks=2,
+        max_train=12,
+        steps=1,
+        neighbours=2,
+        seconds=0,
+        schedule=Schedule(share=0.8, steps_per_round=1, final_steps=1),
+    )
+    monkeypatch.setattr(cli, "QUICK", tiny)
+    asked = set()
+
+    def noting(*args: Any, **options: Any) -> Any:
+        asked.add((options["method"], options["zoo"].path.name))
+        return prune(*args, **options)
+
+    monkeypatch.setattr("mvp_ext.app.comparison.prune", noting)
+    said = run(f"demo --quick --out {tmp_path}")
+    assert "1. pre-training" in said.output
+    assert {("refined", "zoo"), ("mvp", "plain-zoo"), ("universal", "zoo")} < asked
+    page = (tmp_path / "report.html").read_text()
+    assert "flatters voting" in page
+    assert "chance" in page
+    assert "another size or seed" in run(f"demo --quick --seed 1 --out {tmp_path}", code=2).stderr
+
+
+def test_bench_saves_what_it_prints(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "bench.json"
+    command = (
+        "bench --model test_resnet --image-size 32 --keep 0.5 --keep 0.25 --batch 1 --batch 4 --seconds 0"
+    )
+    said = run(f"{command} --threads 1 --out {out}")
+    saved = json.loads(out.read_text())
+    assert list(saved["models"]) == ["dense", "keep 0.5", "keep 0.25"]
+    small = saved["models"]["keep 0.25"]
+    assert small["flops"] < saved["models"]["dense"]["flops"]
+    assert [x["batch"] for x in small["latency"]] == [1, 4]
+    assert {"p10_ms", "median_ms", "p90_ms", "throughput", "speed_up"} <= set(small["latency"][0])
+    saved_share = small["latency"][0]["share_of_saving"]
+    assert f"{saved_share:.0%}" in said.output
+    assert saved["setting"]["threads"] == 1
+    assert "torch" in saved["environment"]
+
+
+needs_torch_pruning = pytest.mark.skipif(
+    find_spec("torch_pruning") is None, reason="torch-pruning is not installed (extra bench)"
+)
+
+
+@needs_torch_pruning
+def test_bench_against_torch_pruning() -> None:
+    command = "bench --model test_resnet --image-size 32 --batch 1 --seconds 0 --against-torch-pruning"
+    assert "torch-pruning" in run(command).output
+    assert "no counterpart" in run(f"{command} --scope all", code=2).stderr
+
+
+@needs_torch_pruning
+@pytest.mark.parametrize(("name", "scope"), [("test_resnet", "inner"), ("test_vit", "heads+mlp")])
+def test_torch_pruning_makes_the_same_model(name: str, scope: str) -> None:
+    model = tiny_model(name).eval()
+    structure = find_structure(model, scope)
+    mask = Mask.random(structure, 0.5, seed=1)
+    shape = Preprocessing.of(model).size
+    peer = prune_with_torch_pruning(model, structure, mask, (3, shape, shape))
+    ours = prune_model(model, mask, structure=structure)
+    assert same_shapes(ours, peer) == []
+    x = torch.randn(2, 3, shape, shape)
+    torch.testing.assert_close(ours(x), peer(x))
+
+
+# command: what the one line on stderr says
+MISTAKES = {
+    "zoo list no/such/zoo": "no zoo at no/such/zoo; build one first",
+    "zoo verify no/such/zoo": "no zoo at",
+    "zoo show zoo-009 {zoo}": "no entry 'zoo-009'",
+    "zoo build --zoo {zoo} --model {other} --tasks 4 --classes-per-task 3 --max-train 12": "another backbone",
+    "zoo build --zoo {home} --model {backbone}": "is not a zoo and not empty",
+    "zoo build --zoo {zoo} --model {backbone} --classes-per-task 11": "classes",
+    "zoo build --zoo {zoo} --model {backbone} --tasks 3 --classes-per-task 4": "is of another task",
+    "prune": "which task? Give either --classes",
+    "prune --classes 1,2 --zoo no/such/zoo": "no zoo at",
+    "prune --classes 1,2 --method random": "which weights? Give --weights FILE",
+    "prune --classes 1 --method random --model {backbone}": "at least 2 classes",
+    "prune --classes 1,x --method random --model {backbone}": "'x'",
+    "prune --classes 1,2 --keep 0 --zoo {zoo} --model {backbone}": "keep: expected a",
+    "prune --classes 1,2 --keep nan --zoo {zoo} --model {backbone}": "keep: expected a",
+    "prune --classes 1,2 --method magic --model {backbone}": "method: expected one of",
+    "prune --classes 1,2 --similarity x --zoo {zoo} --model {backbone}": "similarity: expected one of",
+    "prune --classes 1,2 --zoo {zoo} --model test_vit --weights no.safetensors": "no.safetensors",
+    "prune --classes 1,2 --zoo {zoo} --model {backbone} --pretrained": "own weights",
+    "prune --task {home}/no.json --zoo {zoo} --model {backbone}": "no.json",
+    "bench --model resnet19": "no model named 'resnet19'; close names: resnet18",
+    "bench --model mobilenetv3_small_050": "MobileNetV3",
+    "bench --model test_resnet --keep 1.5": "keep: expected a",
+    "bench --model test_resnet --scope heads": "scope",
+    "bench --model test_resnet --pruned {backbone}": "backbone.safetensors",
+    "pretrain --model test_resnet --data no/such/folder": "no/such/folder",
+    "pretrain --model test_resnet --steps 0": "steps: expected at least 1",
+    "compare --arm magic --zoo {zoo} --model {backbone}": "arms: expected some of",
+    "compare --rate mvp=fast --zoo {zoo} --model {backbone}": "--rate: expected METHOD=RATE",
+    "report {backbone}": "is not a results file",
+    "report {home}/no.json": "No such file",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line(home: Path, tmp_path: Path, command: str) -> None:
+    other = tmp_path / "other.safetensors"
+    if "{other}" in command:
+        run(f"pretrain --model test_resnet --image-size 16 --steps 1 --seed 5 --out {other}")
+    result = run(
+        command.format(backbone=home / "backbone.safetensors", zoo=home / "zoo", home=home, other=other),
+        code=2,
+    )
+    assert MISTAKES[command] in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert "Traceback" not in result.output
+    assert len(Zoo(home / "zoo")) == 3, "a mistake cost an entry"
+
+
+def test_an_error_of_ours_says_so(monkeypatch: Any) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(cli, "load_results", broken)
+    assert (
+        "error in mvp_ext itself (KeyError; MVP_DEBUG=1 shows where): 'oops'"
+        in run("report x", code=1).stderr
+    )
+    monkeypatch.setenv("MVP_DEBUG", "1")
+    assert isinstance(CliRunner().invoke(cli.app, ["report", "x"]).exception, KeyError)
+
+
+def test_ctrl_c(monkeypatch: Any, home: Path) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zoo_commands, "build_refined_zoo", interrupted)
+    result = run(f"zoo build --zoo {home}/zoo --model {home}/backbone.safetensors {BUILD}", code=130)
+    assert "goes on from there" in result.stderr
+
+
+def test_help_names_every_command() -> None:
+    words = run("--help").output
+    for command in ("demo", "pretrain", "prune", "compare", "report", "bench", "zoo", "zoo build"):
+        assert command.split()[0] in words
+        run(f"{command} --help")
+
+
+def test_the_console_script() -> None:
+    code = "import sys; sys.argv = ['mvp-ext', '--version']; from mvp_ext.app.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"mvp-ext {mvp_ext.__version__}\n"
+
+
+def test_evaluation_steps_start_at_zero_and_end_with_the_last() -> None:
+    options = Comparison(steps=60, keep=0.3, schedule=Schedule(share=0.1, steps_per_round=10, final_steps=60))
+    structure = find_structure(tiny_model("test_resnet"))
+    assert options.evaluate_at("mvp", structure) == (0, 11, 30, 60)
+    from_scratch = options.evaluate_at("ifp", structure)
+    assert from_scratch[0] == 0
+    assert 60 < from_scratch[-1] <= 12 * 10 + 60

@@ -1,0 +1,113 @@
+"""Closed-form classifiers against their definitions, computed the long way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mvp_ext.train.heads import (
+    LinearHead,
+    class_mean_head,
+    class_means,
+    fit_temperature,
+    nearest_mean_head,
+    ridge_head,
+)
+
+
+def clusters(count=40, width=7, classes=4, spread=0.7):
+    """Features f32 [count, width] around one centre a class, far from the origin, and their labels."""
+    labels = torch.arange(count) % classes
+    centres = 3 + torch.randn(classes, width)
+    return centres[labels] + spread * torch.randn(count, width), labels
+
+
+def test_class_means():
+    features, labels = clusters()
+    means = class_means(features, labels, 4)
+    for label in range(4):
+        torch.testing.assert_close(means[label], features[labels == label].mean(0))
+
+
+def test_class_means_needs_every_class():
+    with pytest.raises(ValueError, match=r"images of all 3 classes, got counts \[1, 0, 1\]"):
+        class_means(torch.randn(2, 5), torch.tensor([0, 2]), 3)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 5.0])
+def test_nearest_mean_head_is_softmax_of_squared_distances(temperature):
+    features, labels = clusters()
+    means = class_means(features, labels, 4)
+    distances = (features[:, None] - means[None]).square().sum(2)
+    expected = torch.softmax(-distances / temperature, 1)
+    got = torch.softmax(nearest_mean_head(means, temperature)(features), 1)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_temperature_has_the_least_cross_entropy():
+    features, labels = clusters(spread=2.0)
+    means = class_means(features, labels, 4)
+    distances = (features.double()[:, None] - means.double()[None]).square().sum(2)
+    fitted = fit_temperature(features, labels, means)
+
+    def loss(temperature):
+        return float(functional.cross_entropy(-distances / temperature, labels))
+
+    finer = [fitted * 10 ** (k / 100) for k in range(-200, 201)]
+    assert loss(fitted) <= min(map(loss, finer)) + 1e-3
+    assert loss(fitted) < min(loss(fitted * 3), loss(fitted / 3))
+    head = class_mean_head(features, labels, 4)
+    expected = nearest_mean_head(means, fitted)
+    assert torch.equal(head.weight, expected.weight)
+    assert torch.equal(head.bias, expected.bias)
+
+
+def test_temperature_of_identical_features_is_finite():
+    labels = torch.arange(6) % 2
+    head = class_mean_head(torch.zeros(6, 3), labels, 2)
+    assert torch.isfinite(head.weight).all()
+    assert torch.isfinite(head.bias).all()
+
+
+def explicit_ridge(features, labels, classes, strength) -> LinearHead:
+    """(XᵀX + λ)⁻¹ XᵀY of centred X and Y, in float64."""
+    x, y = features.double(), functional.one_hot(labels, classes).double()
+    xm, ym = x.mean(0), y.mean(0)
+    gram = (x - xm).T @ (x - xm) + strength * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(gram, (x - xm).T @ (y - ym))
+    return LinearHead(weight.T, ym - xm @ weight)
+
+
+def strengths(features):
+    """The grid that ridge_head searches: relative to the largest eigenvalue of the centred Gram matrix."""
+    centred = features.double() - features.double().mean(0)
+    largest = float(torch.linalg.matrix_norm(centred, 2)) ** 2
+    return [largest * 10.0**k for k in range(-8, 3)]
+
+
+@pytest.mark.parametrize(("count", "width", "spread"), [(40, 7, 0.7), (24, 60, 0.5), (30, 12, 4.0)])
+def test_ridge_is_the_solution_with_the_least_leave_one_out_error(count, width, spread):
+    """Left out one by one, by brute force; n > F, n < F, and noise that asks for a strong ridge."""
+    features, labels = clusters(count, width, 3, spread)
+    targets = functional.one_hot(labels, 3).double()
+    errors = []
+    for strength in strengths(features):
+        error = 0.0
+        for i in range(count):
+            rest = torch.arange(count) != i
+            head = explicit_ridge(features[rest], labels[rest], 3, strength)
+            error += float((head(features[i].double()) - targets[i]).square().sum())
+        errors.append(error)
+    best = strengths(features)[errors.index(min(errors))]
+    expected = explicit_ridge(features, labels, 3, best)
+    got = ridge_head(features, labels, 3)
+    assert got.weight.dtype == got.bias.dtype == torch.float32
+    torch.testing.assert_close(got.weight.double(), expected.weight, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(got.bias.double(), expected.bias, atol=1e-4, rtol=1e-3)
+
+
+def test_ridge_of_constant_features_is_the_prior():
+    labels = torch.tensor([0, 0, 0, 1])
+    head = ridge_head(torch.ones(4, 3), labels, 2)
+    torch.testing.assert_close(head(torch.ones(1, 3)), torch.tensor([[0.75, 0.25]]))
