@@ -28,8 +28,7 @@ from mvp_ext.ops import (
     residual_add,
     unpack,
 )
-from mvp_ext.pruning.build import build_elastic, build_refined_zoo, build_universal, build_zoo
-from mvp_ext.pruning.elastic import ElasticOptions
+from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
 from mvp_ext.pruning.iterative import Schedule
 from mvp_ext.pruning.methods import METHODS
 from mvp_ext.pruning.prune import prune
@@ -45,7 +44,6 @@ __all__ = [
     "CRITERIA",
     "METHODS",
     "Backbone",
-    "ElasticOptions",
     "ImageData",
     "Mask",
     "Preprocessing",
@@ -62,7 +60,6 @@ __all__ = [
     "Zoo",
     "ZooEntry",
     "ZooError",
-    "build_elastic",
     "build_refined_zoo",
     "build_universal",
     "build_zoo",

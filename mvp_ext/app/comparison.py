@@ -44,13 +44,12 @@ NAMES = {
     "refined": "MVP, refined",
     "mvp": "MVP",
     "universal": "universal model",
-    "elastic": "elastic weights",
     "one_shot": "one-shot Taylor",
     "random": "random sub-network",
     "ifp": "iterative from scratch",
 }
 CONTROLS = ("universal", "one_shot", "random", "ifp")
-NEED_ZOO = ("auto", "refined", "mvp", "universal", "elastic")
+NEED_ZOO = ("auto", "refined", "mvp", "universal")
 Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 OVERLAP_IMAGES = 500  # training images of a task that say how near another one is
 

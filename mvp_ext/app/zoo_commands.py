@@ -14,7 +14,7 @@ from mvp_ext.app.comparison import zoo_cost
 from mvp_ext.app.console import Commands, console, progress_bar, say
 from mvp_ext.app.results import count_text, flops_text, seconds_text
 from mvp_ext.model.measure import count_parameters
-from mvp_ext.pruning.build import build_elastic, build_refined_zoo, build_universal, build_zoo
+from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
 from mvp_ext.train.cost import Cost
 from mvp_ext.zoo.zoo import Zoo
 
@@ -62,9 +62,6 @@ def build(
     universal_steps: Annotated[
         int | None, typer.Option(help="Its optimizer steps. Default: as many as the whole zoo took.")
     ] = None,
-    elastic: Annotated[
-        bool, typer.Option(help="Also one set of weights for every mask and ratio, at the zoo's whole cost.")
-    ] = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     threads: options.Threads = None,
@@ -103,9 +100,6 @@ def build(
         build(backbone, drawn, opened, progress=progress, **common)  # type: ignore[arg-type]
         if not refine if universal is None else universal:
             build_universal(backbone, drawn, opened, steps=universal_steps, progress=progress, **common)  # type: ignore[arg-type]
-        if elastic:
-            del common["keep"], common["schedule"]
-            build_elastic(backbone, drawn, opened, progress=progress, **common)  # type: ignore[arg-type]
     cost = zoo_cost(opened)
     say(
         f"{zoo}: {cost['entries']} entries, mean accuracy {100 * (cost['accuracy'] or 0):.1f} %, "

@@ -1,5 +1,5 @@
-"""Making a zoo: one iteratively pruned, distilled model a task; and what serves all tasks at once: the universal model
-(the control to beat) and the elastic backbone.
+"""Making a zoo: one iteratively pruned, distilled model a task; and one that serves all tasks at once, the universal
+model (the control to beat).
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from mvp_ext.data.tasks import Task
 from mvp_ext.model.budget import kept_counts
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, read_pruned, save_pruned
 from mvp_ext.model.families import find_structure
-from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure
-from mvp_ext.pruning.elastic import ElasticOptions, train_elastic
 from mvp_ext.pruning.iterative import Schedule, planned_steps
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.result import Result
 from mvp_ext.train.backbone import Backbone, BackboneIdentity
-from mvp_ext.train.cost import Cost
 from mvp_ext.train.trainer import Recipe
 from mvp_ext.zoo.entry import ZooEntry
-from mvp_ext.zoo.shared import elastic_path, start_path, universal_path
+from mvp_ext.zoo.shared import start_path, universal_path
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
 Progress = Callable[[str, int, int], None]  # (what is being made, steps done, steps in all)
@@ -239,55 +236,6 @@ def _build_universal(
     extra = {"keep": keep, "classes": list(pooled.classes), "result": result.summary()}
     save_pruned(result.model, path, mask=result.mask, structure=result.structure, extra=extra)
     return result
-
-
-def build_elastic(
-    model: nn.Module | Backbone,
-    tasks: Sequence[Task],
-    zoo: Zoo,
-    *,
-    options: ElasticOptions | None = None,
-    scope: str | None = None,
-    align: int = 8,
-    steps: int | None = None,
-    recipe: Recipe | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Cost | None:
-    """One set of dense-shape weights for all classes of the tasks, from which any vote at any ratio can be cut.
-
-    Trained with distillation under random masks and under votes of the zoo's entries. None if the zoo has it already.
-
-    Args:
-        steps: optimizer steps; default: as many as the zoo took for these tasks (``zoo_steps``).
-
-    Raises:
-        ZooError: the zoo is of another backbone; ``steps`` is not given and the zoo lacks one of the tasks.
-    """
-    path = elastic_path(zoo)
-    if path.exists():
-        return None
-    backbone = Backbone.wrap(model)
-    structure = find_structure(backbone.model, scope)
-    zoo.bind(BackboneIdentity.of(backbone.model, structure))
-    steps = steps if steps is not None else zoo_steps(zoo, tasks)
-    pooled = pooled_task(tasks, "elastic", seed)
-    trained, cost = train_elastic(
-        backbone,
-        pooled.split(),
-        structure,
-        options=options,
-        masks=[entry.mask for entry in zoo.entries(structure.fingerprint)],
-        steps=steps,
-        recipe=recipe,
-        align=align,
-        seed=seed,
-        on_step=_named(progress, "elastic"),
-        resume=path.with_suffix(".partial"),
-    )
-    extra = {"classes": list(pooled.classes), "cost": cost.to_dict()}
-    save_pruned(trained, path, mask=Mask.full(structure), structure=structure, extra=extra)
-    return cost
 
 
 def pooled_task(tasks: Sequence[Task], name: str, seed: int = 0) -> Task:

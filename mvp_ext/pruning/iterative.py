@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from mvp_ext.data.images import content_hash
 from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.budget import kept_counts
-from mvp_ext.model.checkpoint import PrunedCheckpoint, read_pruned, save_pruned
+from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
@@ -25,9 +23,8 @@ from mvp_ext.pruning.scores import Scores, score_units
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
 from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
 from mvp_ext.train.heads import class_mean_head
+from mvp_ext.train.resume import RunFile
 from mvp_ext.train.trainer import Recipe, Teacher, Trainer, fit_head, reestimate_statistics
-
-SAVE_EVERY = 200  # final steps between two saved states of a run that can be resumed
 
 
 @dataclass(frozen=True)
@@ -108,9 +105,8 @@ def prune_iteratively(
         keep: share of each layer's units that stays, in (0, 1]. align: kept counts are rounded to multiples of it.
         features: the backbone's features on ``data.train_images``, if at hand.
         on_step: called with (model, steps done so far) after each step, outside the clock.
-        resume: a file for long runs: every ``SAVE_EVERY`` of the final steps the run's state goes there, and a run that
-            finds it goes on from it, with the numbers of an uninterrupted one. Removed at the end. A state of another
-            run (other arguments, images or backbone) is not taken up, but replaced.
+        resume: a file for the state of an interrupted run (of its final steps); the same call goes on from it with the
+            numbers of an uninterrupted one (see ``resume.py``).
         start: a pruned model of this backbone to go on from instead of the dense one (that stays the teacher). Only
             what it still has can be kept; where it has no more units than ``keep`` asks for, it is only trained.
 
@@ -133,9 +129,9 @@ def prune_iteratively(
         if on_step is not None:
             on_step(trainer.model, done)
 
-    saved, identity = None, None
-    if resume is not None:
-        identity = {
+    run = RunFile(
+        resume,
+        {
             "backbone": BackboneIdentity.of(backbone.model, structure).to_meta(),
             "images": content_hash([data.train_images, data.train_labels], data.class_names),
             "schedule": asdict(schedule),
@@ -144,32 +140,30 @@ def prune_iteratively(
             "start": None
             if start is None
             else content_hash(start.model.state_dict().values(), structure.names),
-        }
-        identity = json.loads(json.dumps(identity))  # as it comes back from the file: lists for tuples
-        if resume.exists() and (found := read_pruned(resume)).extra.get("run") == identity:
-            saved = found
-    if saved is not None:
-        model, mask = saved.build(), saved.mask
+        },
+    )
+    saved = run.load()
+    final_done = 0
+    with cost.timed():
+        if start is not None and saved is None:
+            start.mask.check(structure)
+            model, mask = copy.deepcopy(start.model), start.mask
+            seen = reestimate_statistics(
+                model, data.train_images, preprocessing, seed=seed, precision=recipe.precision
+            )
+            fit_head(model, data, preprocessing, "class_mean", recipe.precision)
+            cost.refit_flops += (seen + len(features)) * count_flops(model, (3, size, size))
+        else:
+            model, mask = backbone.copy_model(), Mask.full(structure)
+            set_head(model, class_mean_head(features, data.train_labels, data.num_classes))
+        if saved is not None:
+            mask = Mask.from_bytes(bytes.fromhex(saved.values["mask"]))
+            prune_model(model, mask, structure=structure)
         trainer = Trainer(model, data, preprocessing, recipe, seed=seed, teacher=teacher, cost=cost)
-        trainer.restore(_without_prefix(saved.extra))
-        final_done = int(saved.extra["final_done"])
-        done = int(saved.extra["done"])
-        cost.add(Cost.from_dict(saved.extra["cost"]))
+    if saved is not None:
+        saved.restore(trainer)
+        final_done, done = saved.done, int(saved.values["steps"])
     else:
-        final_done = 0
-        with cost.timed():
-            if start is None:
-                model, mask = backbone.copy_model(), Mask.full(structure)
-                set_head(model, class_mean_head(features, data.train_labels, data.num_classes))
-            else:
-                start.mask.check(structure)
-                model, mask = copy.deepcopy(start.model), start.mask
-                seen = reestimate_statistics(
-                    model, data.train_images, preprocessing, seed=seed, precision=recipe.precision
-                )
-                fit_head(model, data, preprocessing, "class_mean", recipe.precision)
-                cost.refit_flops += (seen + len(features)) * count_flops(model, (3, size, size))
-            trainer = Trainer(model, data, preprocessing, recipe, seed=seed, teacher=teacher, cost=cost)
         for number, ratio in enumerate(round_ratios(structure, keep, align, schedule, mask), 1):
             inner = _choose(trainer, structure, ratio, align, schedule, cost, seed + number)
             with cost.timed():
@@ -179,14 +173,10 @@ def prune_iteratively(
 
     def stepped_finally(final: int) -> None:
         stepped(final)
-        if resume is not None and final % SAVE_EVERY == 0:
-            state = {f"trainer/{name}": value for name, value in trainer.snapshot().items()}
-            extra = {**state, "final_done": final, "done": done, "cost": cost.to_dict(), "run": identity}
-            save_pruned(model, resume, mask=mask, structure=structure, extra=extra)
+        run.save_if_due(trainer, final, steps=done, mask=mask.to_bytes().hex())
 
     trainer.run(schedule.final_steps, "cosine", stepped_finally, start=final_done)
-    if resume is not None:
-        resume.unlink(missing_ok=True)
+    run.remove()
     return model, mask
 
 
@@ -231,9 +221,3 @@ def _choose(
         )
     share = min(1.0, ratio * dense.total_units / current.total_units)
     return Mask.from_scores(current, scores, share, align, global_=True)
-
-
-def _without_prefix(extra: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix("trainer/"): value for name, value in extra.items() if name.startswith("trainer/")
-    }

@@ -9,10 +9,9 @@ from torch import nn
 
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned
 from mvp_ext.model.mask import Mask
-from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.job import Job, ask_neighbours, merged_model, own_scores, voted_mask
 from mvp_ext.pruning.vote import VoteOptions, small_model
-from mvp_ext.zoo.shared import elastic_path, is_refined, start_path, universal_path
+from mvp_ext.zoo.shared import is_refined, start_path, universal_path
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
 
@@ -31,19 +30,6 @@ def _start_refined(job: Job) -> tuple[nn.Module, Mask]:
             "make one with build_refined_zoo or `mvp-ext zoo build`, or use method 'mvp'"
         )
     return _start_mvp(job)
-
-
-def _start_elastic(job: Job) -> tuple[nn.Module, Mask]:
-    zoo = job.need_zoo("elastic")
-    path = elastic_path(zoo)
-    if not path.exists():
-        raise ZooError(
-            f"prune: method 'elastic' needs {path}; make it with build_elastic or `zoo build --elastic`"
-        )
-    mask = voted_mask(job, ask_neighbours(job, zoo))
-    with job.cost.timed():
-        checkpoint = _load_shared(job, path)
-        return prune_model(checkpoint.model, mask, structure=job.structure), mask
 
 
 def _load_shared(job: Job, path: Path) -> PrunedCheckpoint:
@@ -95,7 +81,6 @@ STARTS: dict[str, Start] = {
     "refined": _start_refined,
     "mvp": _start_mvp,
     "universal": _start_universal,
-    "elastic": _start_elastic,
     "one_shot": _start_one_shot,
     "random": _start_random,
     "dense": _start_dense,

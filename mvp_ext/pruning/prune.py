@@ -60,17 +60,17 @@ def prune(
         model: the dense pre-trained model (timm ResNet or ViT/DeiT), or a ``Backbone`` that also says how it sees
             images. It is not changed.
         task: the classes and their images.
-        zoo: pruned models of earlier tasks; needed by "refined", "mvp", "universal" and "elastic". An entry of the
-            task's own name never votes.
+        zoo: pruned models of earlier tasks; needed by "refined", "mvp" and "universal". An entry of the task's
+            own name never votes.
         keep: share of each layer's units that stays, in (0, 1].
         neighbours: number of voters; ``vote`` says more, and then this is not looked at.
         steps: fine-tuning steps J. For "ifp": the steps after the last removal.
         method: "refined" (the nearest entries of a zoo that refines a universal model share their weights, the nearer
             the more), "mvp" (equal voters: vote, merge, fine-tune), "auto" (``method_for``: "refined" where the zoo is
-            such a one, else "mvp"), "universal" (one pruned model of all tasks, fine-tuned), "elastic" (the vote cuts
-            the zoo's elastic weights), "one_shot" (score once, cut once), "random" (control), "ifp" (iterative pruning
-            from scratch; for heads it is IHP), "dense" (nothing cut). Or a function of the :class:`Job` that returns a
-            small model and its mask: it then goes the same way as the others.
+            such a one, else "mvp"), "universal" (one pruned model of all tasks, fine-tuned), "one_shot" (score once,
+            cut once), "random" (control), "ifp" (iterative pruning from scratch; for heads it is IHP), "dense" (nothing
+            cut). Or a function of the :class:`Job` that returns a small model and its mask: it then goes the same way
+            as the others.
         scope: which units are cut; ResNet "inner" or "all", ViT "heads", "mlp" or "heads+mlp".
         align: kept counts of filters and neurons are rounded to multiples of this.
         recipe: how weights are trained; default by model family.

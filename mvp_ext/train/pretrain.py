@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,13 +11,10 @@ from torch import nn
 
 from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
-from mvp_ext.storage import FileFormatError, read, to_bytes, write_atomic
 from mvp_ext.train.backbone import Backbone, Preprocessing
 from mvp_ext.train.cost import Cost
+from mvp_ext.train.resume import RunFile
 from mvp_ext.train.trainer import Recipe, Trainer, evaluate, reestimate_statistics
-
-SAVE_EVERY = 200  # steps between two saved states of a run that can be resumed
-_KIND, _VERSION = "mvp_ext pre-training", 1
 
 
 def measured_normalisation(data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -44,8 +40,8 @@ def pretrain(
         model: a timm classifier; its head is replaced by one for the data's classes. Changed in place.
         steps: optimizer steps. image_size: side of the model's input in pixels.
         recipe: default: the family's, at six times its fine-tuning rate.
-        resume: a file for long runs: every ``SAVE_EVERY`` steps the run's state goes there, and a run that finds the
-            state of the same run goes on from it, to the same weights. Removed at the end.
+        resume: a file for the state of an interrupted run, from which the same call goes on to the same weights (see
+            ``resume.py``).
 
     Returns:
         The backbone (normalised by the data's own mean and deviation), its top-1 accuracy on the data's test images
@@ -64,50 +60,28 @@ def pretrain(
     preprocessing = Preprocessing(image_size, *measured_normalisation(data))
     cost = Cost()
     trainer = Trainer(model, everything, preprocessing, recipe, seed=seed, cost=cost)
-    run: dict[str, object] = {
-        "data": data.fingerprint,
-        "tensors": {name: list(t.shape) for name, t in model.state_dict().items()},
-        "recipe": asdict(recipe),
-        "others": [steps, image_size, seed],
-    }
-    done = 0 if resume is None else _take_up(trainer, resume, run)
+    run = RunFile(
+        resume,
+        {
+            "data": data.fingerprint,
+            "tensors": {name: list(t.shape) for name, t in model.state_dict().items()},
+            "recipe": asdict(recipe),
+            "others": [steps, image_size, seed],
+        },
+    )
+    saved = run.load()
+    if saved is not None:
+        saved.restore(trainer)
 
     def stepped(done: int) -> None:
         if on_step is not None:
             on_step(done, steps)
-        if resume is not None and done % SAVE_EVERY == 0 and done < steps:
-            _save(trainer, resume, run, done)
+        run.save_if_due(trainer, done)
 
-    trainer.run(steps, "cosine", stepped, start=done)
-    if resume is not None:
-        resume.unlink(missing_ok=True)
+    trainer.run(steps, "cosine", stepped, start=0 if saved is None else saved.done)
+    run.remove()
     reestimate_statistics(
         model, everything.train_images, preprocessing, seed=seed, precision=recipe.precision
     )
     backbone = Backbone(model.eval(), preprocessing, everything.class_names)
     return backbone, evaluate(model, everything, preprocessing, recipe.precision), cost
-
-
-def _save(trainer: Trainer, path: Path, run: dict[str, object], done: int) -> None:
-    tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
-    tensors |= {f"trainer/{name}": value for name, value in trainer.snapshot().items()}
-    spec = {"run": run, "done": done, "cost": trainer.cost.to_dict()}
-    write_atomic(path, to_bytes(tensors, spec, kind=_KIND, version=_VERSION))
-
-
-def _take_up(trainer: Trainer, path: Path, run: dict[str, object]) -> int:
-    """The steps that are done: those of the state in ``path``, if it is there, whole and of the same run, else 0."""
-    try:
-        tensors, spec = read(path, kind=_KIND, version=_VERSION)
-    except (FileNotFoundError, FileFormatError):
-        return 0
-    if spec["run"] != json.loads(json.dumps(run)):
-        return 0
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "trainer": {}}
-    for name, value in tensors.items():
-        part, _, rest = name.partition("/")
-        parts[part][rest] = value
-    trainer.model.load_state_dict(parts["model"])
-    trainer.restore(parts["trainer"])
-    trainer.cost.add(Cost.from_dict(spec["cost"]))
-    return int(spec["done"])

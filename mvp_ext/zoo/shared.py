@@ -13,11 +13,6 @@ def universal_path(zoo: Zoo) -> Path:
     return Path(zoo.path) / "universal.safetensors"
 
 
-def elastic_path(zoo: Zoo) -> Path:
-    """Where a zoo keeps the elastic backbone of its tasks."""
-    return Path(zoo.path) / "elastic.safetensors"
-
-
 def start_path(zoo: Zoo) -> Path:
     """Where a zoo keeps the model that its entries started from, if that was not the dense one."""
     return Path(zoo.path) / "start.safetensors"

@@ -257,7 +257,7 @@ class Stop(Exception):
 @pytest.fixture
 def interrupted(data, tmp_path, monkeypatch):
     """``interrupted(at, **options)``: start a run that is stopped after so many steps; returns its file."""
-    monkeypatch.setattr(iterative, "SAVE_EVERY", 2)
+    monkeypatch.setattr("mvp_ext.train.resume.SAVE_EVERY", 2)
     path = tmp_path / "run.partial"
     schedule = Schedule(share=0.5, steps_per_round=1, final_steps=4)
 

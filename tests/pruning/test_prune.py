@@ -17,8 +17,7 @@ from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import UnsupportedModelError
-from mvp_ext.pruning.build import build_elastic, build_refined_zoo, build_universal, build_zoo, zoo_steps
-from mvp_ext.pruning.elastic import ElasticOptions
+from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo, zoo_steps
 from mvp_ext.pruning.iterative import Schedule, planned_steps
 from mvp_ext.pruning.methods import METHODS, REFINED_WEIGHTING, method_for, vote_for
 from mvp_ext.pruning.prune import prune
@@ -26,14 +25,14 @@ from mvp_ext.pruning.vote import VoteOptions, small_model
 from mvp_ext.train.backbone import Preprocessing, extract_features
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.trainer import Recipe, reestimate_statistics
-from mvp_ext.zoo.shared import elastic_path, start_path, universal_path
+from mvp_ext.zoo.shared import start_path, universal_path
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(batch_size=8, precision="float32")
 SCHEDULE = Schedule(share=0.5, steps_per_round=1, final_steps=2)
 BUILD = {"keep": 0.5, "schedule": SCHEDULE, "recipe": RECIPE}
-VOTING = ("refined", "mvp", "elastic")
+VOTING = ("refined", "mvp")
 TASKS = [digits_task((3, 4, 5), "b", seed=1), digits_task((0, 1, 6), "a", seed=2)]
 CASES = [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads"), ("test_vit", "heads+mlp")]
 
@@ -61,7 +60,6 @@ def case(request, tmp_path_factory):
     zoo = Zoo(tmp_path_factory.mktemp(name) / "zoo")
     build_zoo(backbone, TASKS, zoo, scope=scope, **BUILD)
     build_universal(backbone, TASKS, zoo, scope=scope, **BUILD)
-    build_elastic(backbone, TASKS, zoo, scope=scope, steps=2, recipe=RECIPE)
     return backbone, scope, zoo
 
 
@@ -285,7 +283,7 @@ def test_universal(backbone, tmp_path):
 
 
 def test_an_interrupted_universal_goes_on(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr("mvp_ext.pruning.iterative.SAVE_EVERY", 2)
+    monkeypatch.setattr("mvp_ext.train.resume.SAVE_EVERY", 2)
     zoos = [Zoo(tmp_path / name) for name in ("whole", "parts")]
 
     def stop(name, done, total):
@@ -304,54 +302,6 @@ def test_an_interrupted_universal_goes_on(backbone, tmp_path, monkeypatch):
     assert seen[0][0] > 1
     assert seen[-1] == (7, 7)
     assert states_equal(whole.model.state_dict(), resumed.model.state_dict())
-
-
-def test_an_interrupted_elastic_goes_on(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr("mvp_ext.pruning.elastic.SAVE_EVERY", 2)
-    zoos = [Zoo(tmp_path / name) for name in ("whole", "parts")]
-    for zoo in zoos:
-        build_zoo(backbone, TASKS, zoo, **BUILD)
-
-    def stop(name, done, total):
-        if done == 5:
-            raise KeyboardInterrupt
-
-    options = {"steps": 7, "recipe": RECIPE, "options": ElasticOptions(draws=2)}
-    whole = build_elastic(backbone, TASKS, zoos[0], **options)
-    with pytest.raises(KeyboardInterrupt):
-        build_elastic(backbone, TASKS, zoos[1], progress=stop, **options)
-    seen = []
-    resumed = build_elastic(
-        backbone, TASKS, zoos[1], progress=lambda name, done, total: seen.append(done), **options
-    )
-    assert seen == [5, 6, 7]
-    assert (whole.steps, whole.train_flops) == (7, resumed.train_flops)  # what was redone was not booked
-    a, b = (load_pruned(elastic_path(zoo)).model.state_dict() for zoo in zoos)
-    assert states_equal(a, b)
-    assert build_elastic(backbone, TASKS, zoos[0], **options) is None
-
-
-def test_elastic_learns_only_where_it_was_cut(backbone, tmp_path):
-    """One step under one mask: weights of a unit that the mask lacks get no gradient; decay is off."""
-    recipe = replace(RECIPE, weight_decay=0.0)
-    zoo = Zoo(tmp_path / "zoo")
-    options = ElasticOptions(smallest=0.5, largest=0.5)
-    build_elastic(backbone, TASKS, zoo, steps=1, recipe=recipe, options=options)
-    trained, dense = load_pruned(elastic_path(zoo)).model.state_dict(), backbone.model.state_dict()
-    structure = find_structure(backbone.model)
-    for layer, count in zip(structure, kept_counts(structure, 0.5), strict=True):
-        name = layer.slices[0].tensor
-        changed = (trained[name] != dense[name]).flatten(1).any(1)
-        assert 0 < int(changed.sum()) <= count
-
-
-@pytest.mark.parametrize("keep", [0.25, 0.75])
-def test_elastic_is_cut_at_any_ratio(backbone, keep, tmp_path):
-    zoo = Zoo(tmp_path / "zoo")
-    build_zoo(backbone, TASKS, zoo, **BUILD)
-    build_elastic(backbone, TASKS, zoo, steps=2, recipe=RECIPE)
-    result = make(backbone, zoo=zoo, method="elastic", keep=keep)
-    assert tuple(result.mask.kept.values()) == kept_counts(result.structure, keep)
 
 
 def test_a_zoo_that_starts_from_a_wider_model(backbone, tmp_path):
@@ -591,7 +541,7 @@ def test_a_class_without_training_images(backbone):
         make(backbone, data, method="random")
 
 
-@pytest.mark.parametrize("method", ["mvp", "universal", "elastic"])
+@pytest.mark.parametrize("method", ["mvp", "universal"])
 def test_no_zoo_or_an_empty_one(backbone, method, tmp_path):
     with pytest.raises(ZooError, match=f"method '{method}' needs a zoo; got none"):
         make(backbone, method=method)
@@ -648,7 +598,7 @@ def test_pretrain(name):
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_pretraining_goes_on_where_it_was(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("mvp_ext.train.pretrain.SAVE_EVERY", 2)
+    monkeypatch.setattr("mvp_ext.train.resume.SAVE_EVERY", 2)
     data, path = digits_task().data, tmp_path / "backbone.partial"
     options = {"steps": 7, "image_size": 32, "recipe": RECIPE}
     whole, accuracy, cost = pretrain(tiny_backbone(name).model, data, **options)

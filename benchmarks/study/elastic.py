@@ -8,7 +8,6 @@ the largest width in every step, the sandwich rule), but over sets of units inst
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from mvp_ext.data.images import content_hash
 from mvp_ext.data.tasks import TaskData
-from mvp_ext.model.checkpoint import read_pruned, save_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import expand_state, prune_model
@@ -28,9 +26,8 @@ from mvp_ext.pruning.vote import vote_mask, weight_prior
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.heads import class_mean_head
+from mvp_ext.train.resume import RunFile
 from mvp_ext.train.trainer import Recipe, Teacher, Trainer
-
-SAVE_EVERY = 200  # steps between two saved states of a run that can be resumed
 
 
 @dataclass(frozen=True)
@@ -100,34 +97,27 @@ def train_elastic(
         model = backbone.copy_model()
         set_head(model, class_mean_head(features, data.train_labels, data.num_classes))
         draw = _Draw(backbone.model, structure, options, tuple(masks), align, seed)
-    run: dict[str, Any] = {
-        "backbone": BackboneIdentity.of(backbone.model, structure).to_meta(),
-        "images": content_hash([data.train_images, data.train_labels], data.class_names),
-        "masks": content_hash([mask.to_vector() for mask in masks], ()),
-        "others": [asdict(options), asdict(recipe), steps, align, seed, asdict(backbone.preprocessing)],
-    }
-    run = json.loads(json.dumps(run))  # as it comes back from the file: lists for tuples
-    done, trained = 0, {}
-    if resume is not None and resume.exists() and (saved := read_pruned(resume)).extra.get("run") == run:
-        model.load_state_dict(saved.state)
-        trained, done = saved.extra, int(saved.extra["done"])
-        cost = cost + Cost.from_dict(saved.extra["cost"])
+    run = RunFile(
+        resume,
+        {
+            "backbone": BackboneIdentity.of(backbone.model, structure).to_meta(),
+            "images": content_hash([data.train_images, data.train_labels], data.class_names),
+            "masks": content_hash([mask.to_vector() for mask in masks], ()),
+            "others": [asdict(options), asdict(recipe), steps, align, seed, asdict(backbone.preprocessing)],
+        },
+    )
     trainer = _ElasticTrainer(model, data, backbone, recipe, draw, seed=seed, teacher=teacher, cost=cost)
-    if trained:
-        prefix = "trainer/"
-        trainer.restore({n.removeprefix(prefix): t for n, t in trained.items() if n.startswith(prefix)})
+    saved = run.load()
+    if saved is not None:
+        saved.restore(trainer)
 
     def stepped(now: int) -> None:
-        if resume is not None and now % SAVE_EVERY == 0 and now < steps:
-            state = {f"trainer/{name}": value for name, value in trainer.snapshot().items()}
-            extra = {**state, "done": now, "cost": cost.to_dict(), "run": run}
-            save_pruned(model, resume, mask=Mask.full(structure), structure=structure, extra=extra)
+        run.save_if_due(trainer, now)
         if on_step is not None:
             on_step(now, steps)
 
-    trainer.run(steps, "cosine", stepped, start=done)
-    if resume is not None:
-        resume.unlink(missing_ok=True)
+    trainer.run(steps, "cosine", stepped, start=0 if saved is None else saved.done)
+    run.remove()
     return model.eval(), cost
 
 
