@@ -1,7 +1,7 @@
 """Meta-Vote Pruning: many small vision models from one large one, by a vote of its pruned versions.
 
 zoo = mvp_ext.Zoo("zoo/")
-result = mvp_ext.prune(model, task, zoo=zoo, keep=0.3, neighbours=5, steps=60)
+result = mvp_ext.prune(model, task, zoo)
 result.save("small.safetensors")
 zoo.add(result)
 """
@@ -29,12 +29,11 @@ from mvp_ext.ops import (
     unpack,
 )
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
-from mvp_ext.pruning.iterative import Schedule
-from mvp_ext.pruning.methods import METHODS
-from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.methods import METHOD_NAMES
+from mvp_ext.pruning.prune import RunOptions, prune
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.scores import CRITERIA, score_units
-from mvp_ext.pruning.vote import VoteOptions
+from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, Preprocessing, load_backbone
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.trainer import Recipe
@@ -42,7 +41,7 @@ from mvp_ext.zoo.zoo import Zoo, ZooEntry, ZooError
 
 __all__ = [
     "CRITERIA",
-    "METHODS",
+    "METHOD_NAMES",
     "Backbone",
     "ImageData",
     "Mask",
@@ -50,7 +49,9 @@ __all__ = [
     "PrunedCheckpoint",
     "Recipe",
     "Result",
+    "RunOptions",
     "Schedule",
+    "Settings",
     "Structure",
     "Task",
     "TaskData",

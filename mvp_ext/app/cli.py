@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from typer import Option
 
@@ -16,19 +17,21 @@ from mvp_ext._version import __version__
 from mvp_ext.app import options, zoo_commands
 from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, pruned_copies
-from mvp_ext.app.comparison import NAMES, NEED_ZOO, Comparison
+from mvp_ext.app.comparison import NEED_ZOO
 from mvp_ext.app.comparison import compare as run_comparison
 from mvp_ext.app.console import Commands, console, progress_bar, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
 from mvp_ext.app.report import save_report, summary_table
 from mvp_ext.app.results import count_text, flops_text, load_results, save_results, seconds_text
+from mvp_ext.data.images import load_data
 from mvp_ext.data.tasks import Task
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.create import create_model
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
-from mvp_ext.pruning.methods import METHODS, method_for, vote_for
+from mvp_ext.pruning.prune import RunOptions
 from mvp_ext.pruning.prune import prune as run_prune
+from mvp_ext.pruning.settings import Settings
 from mvp_ext.train.pretrain import pretrain as run_pretraining
 from mvp_ext.train.trainer import Recipe
 from mvp_ext.zoo.zoo import Zoo
@@ -41,6 +44,7 @@ app = typer.Typer(
 )
 app.add_typer(zoo_commands.app, name="zoo")
 Out = Annotated[Path, Option(help="Where the result goes.", rich_help_panel=options.RUN)]
+ZooPath = Annotated[Path, Option("--zoo", help="Directory of the zoo.")]
 
 
 def main() -> None:
@@ -66,57 +70,55 @@ def _common(
 
 
 @app.command()
+@options.grouped
 def demo(
+    run: options.RunOptions,
     out: Out = Path("runs/demo"),
     quick: Annotated[bool, Option(help="A small one: it shows that everything works, not how well.")] = False,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
 ) -> None:
     """The main job on scikit-learn's digits: pre-train, build a zoo, compare on held-out tasks, write a page.
 
     Run again with the same OUT it goes on where it was.
     """
-    options.set_threads(threads)
-    size = dataclasses.replace(QUICK if quick else FULL, seed=seed)
-    results = run_demo(size, out, bar=progress_bar, device=options.device_of(device))
+    device = run.begin()
+    size = dataclasses.replace(QUICK if quick else FULL, seed=run.seed)
+    results = run_demo(size, out, bar=progress_bar, device=device)
     results["command"] = _command()
     _write(results, out)
 
 
 @app.command()
+@options.grouped
 def pretrain(
+    run: options.RunOptions,
     out: Out = Path("backbone.safetensors"),
-    model: options.Model = "resnet18",
-    image_size: options.ImageSize = None,
-    data: options.Data = "digits",
+    model: Annotated[
+        str, Option(help="timm's name of a ResNet, ViT or DeiT.", rich_help_panel=options.MODEL)
+    ] = "resnet18",
+    image_size: Annotated[
+        int | None,
+        Option(
+            help="Side of the model's input in pixels. Default: the images', at least 32.",
+            rich_help_panel=options.MODEL,
+        ),
+    ] = None,
+    data: Annotated[str, Option(help="As of `prune`.", rich_help_panel=options.DATA)] = "digits",
     steps: Annotated[int, Option(help="Training steps.", rich_help_panel=options.RUN)] = 500,
     batch_size: Annotated[int | None, Option(help="Images a step.", rich_help_panel=options.RUN)] = None,
-    learning_rate: options.LearningRate = None,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
+    learning_rate: Annotated[
+        float | None, Option(help="Peak learning rate. Default: the family's.", rich_help_panel=options.RUN)
+    ] = None,
 ) -> None:
     """Train a backbone from scratch on all classes, where no pre-trained weights are at hand.
 
     After Ctrl-C or a crash the same command goes on where it was.
     """
-    options.set_threads(threads)
-    place = options.device_of(device)
-    images = options.data_of(data)
+    device = run.begin()
+    images = load_data(data)
     size = image_size or max(32, *images.image_size)
-    import torch
-
-    torch.manual_seed(seed)  # the weights that training starts from
-    network = create_model(model, num_classes=len(images.classes), img_size=size).to(place)
-    recipe = None
-    if learning_rate is not None or batch_size is not None:
-        family = Recipe.for_model(network)
-        recipe = dataclasses.replace(
-            family,
-            learning_rate=learning_rate or family.learning_rate * (10 if family.optimizer == "sgd" else 3),
-            batch_size=batch_size or family.batch_size,
-        )
+    # The weights that training starts from.
+    torch.manual_seed(run.seed)
+    network = create_model(model, num_classes=len(images.classes), img_size=size).to(device)
     out.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar("pre-training") as progress:
         backbone, accuracy, cost = run_pretraining(
@@ -124,8 +126,8 @@ def pretrain(
             images,
             steps=steps,
             image_size=size,
-            recipe=recipe,
-            seed=seed,
+            recipe=options.pretraining_recipe(Recipe.for_model(network), learning_rate, batch_size),
+            seed=run.seed,
             on_step=lambda done, total: progress("", done, total),
             resume=out.with_suffix(".partial"),
         )
@@ -137,77 +139,35 @@ def pretrain(
 
 
 @app.command()
+@options.grouped
 def prune(
+    model: options.ModelOptions,
+    data: options.DataOptions,
+    task: options.TaskOptions,
+    cut: options.CutOptions,
+    how: options.MethodOptions,
+    voters: options.NeighbourOptions,
+    run: options.RunOptions,
     out: Out = Path("small.safetensors"),
-    zoo: options.ZooPath = Path("zoo"),
-    model: options.Model = "resnet18",
-    weights: options.Weights = None,
-    pretrained: options.Pretrained = False,
-    image_size: options.ImageSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    data: options.Data = "digits",
-    classes: Annotated[
-        str | None, Option(help="The task: class names joined by commas.", rich_help_panel=options.DATA)
-    ] = None,
-    task: Annotated[
-        Path | None, Option(help="The task: a file that --save-task wrote.", rich_help_panel=options.DATA)
-    ] = None,
-    save_task: Annotated[
-        Path | None, Option(help="Write the task's description here.", rich_help_panel=options.DATA)
-    ] = None,
-    max_train: options.MaxTrain = None,
-    method: Annotated[
-        str,
-        Option(
-            help=f"auto (refined where the zoo refines a universal model, else mvp), {', '.join(METHODS)}.",
-            rich_help_panel=options.PRUNING,
-        ),
-    ] = "auto",
-    keep: options.Keep = 0.3,
-    scope: options.Scope = None,
-    align: options.Align = 8,
-    steps: Annotated[int, Option(help="Fine-tuning steps.", rich_help_panel=options.PRUNING)] = 60,
-    neighbours: options.Neighbours = 5,
-    similarity: options.Similarity = "leep",
-    criterion: options.Criterion = "taylor",
-    learning_rate: options.LearningRate = None,
+    zoo: ZooPath = Path("zoo"),
     add: Annotated[bool, Option(help="Add the result to the zoo.")] = False,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
 ) -> None:
     """Make a small model for one task by a vote of the zoo's nearest entries."""
-    options.set_threads(threads)
-    if (classes is None) == (task is None):
-        raise ValueError("prune: which task? Give either --classes name,name,… or --task FILE")
-    opened = Zoo(zoo, create=False) if method in NEED_ZOO or add else None
-    backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std, device=device)
-    images = options.data_of(data)
-    if task is not None:
-        chosen = Task.load(task, images)
-    else:
-        names = [name.strip() for name in str(classes).split(",") if name.strip()]
-        label = "+".join(names)
-        chosen = Task.of(label, images, names, seed=seed, max_train_per_class=max_train)
-    if save_task is not None:
-        chosen.save(save_task)
-    method = method_for(opened) if method == "auto" else method
+    device = run.begin()
+    task.check()
+    opened = Zoo(zoo, create=False) if how.method in NEED_ZOO or add else None
+    backbone = model.backbone(device)
+    chosen = task.of(data.images(), data, run.seed)
     with progress_bar("fine-tuning") as progress:
         result = run_prune(
             backbone,
             chosen,
-            zoo=opened,
-            keep=keep,
-            steps=steps,
-            method=method,
-            scope=scope,
-            align=align,
-            recipe=options.recipe_of(backbone, learning_rate),
-            schedule=options.schedule_of(steps, 10, 0.1, criterion),
-            vote=vote_for(method, neighbours, similarity),
-            seed=seed,
-            on_step=lambda done, total: progress(chosen.name, done, total),
+            opened,
+            cut.settings(opened, backbone, run.seed),
+            method=how.method,
+            steps=how.steps,
+            vote=voters.vote(),
+            run=RunOptions(on_step=lambda done, total: progress(chosen.name, done, total)),
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     result.save(out)
@@ -224,75 +184,36 @@ def prune(
 
 
 @app.command()
+@options.grouped
 def compare(
+    model: options.ModelOptions,
+    data: options.DataOptions,
+    sampling: options.SamplingOptions,
+    cut: options.CutOptions,
+    schedule: options.ScheduleOptions,
+    voters: options.NeighbourOptions,
+    what: options.CompareOptions,
+    run: options.RunOptions,
     out: Out = Path("runs/compare"),
-    zoo: options.ZooPath = Path("zoo"),
-    model: options.Model = "resnet18",
-    weights: options.Weights = None,
-    pretrained: options.Pretrained = False,
-    image_size: options.ImageSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    data: options.Data = "digits",
-    tasks: Annotated[int, Option(help="Held-out tasks.", rich_help_panel=options.DATA)] = 6,
-    classes_per_task: options.ClassesPerTask = 5,
-    task_seed: options.TaskSeed = 1000,
-    max_train: options.MaxTrain = None,
-    keep: options.Keep = 0.3,
-    scope: options.Scope = None,
-    align: options.Align = 8,
-    steps: Annotated[
-        int, Option(help="Fine-tuning steps of each arm.", rich_help_panel=options.PRUNING)
-    ] = 60,
-    final_steps: Annotated[
-        int, Option(help="Iterative pruning: steps after the last removal.", rich_help_panel=options.PRUNING)
-    ] = 200,
-    steps_per_round: options.StepsPerRound = 10,
-    share: options.Share = 0.1,
-    criterion: options.Criterion = "taylor",
-    neighbours: options.Neighbours = 5,
-    similarity: options.Similarity = "leep",
-    arm: Annotated[
-        list[str] | None,
-        Option(help=f"Methods (repeatable): {', '.join(NAMES)}. Default: what suits the zoo, and controls."),
-    ] = None,
-    rate: Annotated[
-        list[str] | None, Option(help="Learning rate of one method, like mvp=0.02 (repeatable).")
-    ] = None,
-    seconds: Annotated[float, Option(help="Time for each latency.")] = 1.0,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
+    zoo: ZooPath = Path("zoo"),
 ) -> None:
     """Compare methods on held-out tasks at equal shapes and head refit; write results.json and report.html.
 
     The tasks are drawn so that none has the class set of an entry. Run again with the same OUT it goes on where it was.
     """
-    options.set_threads(threads)
+    device = run.begin()
     opened = Zoo(zoo, create=False)
-    backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std, device=device)
-    images = options.data_of(data)
+    backbone = model.backbone(device)
+    images = data.images()
     known = [Task.of(e.name, images, e.task["classes"]) for e in opened.entries() if _has(images, e.task)]
-    drawn = options.tasks_of(images, tasks, classes_per_task, task_seed, "held-out", max_train, known)
-    asked = Comparison(
-        keep=keep,
-        scope=scope,
-        align=align,
-        steps=steps,
-        neighbours=neighbours,
-        similarity=similarity,
-        schedule=options.schedule_of(final_steps, steps_per_round, share, criterion),
-        arms=tuple(arm or ()),
-        rates=dict(_rate(text) for text in rate or ()),
-        seconds=seconds,
-        seed=seed,
-    )
+    drawn = sampling.tasks(images, what.tasks, "held-out", data, known, seed=1000)
+    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.final_steps)
     with progress_bar("compare") as progress:
         results = run_comparison(
             backbone,
             drawn,
             opened,
-            asked,
+            what.comparison(settings, voters.vote()),
             title=f"{backbone.architecture} on {images.name}: pruned models for new tasks",
             journal=out / "runs.jsonl",
             progress=progress,
@@ -315,59 +236,42 @@ def report(
 
 
 @app.command()
+@options.grouped
 def bench(
-    model: options.Model = "resnet18",
-    weights: options.Weights = None,
-    pretrained: options.Pretrained = False,
-    image_size: options.ImageSize = None,
-    keep: Annotated[
-        list[float] | None,
-        Option(help="Keep ratios (repeatable). Default: 0.5.", rich_help_panel=options.PRUNING),
-    ] = None,
-    scope: options.Scope = None,
-    align: options.Align = 8,
-    pruned: Annotated[list[Path] | None, Option(help="Also a saved pruned model (repeatable).")] = None,
-    against_torch_pruning: Annotated[
-        bool, Option(help="Also the same shapes made by Torch-Pruning.")
-    ] = False,
-    batch: Annotated[list[int] | None, Option(help="Batch sizes (repeatable). Default: 1 and 32.")] = None,
-    seconds: Annotated[float, Option(help="Time for each model and batch size.")] = 2.0,
-    channels_last: Annotated[bool, Option(help="Time in the channels_last layout.")] = False,
-    device: options.Device = "auto",
+    model: options.ModelOptions,
+    what: options.BenchOptions,
+    run: options.RunOptions,
     out: Annotated[Path | None, Option(help="Save as JSON.", rich_help_panel=options.RUN)] = None,
-    threads: options.Threads = None,
 ) -> None:
     """Dense against pruned: latency and throughput per batch size, FLOPs, parameters, saving that became time."""
-    import torch
-
-    options.set_threads(threads)
-    place = options.device_of(device)
-    backbone = options.backbone_of(model, weights, pretrained, image_size, need_weights=False)
+    device = run.begin()
+    backbone = model.backbone(torch.device("cpu"), need_weights=False)
     dense, shape = backbone.model, (3, backbone.preprocessing.size, backbone.preprocessing.size)
-    keeps = keep or [0.5]
-    others = pruned_copies(dense, keeps, scope=scope, align=align)
-    if against_torch_pruning:
-        others |= _made_by_torch_pruning(dense, others, keeps, scope, align, shape)
-    for path in pruned or ():
+    keeps = what.keep or [0.5]
+    others = pruned_copies(dense, keeps, scope=what.scope, align=what.align, seed=run.seed)
+    if what.against_torch_pruning:
+        settings = Settings(scope=what.scope, align=what.align)
+        others |= _made_by_torch_pruning(dense, others, settings, keeps, shape)
+    for path in what.pruned or ():
         others[path.name] = load_pruned(path).model
     result = run_bench(
-        dense.to(place),
-        {name: other.to(place) for name, other in others.items()},
+        dense.to(device),
+        {name: other.to(device) for name, other in others.items()},
         shape,
-        batches=tuple(batch or (1, 32)),
-        seconds=seconds,
-        channels_last=channels_last,
+        batches=tuple(what.batch or (1, 32)),
+        seconds=what.seconds,
+        channels_last=what.channels_last,
         setting={
-            "model": model,
-            "scope": find_structure(dense, scope).scope,
-            "align": align,
-            "device": str(place),
+            "model": model.model,
+            "scope": find_structure(dense, what.scope).scope,
+            "align": what.align,
+            "device": str(device),
             "threads": torch.get_num_threads(),
             "command": _command(),
         },
     )
     console.print(bench_table(result))
-    say(f"{model} at {shape[1]} pixels on {place}, {torch.get_num_threads()} threads")
+    say(f"{model.model} at {shape[1]} pixels on {device}, {torch.get_num_threads()} threads")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -377,17 +281,18 @@ def bench(
 def _made_by_torch_pruning(
     dense: Any,
     ours: dict[str, Any],
+    settings: Settings,
     keeps: list[float],
-    scope: str | None,
-    align: int,
     shape: tuple[int, ...],
 ) -> dict[str, Any]:
     from mvp_ext.app.peers import prune_with_torch_pruning, same_shapes
 
-    structure = find_structure(dense, scope)
+    structure = find_structure(dense, settings.scope)
     made = {}
     for keep in keeps:
-        peer = prune_with_torch_pruning(dense, structure, Mask.random(structure, keep, 0, align), shape)
+        peer = prune_with_torch_pruning(
+            dense, structure, Mask.random(structure, keep, 0, settings.align), shape
+        )
         different = same_shapes(ours[f"keep {keep:g}"], peer)
         if different:
             raise RuntimeError(
@@ -395,16 +300,6 @@ def _made_by_torch_pruning(
             )
         made[f"keep {keep:g}, torch-pruning"] = peer
     return made
-
-
-def _rate(text: str) -> tuple[str, float]:
-    method, _, value = text.partition("=")
-    try:
-        if method in NAMES:
-            return method, float(value)
-    except ValueError:
-        pass
-    raise ValueError(f"--rate: expected METHOD=RATE with METHOD one of {', '.join(NAMES)}, got {text!r}")
 
 
 def _has(images: Any, task: dict[str, Any]) -> bool:

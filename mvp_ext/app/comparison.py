@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import measure
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
-from mvp_ext.pruning.iterative import Schedule, planned_steps
-from mvp_ext.pruning.methods import method_for, vote_for
-from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.iterative import planned_steps
+from mvp_ext.pruning.methods import method_for
+from mvp_ext.pruning.prune import RunOptions, prune
+from mvp_ext.pruning.settings import Settings, VoteOptions
 from mvp_ext.pruning.vote import proxy_leep
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features
 from mvp_ext.train.cost import Cost
-from mvp_ext.train.trainer import Recipe
 from mvp_ext.zoo.shared import start_path
 from mvp_ext.zoo.zoo import Zoo, ZooEntry
 
@@ -59,49 +59,42 @@ class Comparison:
     """What is compared, and how.
 
     Attributes:
-        keep, scope, align: what is pruned, for every arm alike.
-        steps: fine-tuning steps of each arm after its start (iterative pruning has its own, in ``schedule``).
-        neighbours, similarity: of MVP's vote.
-        schedule: of iterative pruning from scratch, and the criterion of one-shot pruning.
+        settings: what is pruned and how it is trained, for every arm alike; task i uses ``settings.seed + i``. The
+            schedule is that of iterative pruning from scratch.
+        steps: fine-tuning steps of each arm after its start (iterative pruning has its own, in the schedule).
+        vote: of the arms that ask the zoo.
         arms: methods of ``prune``; the first is the one at issue. Empty: what suits the zoo, and the controls.
-        recipe: how every arm is trained; None: the model family's.
         rates: method → learning rate, where it is another. One rate for all would favour whoever it suits.
         batches, seconds: batch sizes at which latency is measured, and for how long each model.
-        seed: of everything random; task i uses ``seed + i``.
     """
 
-    keep: float = 0.3
-    scope: str | None = None
-    align: int = 8
+    settings: Settings = field(default_factory=Settings)
     steps: int = 60
-    neighbours: int = 5
-    similarity: str = "leep"
-    schedule: Schedule = field(default_factory=Schedule)
+    vote: VoteOptions = field(default_factory=VoteOptions)
     arms: Sequence[str] = ()
-    recipe: Recipe | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
     batches: tuple[int, ...] = (1, 32)
     seconds: float = 1.0
-    seed: int = 0
 
     def last_steps(self, method: str) -> int:
         """Fine-tuning steps at the final shapes."""
-        return self.schedule.final_steps if method == "ifp" else self.steps
+        return self.settings.schedule.final_steps if method == "ifp" else self.steps
 
     def all_steps(self, method: str, structure: Structure) -> int:
         """Optimizer steps of one run."""
-        if method != "ifp":
-            return self.steps
-        return planned_steps(structure, self.keep, self.align, self.schedule)
+        return planned_steps(structure, self.settings) if method == "ifp" else self.steps
 
     def evaluate_at(self, method: str, structure: Structure) -> tuple[int, ...]:
         """Steps at which accuracy is looked at: few, for each costs two passes over the task's images."""
         total = self.all_steps(method, structure)
         return tuple(sorted({0, *(math.ceil(total * share) for share in (0.17, 0.5, 1.0))}))
 
-    def recipe_of(self, method: str, model: nn.Module) -> Recipe:
-        recipe = self.recipe or Recipe.for_model(model)
-        return recipe.with_rate(self.rates.get(method, recipe.learning_rate))
+    def settings_of(self, method: str, position: int, model: nn.Module) -> Settings:
+        """The settings of one arm on the task at ``position``. The dense model is not cut."""
+        recipe = self.settings.recipe_for(model)
+        recipe = recipe.with_rate(self.rates.get(method, recipe.learning_rate))
+        keep = 1.0 if method == "dense" else self.settings.keep
+        return replace(self.settings, keep=keep, recipe=recipe, seed=self.settings.seed + position)
 
 
 def compare(
@@ -110,7 +103,7 @@ def compare(
     zoo: Zoo,
     options: Comparison | None = None,
     *,
-    plain: Zoo | None = None,
+    unrefined: Zoo | None = None,
     title: str = "Pruned models for new tasks",
     notes: Sequence[str] = (),
     journal: str | os.PathLike[str] | None = None,
@@ -122,8 +115,8 @@ def compare(
         model: the dense backbone.
         tasks: held-out tasks; an entry of a task's own name never votes on it.
         zoo: the voters, and the universal model.
-        plain: a zoo of entries that were pruned one by one, where ``zoo`` refines one model: the voters of "mvp", and
-            whose masks can overlap. It is one more arm by default.
+        unrefined: a zoo of entries that were pruned one by one, where ``zoo`` refines one model: the voters of "mvp",
+            and whose masks can overlap. It is one more arm by default.
         journal: a file that keeps each finished run; runs that it already has, of the same options, are not repeated.
 
     Raises:
@@ -132,16 +125,20 @@ def compare(
     options = options or Comparison()
     if not tasks:
         raise ValueError("compare: expected at least one task, got none")
-    methods = tuple(options.arms) or (method_for(zoo), *(("mvp",) if plain is not None else ()), *CONTROLS)
-    voters = {"mvp": plain} if plain is not None else {}
+    methods = tuple(options.arms) or (
+        method_for(zoo),
+        *(("mvp",) if unrefined is not None else ()),
+        *CONTROLS,
+    )
+    voters = {"mvp": unrefined} if unrefined is not None else {}
     if unknown := [method for method in methods if method not in NAMES]:
         raise ValueError(f"compare: arms: expected some of {', '.join(NAMES)}, got {unknown[0]!r}")
     backbone = Backbone.wrap(model)
-    structure = find_structure(backbone.model, options.scope)
+    structure = find_structure(backbone.model, options.settings.scope)
     done = Journal(
         journal,
         _identity(backbone, structure, options),
-        voters=[e for z in (zoo, plain) if z is not None for e in z.entries(structure.fingerprint)],
+        voters=[e for z in (zoo, unrefined) if z is not None for e in z.entries(structure.fingerprint)],
     )
     arms: list[dict[str, Any]] = [{"name": NAMES[method], "tasks": []} for method in methods]
     dense = []
@@ -168,12 +165,16 @@ def compare(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(),
         "setting": _setting(backbone, structure, tasks, zoo, options),
-        "keep": options.keep,
+        "keep": options.settings.keep,
         "models": models,
         "arms": arms,
         "dense_accuracy": math.fsum(dense) / len(dense),
         "overlap": overlaps(
-            backbone, structure, zoo if plain is None else plain, tasks[0].data, seed=options.seed
+            backbone,
+            structure,
+            zoo if unrefined is None else unrefined,
+            tasks[0].data,
+            seed=options.settings.seed,
         ),
         "layers": [
             {
@@ -296,23 +297,19 @@ def _run(
 ) -> dict[str, Any]:
     """One arm on one task, as JSON values. The dense model only gets a ridge head: it is the reference, not an arm."""
     dense = method == "dense"
+    structure = find_structure(backbone.model, options.settings.scope)
     result = prune(
         backbone,
         task,
-        zoo=zoo,
-        keep=1.0 if dense else options.keep,
-        steps=0 if dense else options.last_steps(method),
+        zoo,
+        options.settings_of(method, position, backbone.model),
         method=method,
-        scope=options.scope,
-        align=options.align,
-        recipe=options.recipe_of(method, backbone.model),
-        schedule=options.schedule,
-        vote=vote_for(method, options.neighbours, options.similarity),
-        seed=options.seed + position,
-        evaluate_at=()
-        if dense
-        else options.evaluate_at(method, find_structure(backbone.model, options.scope)),
-        on_step=None if progress is None else lambda done, total: progress(what, done, total),
+        steps=0 if dense else options.last_steps(method),
+        vote=options.vote,
+        run=RunOptions(
+            evaluate_at=() if dense else options.evaluate_at(method, structure),
+            on_step=None if progress is None else lambda done, total: progress(what, done, total),
+        ),
     )
     summary = result.summary()
     return {
@@ -377,11 +374,11 @@ def _setting(
         "held-out tasks": len(tasks),
         "model": f"{structure.architecture or structure.family} at {size}×{size} pixels",
         "scope": structure.scope,
-        "keep": options.keep,
-        "zoo": f"{len(zoo)} entries, {options.neighbours} neighbours by {options.similarity}",
+        "keep": options.settings.keep,
+        "zoo": f"{len(zoo)} entries, {options.vote.neighbours} neighbours by {options.vote.similarity}",
         "fine-tuning": f"{options.steps} steps; from scratch {options.all_steps('ifp', structure)} with the removals",
         "learning rates": ", ".join(f"{k} {v:g}" for k, v in options.rates.items())
         or "the family's, for every arm",
-        "seed": options.seed,
+        "seed": options.settings.seed,
         "threads": torch.get_num_threads(),
     }

@@ -18,7 +18,7 @@ from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import sample_tasks
 from mvp_ext.model.create import create_model
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
-from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, load_backbone
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.trainer import Recipe
@@ -38,7 +38,8 @@ class DemoSize:
     held_out_tasks: int = 5
     batch_size: int = 32
     classes_per_task: int = 5
-    max_train: int | None = 20  # few images a class: with all of them every arm is at the top
+    # Few images a class: with all of them every arm is at the top.
+    max_train: int | None = 20
     keep: float = 0.1
     steps: int = 20
     neighbours: int = 5
@@ -73,7 +74,7 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar, device: torch.device | str 
     _check_folder(size, out)
     data = load_data("digits")
     backbone = _backbone(size, data, out, bar, device)
-    zoo, plain = Zoo(out / "zoo"), Zoo(out / "plain-zoo")
+    zoo, unrefined = Zoo(out / "zoo"), Zoo(out / "unrefined-zoo")
     tasks = sample_tasks(data, size.zoo_tasks, size.classes_per_task, size.seed, "zoo")
     held_out = sample_tasks(
         data,
@@ -85,24 +86,20 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar, device: torch.device | str 
         max_train_per_class=size.max_train,
     )
     recipe = replace(Recipe.for_model(backbone.model), batch_size=size.batch_size)
-    common: dict[str, Any] = {
-        "keep": size.keep,
-        "schedule": size.schedule,
-        "recipe": recipe,
-        "seed": size.seed,
-    }
+    settings = Settings(keep=size.keep, schedule=size.schedule, recipe=recipe, seed=size.seed)
     with bar("2. zoo") as progress:
-        build_refined_zoo(backbone, tasks, zoo, progress=progress, **common)
-        build_universal(backbone, tasks, zoo, progress=progress, **common)
-        build_zoo(backbone, tasks, plain, progress=progress, **common)
-    options = Comparison(steps=size.steps, neighbours=size.neighbours, seconds=size.seconds, **common)
+        build_refined_zoo(backbone, tasks, zoo, settings, progress=progress)
+        build_universal(backbone, tasks, zoo, settings, progress=progress)
+        build_zoo(backbone, tasks, unrefined, settings, progress=progress)
+    vote = VoteOptions(neighbours=size.neighbours)
+    options = Comparison(settings=settings, steps=size.steps, vote=vote, seconds=size.seconds)
     with bar("3. held-out tasks") as progress:
         return compare(
             backbone,
             held_out,
             zoo,
             options,
-            plain=plain,
+            unrefined=unrefined,
             title="Meta-Vote Pruning on handwritten digits",
             notes=(
                 "The backbone was pre-trained on the same ten classes; no class here is new to it.",
@@ -128,7 +125,8 @@ def _backbone(size: DemoSize, data: ImageData, out: Path, bar: Bar, device: torc
     path = out / "backbone.safetensors"
     if path.exists():
         return load_backbone(path).to(device)
-    torch.manual_seed(size.seed)  # the weights that training starts from
+    # The weights that training starts from.
+    torch.manual_seed(size.seed)
     model = create_model(size.model, num_classes=len(data.classes)).to(device)
     with bar("1. pre-training") as progress:
         backbone, accuracy, cost = pretrain(

@@ -1,180 +1,415 @@
-"""Options that several commands share, and what turns them into a backbone, images and tasks."""
+"""The command line's options, each declared once: groups of them are dataclasses, which a command takes as parameters.
+
+    @app.command()
+    @grouped
+    def prune(out: Out, model: ModelOptions, settings: SettingsOptions) -> None: ...
+
+``grouped`` shows typer the fields of the groups as options of the command, and gives the command its groups back.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import torch
-import typer
+from typer import Option
 
+from mvp_ext.app.comparison import NAMES, Comparison
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, sample_tasks
-from mvp_ext.pruning.iterative import Schedule
+from mvp_ext.pruning.methods import METHOD_NAMES
+from mvp_ext.pruning.scores import CRITERIA
+from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, load_backbone
 from mvp_ext.train.trainer import Recipe
+from mvp_ext.zoo.similarity import SIMILARITIES
+from mvp_ext.zoo.zoo import Zoo
 
 MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
 
-# ---- the model
-Model = Annotated[
-    str,
-    typer.Option(
-        help="timm's name of a ResNet, ViT or DeiT, or a file that `pretrain` wrote.", rich_help_panel=MODEL
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option(help="Its weights: a safetensors state dict (any float type).", rich_help_panel=MODEL),
-]
-Pretrained = Annotated[
-    bool, typer.Option(help="timm's own weights (network or cache).", rich_help_panel=MODEL)
-]
-ImageSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Side of the model's input in pixels. Default: the model's own.", rich_help_panel=MODEL
-    ),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(help="Normalisation, like 0.51,0.49,0.44. Default: the model's own.", rich_help_panel=MODEL),
-]
-Std = Annotated[str | None, typer.Option(help="Normalisation, like 0.27,0.26,0.28.", rich_help_panel=MODEL)]
 
-# ---- images and tasks
-Data = Annotated[
-    str,
-    typer.Option(
-        help="digits; a folder class/image.png; an .npz, several joined by commas, or a folder of them; cifar100.",
-        rich_help_panel=DATA,
-    ),
-]
-ClassesPerTask = Annotated[int, typer.Option(help="Classes of each sampled task.", rich_help_panel=DATA)]
-TaskSeed = Annotated[int, typer.Option(help="Seed of the draw of tasks.", rich_help_panel=DATA)]
-MaxTrain = Annotated[
-    int | None, typer.Option(help="At most so many training images a class.", rich_help_panel=DATA)
-]
-ZooPath = Annotated[Path, typer.Option("--zoo", help="Directory of the zoo.")]
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command for typer whose parameters that are dataclasses are replaced by the fields of these."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in groups:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+            continue
+        group = groups[parameter.name]
+        types = get_type_hints(group, include_extras=True)
+        for field in dataclasses.fields(group):
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=field.default,
+                    annotation=types[field.name],
+                )
+            )
 
-# ---- pruning
-Keep = Annotated[float, typer.Option(help="Share of each layer's units that stays.", rich_help_panel=PRUNING)]
-Scope = Annotated[
-    str | None,
-    typer.Option(
-        help="ResNet: inner (default), all. ViT: heads (default), mlp, heads+mlp.", rich_help_panel=PRUNING
-    ),
-]
-Align = Annotated[
-    int,
-    typer.Option(help="Round kept filters and neurons to multiples of this.", rich_help_panel=PRUNING),
-]
-Neighbours = Annotated[int, typer.Option(help="Voters.", rich_help_panel=PRUNING)]
-Similarity = Annotated[
-    str, typer.Option(help="leep, proxy_leep, nce, logme or h_score.", rich_help_panel=PRUNING)
-]
-StepsPerRound = Annotated[
-    int, typer.Option(help="Iterative pruning: steps after each removal.", rich_help_panel=PRUNING)
-]
-Share = Annotated[
-    float, typer.Option(help="Iterative pruning: share removed a round.", rich_help_panel=PRUNING)
-]
-Criterion = Annotated[
-    str,
-    typer.Option(
-        help="Score of units: taylor, taylor2, activation, weight_taylor, l1, l2, fpgm, synflow, random.",
-        rich_help_panel=PRUNING,
-    ),
-]
-LearningRate = Annotated[
-    float | None, typer.Option(help="Peak learning rate. Default: the family's.", rich_help_panel=PRUNING)
-]
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+        command(**given)
 
-# ---- the run
-Seed = Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=RUN)]
-Device = Annotated[
-    str, typer.Option(help="cpu, cuda, cuda:1 or auto: the GPU if torch sees one.", rich_help_panel=RUN)
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of torch.", rich_help_panel=RUN, min=1)]
+    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in keyword_only}
+    return run
 
 
-def set_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a command runs."""
+
+    seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=RUN)] = Settings.seed
+    device: Annotated[
+        str, Option(help="cpu, cuda, cuda:1 or auto: the GPU if torch sees one.", rich_help_panel=RUN)
+    ] = "auto"
+    threads: Annotated[int | None, Option(help="CPU threads of torch.", rich_help_panel=RUN, min=1)] = None
+
+    def begin(self) -> torch.device:
+        """Set torch's threads; the device. ValueError where torch does not have it."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(f"--device: expected cpu, cuda, cuda:N or auto, got {self.device!r}") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
+        return device
 
 
-def device_of(name: str) -> torch.device:
-    """ValueError where torch does not have the device."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: expected cpu, cuda, cuda:N or auto, got {name!r}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which dense model."""
 
-
-def backbone_of(
-    model: str,
-    weights: Path | None,
-    pretrained: bool,
-    image_size: int | None,
-    mean: str | None = None,
-    std: str | None = None,
-    *,
-    device: str = "cpu",
-    need_weights: bool = True,
-) -> Backbone:
-    """The dense model of the options, on the device. ValueError where nothing says which weights, unless any do."""
-    saved = Path(model).suffix == ".safetensors"
-    if need_weights and not (saved or weights or pretrained):
-        raise ValueError(
-            f"model {model!r}: which weights? Give --weights FILE, --pretrained, or as --model a file that "
-            "`mvp-ext pretrain` wrote"
-        )
-    if saved and (weights or pretrained):
-        raise ValueError(
-            f"model {model!r} is a file with its own weights: leave --weights and --pretrained out"
-        )
-    place = device_of(device)  # first: an error should not wait for the weights
-    backbone = load_backbone(
-        model,
-        weights=weights,
-        pretrained=pretrained,
-        image_size=image_size,
-        mean=_numbers("mean", mean),
-        std=_numbers("std", std),
-    )
-    return backbone.to(place)
-
-
-def data_of(source: str) -> ImageData:
-    return load_data(source)
-
-
-def tasks_of(
-    data: ImageData,
-    count: int,
-    classes_per_task: int,
-    seed: int,
-    prefix: str,
-    max_train: int | None = None,
-    exclude: list[Task] | None = None,
-) -> list[Task]:
-    return sample_tasks(
-        data, count, classes_per_task, seed, prefix, exclude=exclude or (), max_train_per_class=max_train
+    model: Annotated[
+        str,
+        Option(
+            help="timm's name of a ResNet, ViT or DeiT, or a file that `pretrain` wrote.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "resnet18"
+    weights: Annotated[
+        Path | None,
+        Option(help="Its weights: a safetensors state dict (any float type).", rich_help_panel=MODEL),
+    ] = None
+    pretrained: Annotated[
+        bool, Option(help="timm's own weights (network or cache).", rich_help_panel=MODEL)
+    ] = False
+    image_size: Annotated[
+        int | None,
+        Option(help="Side of the model's input in pixels. Default: the model's own.", rich_help_panel=MODEL),
+    ] = None
+    mean: Annotated[
+        str | None,
+        Option(
+            help="Normalisation, like 0.51,0.49,0.44. Default: the model's own.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    std: Annotated[str | None, Option(help="Normalisation, like 0.27,0.26,0.28.", rich_help_panel=MODEL)] = (
+        None
     )
 
+    def backbone(self, device: torch.device, *, need_weights: bool = True) -> Backbone:
+        """The dense model, on the device. ValueError where nothing says which weights, unless any will do."""
+        saved = Path(self.model).suffix == ".safetensors"
+        if need_weights and not (saved or self.weights or self.pretrained):
+            raise ValueError(
+                f"model {self.model!r}: which weights? Give --weights FILE, --pretrained, or as --model a file that "
+                "`mvp-ext pretrain` wrote"
+            )
+        if saved and (self.weights or self.pretrained):
+            raise ValueError(
+                f"model {self.model!r} is a file with its own weights: leave --weights and --pretrained out"
+            )
+        backbone = load_backbone(
+            self.model,
+            weights=self.weights,
+            pretrained=self.pretrained,
+            image_size=self.image_size,
+            mean=_numbers("mean", self.mean),
+            std=_numbers("std", self.std),
+        )
+        return backbone.to(device)
 
-def schedule_of(steps: int, steps_per_round: int, share: float, criterion: str) -> Schedule:
-    return Schedule(share=share, steps_per_round=steps_per_round, final_steps=steps, criterion=criterion)
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images."""
+
+    data: Annotated[
+        str,
+        Option(
+            help="digits; a folder class/image.png; an .npz, several joined by commas, or a folder of them; cifar100.",
+            rich_help_panel=DATA,
+        ),
+    ] = "digits"
+    max_train: Annotated[
+        int | None, Option(help="At most so many training images a class.", rich_help_panel=DATA)
+    ] = None
+
+    def images(self) -> ImageData:
+        return load_data(self.data)
 
 
-def recipe_of(backbone: Backbone, learning_rate: float | None) -> Recipe:
-    family = Recipe.for_model(backbone.model)
-    return family if learning_rate is None else family.with_rate(learning_rate)
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tasks are drawn."""
+
+    classes_per_task: Annotated[int, Option(help="Classes of each sampled task.", rich_help_panel=DATA)] = 5
+    task_seed: Annotated[
+        int | None,
+        Option(help="Seed of the draw of tasks. Default: 0; held out: 1000.", rich_help_panel=DATA),
+    ] = None
+
+    def tasks(
+        self, data: ImageData, count: int, prefix: str, options: DataOptions, exclude: list[Task], seed: int
+    ) -> list[Task]:
+        """``count`` tasks of ``data``, none with the class set of one of ``exclude``; ``seed`` unless given."""
+        return sample_tasks(
+            data,
+            count,
+            self.classes_per_task,
+            seed if self.task_seed is None else self.task_seed,
+            prefix,
+            exclude=exclude,
+            max_train_per_class=options.max_train,
+        )
+
+
+@dataclass(frozen=True)
+class CutOptions:
+    """What is cut. None: as the zoo says, and where there is none, ``Settings``' default."""
+
+    keep: Annotated[
+        float | None,
+        Option(
+            help=f"Share of each layer's units that stays. Default: the zoo's, or {Settings.keep:g}.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = None
+    scope: Annotated[
+        str | None,
+        Option(
+            help="ResNet: inner, all. ViT: heads, mlp, heads+mlp. Default: the zoo's, or the first.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = None
+    align: Annotated[
+        int | None,
+        Option(
+            help=f"Round kept filters and neurons to multiples of this. Default: the zoo's, or {Settings.align}.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = None
+    criterion: Annotated[
+        str | None,
+        Option(
+            help=f"Score of units: {', '.join(CRITERIA)}. Default: the zoo's, or {Schedule.criterion}.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        Option(help="Peak learning rate. Default: the zoo's, or the family's.", rich_help_panel=PRUNING),
+    ] = None
+
+    def settings(self, zoo: Zoo | None, backbone: Backbone, seed: int) -> Settings:
+        """The zoo's settings, with what was given on the command line in their place."""
+        settings = Settings.of_zoo(zoo)
+        given = {"keep": self.keep, "scope": self.scope, "align": self.align}
+        settings = replace(settings, seed=seed, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        if self.criterion is not None:
+            settings = replace(settings, schedule=replace(settings.schedule, criterion=self.criterion))
+        if self.learning_rate is not None:
+            recipe = settings.recipe_for(backbone.model)
+            settings = replace(settings, recipe=recipe.with_rate(self.learning_rate))
+        return settings
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """How iterative pruning proceeds, beside its last steps."""
+
+    steps_per_round: Annotated[
+        int | None,
+        Option(
+            help=f"Iterative pruning: steps after each removal. Default: the zoo's, or {Schedule.steps_per_round}.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = None
+    share: Annotated[
+        float | None,
+        Option(
+            help=f"Iterative pruning: share removed a round. Default: the zoo's, or {Schedule.share:g}.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = None
+
+    def applied(self, settings: Settings, final_steps: int) -> Settings:
+        """``settings`` with this schedule."""
+        given = {"steps_per_round": self.steps_per_round, "share": self.share, "final_steps": final_steps}
+        schedule = replace(settings.schedule, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        return replace(settings, schedule=schedule)
+
+
+@dataclass(frozen=True)
+class NeighbourOptions:
+    """Who votes."""
+
+    neighbours: Annotated[int, Option(help="Voters.", rich_help_panel=PRUNING)] = VoteOptions.neighbours
+    similarity: Annotated[
+        str, Option(help=f"Of tasks: {', '.join(SIMILARITIES)}.", rich_help_panel=PRUNING)
+    ] = "leep"
+
+    def vote(self) -> VoteOptions:
+        return VoteOptions(neighbours=self.neighbours, similarity=self.similarity)
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Which task `prune` prunes for."""
+
+    classes: Annotated[
+        str | None, Option(help="The task: class names joined by commas.", rich_help_panel=DATA)
+    ] = None
+    task: Annotated[
+        Path | None, Option(help="The task: a file that --save-task wrote.", rich_help_panel=DATA)
+    ] = None
+    save_task: Annotated[
+        Path | None, Option(help="Write the task's description here.", rich_help_panel=DATA)
+    ] = None
+
+    def check(self) -> None:
+        """ValueError unless exactly one of the two ways to name a task was used."""
+        if (self.classes is None) == (self.task is None):
+            raise ValueError("prune: which task? Give either --classes name,name,… or --task FILE")
+
+    def of(self, data: ImageData, options: DataOptions, seed: int) -> Task:
+        """The task; its description is written where one wants it."""
+        if self.task is not None:
+            task = Task.load(self.task, data)
+        else:
+            names = [name.strip() for name in str(self.classes).split(",") if name.strip()]
+            limit = options.max_train
+            task = Task.of("+".join(names), data, names, seed=seed, max_train_per_class=limit)
+        if self.save_task is not None:
+            task.save(self.save_task)
+        return task
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """How `prune` makes a small model."""
+
+    method: Annotated[
+        str,
+        Option(
+            help=f"auto (refined where the zoo refines a universal model, else mvp), {', '.join(METHOD_NAMES)}.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = "auto"
+    steps: Annotated[int, Option(help="Fine-tuning steps.", rich_help_panel=PRUNING)] = 60
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `zoo build` makes."""
+
+    tasks: Annotated[int, Option(help="How many tasks.", rich_help_panel=DATA)] = 24
+    steps: Annotated[int, Option(help="Steps after the last removal.", rich_help_panel=PRUNING)] = (
+        Schedule.final_steps
+    )
+    refine: Annotated[
+        bool,
+        Option(
+            help="Entries refine one pruned model of all tasks, or each is pruned from the dense model.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = True
+    universal: Annotated[
+        bool | None,
+        Option(
+            help="Also one pruned model of all tasks at the zoo's whole cost, a control. Default: with --no-refine."
+        ),
+    ] = None
+    universal_steps: Annotated[
+        int | None, Option(help="Its optimizer steps. Default: as many as the whole zoo took.")
+    ] = None
+
+    @property
+    def with_universal(self) -> bool:
+        return not self.refine if self.universal is None else self.universal
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What `compare` compares."""
+
+    tasks: Annotated[int, Option(help="Held-out tasks.", rich_help_panel=DATA)] = 6
+    steps: Annotated[int, Option(help="Fine-tuning steps of each arm.", rich_help_panel=PRUNING)] = 60
+    final_steps: Annotated[
+        int, Option(help="Iterative pruning: steps after the last removal.", rich_help_panel=PRUNING)
+    ] = Schedule.final_steps
+    arm: Annotated[
+        list[str] | None,
+        Option(help=f"Methods (repeatable): {', '.join(NAMES)}. Default: what suits the zoo, and controls."),
+    ] = None
+    rate: Annotated[
+        list[str] | None, Option(help="Learning rate of one method, like mvp=0.02 (repeatable).")
+    ] = None
+    seconds: Annotated[float, Option(help="Time for each latency.")] = Comparison.seconds
+
+    def comparison(self, settings: Settings, vote: VoteOptions) -> Comparison:
+        return Comparison(
+            settings=settings,
+            steps=self.steps,
+            vote=vote,
+            arms=tuple(self.arm or ()),
+            rates=dict(map(_rate, self.rate or ())),
+            seconds=self.seconds,
+        )
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What `bench` times."""
+
+    keep: Annotated[
+        list[float] | None, Option(help="Keep ratios (repeatable). Default: 0.5.", rich_help_panel=PRUNING)
+    ] = None
+    scope: Annotated[
+        str | None, Option(help="As of `prune`. Default: the family's.", rich_help_panel=PRUNING)
+    ] = None
+    align: Annotated[int, Option(help="As of `prune`.", rich_help_panel=PRUNING)] = Settings.align
+    pruned: Annotated[list[Path] | None, Option(help="Also a saved pruned model (repeatable).")] = None
+    against_torch_pruning: Annotated[bool, Option(help="Also the same shapes made by Torch-Pruning.")] = False
+    batch: Annotated[list[int] | None, Option(help="Batch sizes (repeatable). Default: 1 and 32.")] = None
+    seconds: Annotated[float, Option(help="Time for each model and batch size.")] = 2.0
+    channels_last: Annotated[bool, Option(help="Time in the channels_last layout.")] = False
+
+
+def pretraining_recipe(family: Recipe, learning_rate: float | None, batch_size: int | None) -> Recipe | None:
+    """The family's recipe with what was given in its place; None where nothing was: ``pretrain`` has its own."""
+    if learning_rate is None and batch_size is None:
+        return None
+    rate = learning_rate or family.learning_rate * (10 if family.optimizer == "sgd" else 3)
+    return replace(family, learning_rate=rate, batch_size=batch_size or family.batch_size)
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
@@ -187,3 +422,13 @@ def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
     if len(numbers) != 3:
         raise ValueError(f"--{name}: expected three numbers like 0.5,0.5,0.5, got {text!r}")
     return numbers
+
+
+def _rate(text: str) -> tuple[str, float]:
+    method, _, value = text.partition("=")
+    try:
+        if method in NAMES:
+            return method, float(value)
+    except ValueError:
+        pass
+    raise ValueError(f"--rate: expected METHOD=RATE with METHOD one of {', '.join(NAMES)}, got {text!r}")

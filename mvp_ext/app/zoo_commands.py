@@ -19,87 +19,46 @@ from mvp_ext.train.cost import Cost
 from mvp_ext.zoo.zoo import Zoo
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Pruned models of earlier tasks.")
-ZooArgument = Annotated[Path, typer.Argument(metavar="ZOO", help="Directory of the zoo.")]
+ZooPath = Annotated[Path, typer.Option("--zoo", help="Directory of the zoo.")]
+ZooArgument = Annotated[
+    Path | None, typer.Argument(metavar="[ZOO]", help="The same, without --zoo.", show_default=False)
+]
 
 
 @app.command()
+@options.grouped
 def build(
-    zoo: options.ZooPath = Path("zoo"),
-    model: options.Model = "resnet18",
-    weights: options.Weights = None,
-    pretrained: options.Pretrained = False,
-    image_size: options.ImageSize = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    data: options.Data = "digits",
-    tasks: Annotated[int, typer.Option(help="How many tasks.", rich_help_panel=options.DATA)] = 24,
-    classes_per_task: options.ClassesPerTask = 5,
-    task_seed: options.TaskSeed = 0,
-    max_train: options.MaxTrain = None,
-    keep: options.Keep = 0.3,
-    scope: options.Scope = None,
-    align: options.Align = 8,
-    steps: Annotated[
-        int, typer.Option(help="Steps after the last removal.", rich_help_panel=options.PRUNING)
-    ] = 200,
-    steps_per_round: options.StepsPerRound = 10,
-    share: options.Share = 0.1,
-    criterion: options.Criterion = "taylor",
-    learning_rate: options.LearningRate = None,
-    refine: Annotated[
-        bool,
-        typer.Option(
-            help="Entries refine one pruned model of all tasks, or each is pruned from the dense model.",
-            rich_help_panel=options.PRUNING,
-        ),
-    ] = True,
-    universal: Annotated[
-        bool | None,
-        typer.Option(
-            help="Also one pruned model of all tasks at the zoo's whole cost, a control. Default: with --no-refine."
-        ),
-    ] = None,
-    universal_steps: Annotated[
-        int | None, typer.Option(help="Its optimizer steps. Default: as many as the whole zoo took.")
-    ] = None,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
-    threads: options.Threads = None,
+    model: options.ModelOptions,
+    data: options.DataOptions,
+    sampling: options.SamplingOptions,
+    cut: options.CutOptions,
+    schedule: options.ScheduleOptions,
+    what: options.BuildOptions,
+    run: options.RunOptions,
+    zoo: ZooPath = Path("zoo"),
 ) -> None:
     """Prune the model for many tasks, with distillation, and keep the results.
 
     What the zoo already has is passed over: after Ctrl-C or a crash the same command goes on where it was.
     """
-    options.set_threads(threads)
-    backbone = options.backbone_of(model, weights, pretrained, image_size, mean, std, device=device)
-    drawn = options.tasks_of(options.data_of(data), tasks, classes_per_task, task_seed, "zoo", max_train)
+    backbone = model.backbone(run.begin())
+    drawn = sampling.tasks(data.images(), what.tasks, "zoo", data, [], seed=0)
     opened = Zoo(zoo)
-    have = 0
-    for task in drawn:
-        if task.name in opened:
-            have += 1
-            if opened[task.name].task.get("fingerprint") != task.fingerprint:
-                raise ValueError(
-                    f"{zoo}: entry {task.name!r} is of another task than the one asked for (other data, seed, classes "
-                    "a task or images a class); give another --zoo"
-                )
+    have = [task for task in drawn if task.name in opened]
+    for task in have:
+        if opened[task.name].task.get("fingerprint") != task.fingerprint:
+            raise ValueError(
+                f"{zoo}: entry {task.name!r} is of another task than the one asked for (other data, seed, classes "
+                "a task or images a class); give another --zoo"
+            )
     if have:
-        say(f"{have} of {tasks} entries are there already")
-    schedule = options.schedule_of(steps, steps_per_round, share, criterion)
-    recipe = options.recipe_of(backbone, learning_rate)
-    common = {
-        "keep": keep,
-        "scope": scope,
-        "align": align,
-        "schedule": schedule,
-        "recipe": recipe,
-        "seed": seed,
-    }
+        say(f"{len(have)} of {what.tasks} entries are there already")
+    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
     with progress_bar("zoo") as progress:
-        build = build_refined_zoo if refine else build_zoo
-        build(backbone, drawn, opened, progress=progress, **common)  # type: ignore[arg-type]
-        if not refine if universal is None else universal:
-            build_universal(backbone, drawn, opened, steps=universal_steps, progress=progress, **common)  # type: ignore[arg-type]
+        make = build_refined_zoo if what.refine else build_zoo
+        make(backbone, drawn, opened, settings, progress=progress)
+        if what.with_universal:
+            build_universal(backbone, drawn, opened, settings, steps=what.universal_steps, progress=progress)
     cost = zoo_cost(opened)
     say(
         f"{zoo}: {cost['entries']} entries, mean accuracy {100 * (cost['accuracy'] or 0):.1f} %, "
@@ -108,9 +67,9 @@ def build(
 
 
 @app.command("list")
-def list_(zoo: ZooArgument = Path("zoo")) -> None:
+def list_(folder: ZooArgument = None, zoo: ZooPath = Path("zoo")) -> None:
     """The zoo's entries, one line each."""
-    opened = Zoo(zoo, create=False)
+    opened = Zoo(folder or zoo, create=False)
     table = Table()
     table.add_column("entry")
     table.add_column("classes")
@@ -134,9 +93,13 @@ def list_(zoo: ZooArgument = Path("zoo")) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="The entry.")], zoo: ZooArgument = Path("zoo")) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="The entry.")],
+    folder: ZooArgument = None,
+    zoo: ZooPath = Path("zoo"),
+) -> None:
     """One entry: its task, what it keeps of each layer, what it cost."""
-    entry = Zoo(zoo, create=False)[name]
+    entry = Zoo(folder or zoo, create=False)[name]
     facts = {
         "task": ", ".join(map(str, entry.task.get("classes", ()))),
         "data": entry.task.get("data", ""),
@@ -161,17 +124,18 @@ def show(name: Annotated[str, typer.Argument(help="The entry.")], zoo: ZooArgume
 
 @app.command()
 def verify(
-    zoo: ZooArgument = Path("zoo"),
+    folder: ZooArgument = None,
+    zoo: ZooPath = Path("zoo"),
     repair: Annotated[
         bool, typer.Option(help="Remove what is damaged, so that `zoo build` makes it again.")
     ] = False,
 ) -> None:
     """Read every file and name each that is damaged, missing or nobody's. Exit code 1 if there is one."""
-    opened = Zoo(zoo, create=False)
+    opened = Zoo(folder or zoo, create=False)
     problems = opened.verify(repair=repair)
     for problem in problems:
         console.print(str(problem), style="red", markup=False, soft_wrap=True)
     if problems:
         say(f"{len(problems)} problems" + (", removed" if repair else "; --repair removes them"))
         raise typer.Exit(0 if repair else 1)
-    say(f"{zoo}: {len(opened)} entries, all sound")
+    say(f"{opened.path}: {len(opened)} entries, all sound")

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +16,11 @@ from mvp_ext.model.budget import kept_counts
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, read_pruned, save_pruned
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.structure import Structure
-from mvp_ext.pruning.iterative import Schedule, planned_steps
-from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.iterative import planned_steps
+from mvp_ext.pruning.prune import RunOptions, prune
 from mvp_ext.pruning.result import Result
+from mvp_ext.pruning.settings import Settings
 from mvp_ext.train.backbone import Backbone, BackboneIdentity
-from mvp_ext.train.trainer import Recipe
 from mvp_ext.zoo.entry import ZooEntry
 from mvp_ext.zoo.shared import start_path, universal_path
 from mvp_ext.zoo.zoo import Zoo, ZooError
@@ -33,22 +32,19 @@ def build_zoo(
     model: nn.Module | Backbone,
     tasks: Sequence[Task],
     zoo: Zoo,
+    settings: Settings | None = None,
     *,
-    keep: float = 0.3,
-    scope: str | None = None,
-    align: int = 8,
-    schedule: Schedule | None = None,
-    recipe: Recipe | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
     start: PrunedCheckpoint | None = None,
+    progress: Progress | None = None,
 ) -> list[Result]:
     """Prune the model for each task from scratch and add the results to the zoo.
 
     A task that the zoo already has is passed over, so an interrupted build goes on where it was. Each entry depends on
-    ``seed`` and its own task alone, not on the order of the tasks or on interruptions.
+    the settings and its own task alone, not on the order of the tasks or on interruptions.
 
     Args:
+        settings: of every entry; task i trains with seed ``settings.seed + tasks[i].seed``. The zoo keeps the first
+            ones that it gets. Default: those.
         start: a pruned model of this backbone that every entry goes on from, instead of the dense one: entries of a
             well healed, wider model (the universal model of a larger ``keep``, say) share its healing and bring what
             they learned of their tasks. The zoo keeps it: merged weights that no voter has are its.
@@ -60,28 +56,21 @@ def build_zoo(
         ZooError: the zoo is of another backbone, has one of the tasks with another number of units kept, or has entries
             of another start.
     """
-    backbone, schedule = Backbone.wrap(model), schedule or Schedule()
-    structure = find_structure(backbone.model, scope)
-    zoo.bind(BackboneIdentity.of(backbone.model, structure))
+    backbone, settings = Backbone.wrap(model), settings or Settings.of_zoo(zoo)
+    structure = _bind(backbone, zoo, settings)
     _bind_start(zoo, start)
     results = []
     for task in tasks:
         if task.name in zoo:
-            _check_same_budget(zoo[task.name], structure, keep, align, schedule)
+            _check_same_budget(zoo[task.name], structure, settings)
             continue
         result = prune(
             backbone,
             task,
-            keep=keep,
-            scope=scope,
-            align=align,
+            settings=replace(settings, seed=settings.seed + task.seed),
             method="ifp",
-            steps=schedule.final_steps,
-            schedule=schedule,
-            recipe=recipe,
-            seed=seed + task.seed,
-            on_step=_named(progress, task.name),
-            start=start,
+            steps=settings.schedule.final_steps,
+            run=RunOptions(on_step=_named(progress, task.name), start=start),
         )
         zoo.add(result, if_absent=True)  # another process may have been faster
         results.append(result)
@@ -92,14 +81,9 @@ def build_refined_zoo(
     model: nn.Module | Backbone,
     tasks: Sequence[Task],
     zoo: Zoo,
+    settings: Settings | None = None,
     *,
-    keep: float = 0.3,
-    scope: str | None = None,
-    align: int = 8,
-    schedule: Schedule | None = None,
     share: float = 0.8,
-    recipe: Recipe | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Result]:
     """One pruned model of all tasks, and for each task an entry that refines it: what ``prune`` serves best from.
@@ -114,34 +98,26 @@ def build_refined_zoo(
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"build_refined_zoo: share: expected a value in (0, 1), got {share}")
-    backbone, schedule = Backbone.wrap(model), schedule or Schedule()
-    structure = find_structure(backbone.model, scope)
-    zoo.bind(BackboneIdentity.of(backbone.model, structure))
+    backbone, settings = Backbone.wrap(model), settings or Settings.of_zoo(zoo)
     path = start_path(zoo)
     if len(zoo) > 0 and not path.exists():
         raise ZooError(
             f"build_refined_zoo: {zoo.path}: its {len(zoo)} entries refine no universal model; use another zoo"
         )
-    each = planned_steps(structure, keep, align, schedule)
-    common: dict[str, Any] = {
-        "keep": keep,
-        "scope": scope,
-        "align": align,
-        "recipe": recipe,
-        "seed": seed,
-        "progress": progress,
-    }
+    structure = _bind(backbone, zoo, settings)
+    each = planned_steps(structure, settings)
     if not path.exists():
         steps = round(share * each * len(tasks))
-        _build_universal(backbone, tasks, path, "start", steps=steps, schedule=schedule, **common)
+        _build_universal(backbone, tasks, path, "start", settings, steps, progress)
     start = load_pruned(path)
-    if start.extra.get("keep") != keep:
+    if start.extra.get("keep") != settings.keep:
         raise ZooError(
-            f"build_refined_zoo: {path}: expected a universal model with keep {keep}, got "
+            f"build_refined_zoo: {path}: expected a universal model with keep {settings.keep}, got "
             f"{start.extra.get('keep', 'one that build_zoo was given')}; use another zoo"
         )
-    refining = replace(schedule, final_steps=max(1, round((1 - share) * each)))
-    return build_zoo(backbone, tasks, zoo, schedule=refining, start=start, **common)
+    refining = replace(settings.schedule, final_steps=max(1, round((1 - share) * each)))
+    settings = replace(settings, schedule=refining)
+    return build_zoo(backbone, tasks, zoo, settings, start=start, progress=progress)
 
 
 def zoo_steps(zoo: Zoo, tasks: Sequence[Task]) -> int:
@@ -159,14 +135,9 @@ def build_universal(
     model: nn.Module | Backbone,
     tasks: Sequence[Task],
     zoo: Zoo,
+    settings: Settings | None = None,
     *,
-    keep: float = 0.3,
-    scope: str | None = None,
-    align: int = 8,
-    schedule: Schedule | None = None,
     steps: int | None = None,
-    recipe: Recipe | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Result | None:
     """One pruned model for all classes of the tasks together, distilled, at the whole zoo's number of steps.
@@ -175,28 +146,17 @@ def build_universal(
     them all. None if the zoo has it already.
 
     Args:
+        settings: default: those of the zoo.
         steps: all optimizer steps; default: as many as the zoo took for these tasks (``zoo_steps``).
 
     Raises:
         ZooError: ``steps`` is not given and the zoo lacks one of the tasks.
     """
-    path = universal_path(zoo)
-    if path.exists() and read_pruned(path).extra.get("keep") == keep:
+    settings, path = settings or Settings.of_zoo(zoo), universal_path(zoo)
+    if path.exists() and read_pruned(path).extra.get("keep") == settings.keep:
         return None
-    return _build_universal(
-        Backbone.wrap(model),
-        tasks,
-        path,
-        "universal",
-        keep=keep,
-        scope=scope,
-        align=align,
-        schedule=schedule or Schedule(),
-        steps=steps if steps is not None else zoo_steps(zoo, tasks),
-        recipe=recipe,
-        seed=seed,
-        progress=progress,
-    )
+    steps = steps if steps is not None else zoo_steps(zoo, tasks)
+    return _build_universal(Backbone.wrap(model), tasks, path, "universal", settings, steps, progress)
 
 
 def _build_universal(
@@ -204,36 +164,23 @@ def _build_universal(
     tasks: Sequence[Task],
     path: Path,
     name: str,
-    *,
-    keep: float,
-    scope: str | None,
-    align: int,
-    schedule: Schedule,
+    settings: Settings,
     steps: int,
-    recipe: Recipe | None,
-    seed: int,
     progress: Progress | None,
 ) -> Result:
     """``name`` seeds nothing: two models of the same arguments are the same, whatever they are for."""
-    structure = find_structure(backbone.model, scope)
-    pooled = pooled_task(tasks, name, seed)
-    removing = planned_steps(structure, keep, align, replace(schedule, final_steps=0))
-    schedule = replace(schedule, final_steps=max(0, steps - removing))
+    structure = find_structure(backbone.model, settings.scope)
+    pooled = pooled_task(tasks, name, settings.seed)
+    removing = replace(settings, schedule=replace(settings.schedule, final_steps=0))
     result = prune(
         backbone,
         pooled,
-        keep=keep,
-        scope=scope,
-        align=align,
+        settings=settings,
         method="ifp",
-        steps=schedule.final_steps,
-        schedule=schedule,
-        recipe=recipe,
-        seed=seed,
-        on_step=_named(progress, name),
-        resume=path.with_suffix(".partial"),
+        steps=max(0, steps - planned_steps(structure, removing)),
+        run=RunOptions(on_step=_named(progress, name), resume=path.with_suffix(".partial")),
     )
-    extra = {"keep": keep, "classes": list(pooled.classes), "result": result.summary()}
+    extra = {"keep": settings.keep, "classes": list(pooled.classes), "result": result.summary()}
     save_pruned(result.model, path, mask=result.mask, structure=result.structure, extra=extra)
     return result
 
@@ -241,6 +188,15 @@ def _build_universal(
 def pooled_task(tasks: Sequence[Task], name: str, seed: int = 0) -> Task:
     """All classes of these tasks as one task."""
     return Task(name, tasks[0].data, tuple(sorted({c for task in tasks for c in task.classes})), seed=seed)
+
+
+def _bind(backbone: Backbone, zoo: Zoo, settings: Settings) -> Structure:
+    """Record whose models the zoo holds and with which settings; what is recorded of the backbone is compared."""
+    structure = find_structure(backbone.model, settings.scope)
+    zoo.bind(BackboneIdentity.of(backbone.model, structure))
+    if "settings" not in zoo.facts():
+        zoo.record_facts(settings=settings.resolved(backbone.model).to_dict())
+    return structure
 
 
 def _bind_start(zoo: Zoo, start: PrunedCheckpoint | None) -> None:
@@ -266,17 +222,16 @@ def _same_model(a: PrunedCheckpoint, b: PrunedCheckpoint) -> bool:
     )
 
 
-def _check_same_budget(
-    entry: ZooEntry, structure: Structure, keep: float, align: int, schedule: Schedule
-) -> None:
+def _check_same_budget(entry: ZooEntry, structure: Structure, settings: Settings) -> None:
     """An entry of another budget is not what was asked for, and must not be passed over as if it were."""
-    if schedule.global_ranking:
+    if settings.schedule.global_ranking:
         return  # its counts follow from its scores
-    expected = kept_counts(structure, keep, align)
+    expected = kept_counts(structure, settings.keep, settings.align)
     if tuple(entry.mask.kept.values()) != expected:
         raise ZooError(
-            f"build_zoo: entry {entry.name!r} was made with keep {entry.keep:.4g} of all units, not {keep:.4g} "
-            f"(expected {sum(expected)} units, got {sum(entry.mask.kept.values())}); remove it or use another zoo"
+            f"build_zoo: entry {entry.name!r} was made with keep {entry.keep:.4g} of all units, not "
+            f"{settings.keep:.4g} (expected {sum(expected)} units, got {sum(entry.mask.kept.values())}); remove it or "
+            "use another zoo"
         )
 
 

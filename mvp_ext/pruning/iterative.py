@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,42 +19,12 @@ from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.scores import Scores, score_units
+from mvp_ext.pruning.settings import Schedule, Settings
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
 from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
 from mvp_ext.train.heads import class_mean_head
 from mvp_ext.train.resume import RunFile
-from mvp_ext.train.trainer import Recipe, Teacher, Trainer, fit_head, reestimate_statistics
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How iterative pruning proceeds.
-
-    Attributes:
-        share: share of the remaining units removed a round, in (0, 1).
-        steps_per_round: fine-tuning steps after each removal, at the full learning rate.
-        final_steps: steps after the last removal, with a cosine schedule.
-        criterion: how units are scored (``scores.CRITERIA``).
-        score_batches: training batches a scoring looks at.
-        global_ranking: rank units across layers (scores divided by their layer's L2 norm) instead of within each.
-        distill: heal with the dense model's features beside the labels.
-    """
-
-    share: float = 0.1
-    steps_per_round: int = 10
-    final_steps: int = 200
-    criterion: str = "taylor"
-    score_batches: int = 2
-    global_ranking: bool = False
-    distill: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.share < 1.0:
-            raise ValueError(f"Schedule: share: expected a value in (0, 1), got {self.share}")
-
-    def rounds(self, keep: float, start: float = 1.0) -> int:
-        """R = ceil(ln(keep / start) / ln(1 − share)); 0 where nothing is removed."""
-        return max(0, math.ceil(math.log(keep / start) / math.log1p(-self.share) - 1e-9))
+from mvp_ext.train.trainer import Teacher, Trainer, fit_head, reestimate_statistics
 
 
 def scoring_batches(
@@ -82,13 +51,8 @@ def scoring_batches(
 def prune_iteratively(
     backbone: Backbone,
     data: TaskData,
+    settings: Settings,
     *,
-    scope: str | None,
-    keep: float,
-    schedule: Schedule,
-    recipe: Recipe,
-    align: int = 8,
-    seed: int = 0,
     cost: Cost | None = None,
     features: Tensor | None = None,
     on_step: Callable[[nn.Module, int], None] | None = None,
@@ -102,7 +66,7 @@ def prune_iteratively(
 
     Args:
         backbone: the dense model; left as it is.
-        keep: share of each layer's units that stays, in (0, 1]. align: kept counts are rounded to multiples of it.
+        settings: what is cut, how much of it stays, in which rounds; how weights are trained.
         features: the backbone's features on ``data.train_images``, if at hand.
         on_step: called with (model, steps done so far) after each step, outside the clock.
         resume: a file for the state of an interrupted run (of its final steps); the same call goes on from it with the
@@ -114,8 +78,9 @@ def prune_iteratively(
         The small model, with a trained (not refitted) classifier, and its mask.
     """
     cost = cost if cost is not None else Cost()
+    schedule, recipe, seed = settings.schedule, settings.recipe_for(backbone.model), settings.seed
     preprocessing, size = backbone.preprocessing, backbone.preprocessing.size
-    structure = find_structure(backbone.model, scope)
+    structure = find_structure(backbone.model, settings.scope)
     with cost.timed():
         if features is None:
             features = extract_features(backbone.model, data.train_images, preprocessing, recipe.precision)
@@ -136,7 +101,7 @@ def prune_iteratively(
             "images": content_hash([data.train_images, data.train_labels], data.class_names),
             "schedule": asdict(schedule),
             "recipe": asdict(recipe),
-            "others": [keep, align, seed, asdict(preprocessing)],
+            "others": [settings.keep, settings.align, seed, asdict(preprocessing)],
             "start": None
             if start is None
             else content_hash(start.model.state_dict().values(), structure.names),
@@ -164,8 +129,8 @@ def prune_iteratively(
         saved.restore(trainer)
         final_done, done = saved.done, int(saved.values["steps"])
     else:
-        for number, ratio in enumerate(round_ratios(structure, keep, align, schedule, mask), 1):
-            inner = _choose(trainer, structure, ratio, align, schedule, cost, seed + number)
+        for number, ratio in enumerate(round_ratios(structure, settings, mask), 1):
+            inner = _choose(trainer, structure, ratio, settings, cost, seed + number)
             with cost.timed():
                 prune_model(model, inner, optimizer=trainer.optimizer)
                 mask = Mask.compose(mask, inner)
@@ -180,44 +145,40 @@ def prune_iteratively(
     return model, mask
 
 
-def round_ratios(
-    structure: Structure, keep: float, align: int, schedule: Schedule, start: Mask | None = None
-) -> list[float]:
+def round_ratios(structure: Structure, settings: Settings, first: Mask | None = None) -> list[float]:
     """The share kept after each round. Rounds that would remove nothing (few heads, coarse alignment) are left out.
 
-    ``start``: what is there at the beginning; default all.
+    ``first``: what is there at the beginning; default all.
     """
-    first = 1.0 if start is None else start.keep
-    rounds = schedule.rounds(keep, first)
-    ratios = [first * (1.0 - schedule.share) ** number for number in range(1, rounds)] + [keep] * (rounds > 0)
+    schedule, keep = settings.schedule, settings.keep
+    whole = 1.0 if first is None else first.keep
+    rounds = schedule.rounds(keep, whole)
+    ratios = [whole * (1.0 - schedule.share) ** number for number in range(1, rounds)] + [keep] * (rounds > 0)
     if schedule.global_ranking:
         return ratios
-    have = structure.units_per_layer if start is None else tuple(start.kept[n] for n in structure.names)
+    have = structure.units_per_layer if first is None else tuple(first.kept[n] for n in structure.names)
     counts = [have]
     for ratio in ratios:
-        counts.append(tuple(map(min, counts[-1], kept_counts(structure, ratio, align))))
+        counts.append(tuple(map(min, counts[-1], kept_counts(structure, ratio, settings.align))))
     return [
         ratio for ratio, before, after in zip(ratios, counts, counts[1:], strict=False) if before != after
     ]
 
 
-def planned_steps(
-    structure: Structure, keep: float, align: int, schedule: Schedule, start: Mask | None = None
-) -> int:
-    """All optimizer steps of one iterative run."""
-    rounds = len(round_ratios(structure, keep, align, schedule, start))
-    return rounds * schedule.steps_per_round + schedule.final_steps
+def planned_steps(structure: Structure, settings: Settings, first: Mask | None = None) -> int:
+    """All optimizer steps of one iterative run; ``first`` as for :func:`round_ratios`."""
+    rounds = len(round_ratios(structure, settings, first))
+    return rounds * settings.schedule.steps_per_round + settings.schedule.final_steps
 
 
 def _choose(
-    trainer: Trainer, dense: Structure, ratio: float, align: int, schedule: Schedule, cost: Cost, seed: int
+    trainer: Trainer, dense: Structure, ratio: float, settings: Settings, cost: Cost, seed: int
 ) -> Mask:
     """The mask of one round, of the model as it is now, that leaves ``ratio`` of the dense model's units."""
     current = find_structure(trainer.model, dense.scope)
-    scores = scoring_batches(trainer, current, schedule, cost, seed=seed)
-    if not schedule.global_ranking:
-        return Mask.from_scores(
-            current, scores, tuple(map(min, current.units_per_layer, kept_counts(dense, ratio, align)))
-        )
+    scores = scoring_batches(trainer, current, settings.schedule, cost, seed=seed)
+    if not settings.schedule.global_ranking:
+        counts = kept_counts(dense, ratio, settings.align)
+        return Mask.from_scores(current, scores, tuple(map(min, current.units_per_layer, counts)))
     share = min(1.0, ratio * dense.total_units / current.total_units)
-    return Mask.from_scores(current, scores, share, align, global_=True)
+    return Mask.from_scores(current, scores, share, settings.align, global_=True)

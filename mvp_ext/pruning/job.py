@@ -13,11 +13,11 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import expand_state
-from mvp_ext.pruning.iterative import Schedule, scoring_batches
+from mvp_ext.pruning.iterative import scoring_batches
 from mvp_ext.pruning.scores import Scores
+from mvp_ext.pruning.settings import Settings, VoteOptions
 from mvp_ext.pruning.vote import (
     Neighbour,
-    VoteOptions,
     merge_voters,
     nearest_entries,
     normalised_scores,
@@ -33,33 +33,34 @@ from mvp_ext.train.trainer import Recipe, Trainer
 from mvp_ext.zoo.shared import start_path
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
-GLANCE_IMAGES = 320  # of all classes together: a dense pass over 1000 images was half of a task's cost
+# Of all classes together, to find neighbours and to score units: a dense pass over 1000 was half of a task's cost.
+SAMPLE_IMAGES = 320
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Job:
     """One call of ``prune``: its inputs, checked, and what methods need of them. ``cost`` is filled as the work goes.
 
-    ``neighbours`` is what the result says of the voters; a method that asks some puts them there.
+    Attributes:
+        settings: with nothing left open: scope and recipe are there.
+        neighbours: what the result says of the voters; a method that asks some puts them there.
+        known_features: the dense backbone's on all training images, f32 [n, F], and the seconds that they took.
     """
 
     backbone: Backbone
     data: TaskData
     structure: Structure
-    zoo: Zoo | None
-    keep: float
-    steps: int
-    align: int
-    seed: int
+    settings: Settings
     recipe: Recipe
-    schedule: Schedule
+    zoo: Zoo | None
+    steps: int
     vote: VoteOptions
     task_name: str
     cost: Cost
     neighbours: list[tuple[str, float]] = field(default_factory=list)
-    known_features: tuple[Tensor, float] | None = None  # and the seconds that their pass took
+    known_features: tuple[Tensor, float] | None = None
     _features: Tensor | None = None
-    _glance: tuple[Tensor, Tensor] | None = None
+    _sample: tuple[Tensor, Tensor] | None = None
     _scores: Scores | None = None
 
     def features(self) -> Tensor:
@@ -68,16 +69,16 @@ class Job:
             self._features = self._extract(None, "refit_flops")
         return self._features
 
-    def glance(self, spent_on: str = "refit_flops") -> tuple[Tensor, Tensor]:
+    def sampled_features(self, spent_on: str = "refit_flops") -> tuple[Tensor, Tensor]:
         """The same of a few images of each class, f32 [m, F], with their labels, int64 [m]: enough to find the task's
         neighbours and to score units, at a fraction of the pass. All of them where they have been paid for.
         """
         if self._features is not None:
             return self._features, self.data.train_labels
-        if self._glance is None:
-            index = few_of_each(self.data.train_labels, GLANCE_IMAGES, self.seed)
-            self._glance = self._extract(index, spent_on), self.data.train_labels[index]
-        return self._glance
+        if self._sample is None:
+            index = few_of_each(self.data.train_labels, SAMPLE_IMAGES, self.settings.seed)
+            self._sample = self._extract(index, spent_on), self.data.train_labels[index]
+        return self._sample
 
     def _extract(self, index: Tensor | None, spent_on: str) -> Tensor:
         images = self.data.train_images if index is None else self.data.train_images[index]
@@ -96,7 +97,7 @@ class Job:
         if self.known_features is not None:
             return self.known_features[0], self.data.train_labels
         unbooked = replace(self, cost=Cost())
-        return unbooked.glance()
+        return unbooked.sampled_features()
 
     @property
     def image_flops(self) -> int:
@@ -108,16 +109,15 @@ class Job:
             raise ZooError(
                 f"prune: method {method!r} needs a zoo; got none. Build one with build_zoo or `mvp-ext zoo build`"
             )
-        with (
-            self.cost.timed()
-        ):  # entries of other dense weights have the same shapes: they would merge into nonsense
+        # Entries of other dense weights have the same shapes: they would merge into nonsense.
+        with self.cost.timed():
             self.zoo.check(BackboneIdentity.of(self.backbone.model, self.structure))
         return self.zoo
 
 
-def ask_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
+def find_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
     """The task's nearest entries, by ``job.vote``."""
-    features, labels = job.glance("similarity_flops")
+    features, labels = job.sampled_features("similarity_flops")
     neighbours = nearest_entries(
         zoo,
         job.structure,
@@ -127,7 +127,7 @@ def ask_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
         job.vote,
         labels=labels,
         cost=job.cost,
-        seed=job.seed,
+        seed=job.settings.seed,
         exclude=(job.task_name,),
     )
     job.neighbours = [(n.entry.name, n.similarity) for n in neighbours]
@@ -136,20 +136,20 @@ def ask_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
 
 def voted_mask(job: Job, neighbours: Sequence[Neighbour]) -> Mask:
     """What these neighbours vote for, with the target's own score where ``job.vote`` wants it."""
-    own = normalised_scores(own_scores(job), job.structure) if job.vote.needs_scores else None
+    own = normalised_scores(score_target(job), job.structure) if job.vote.needs_scores else None
     with job.cost.timed():
         prior = own if job.vote.prior == "taylor" else weight_prior(job.backbone.model, job.structure)
         return vote_mask(
             [n.entry.mask for n in neighbours],
             job.structure,
-            keep=job.keep,
+            keep=job.settings.keep,
             weights=voter_weights(neighbours, job.vote.weighting),
             prior=prior,
             rule=job.vote.rule,
             temperature=job.vote.temperature,
-            align=job.align,
-            seed=job.seed,
-            score=job.vote.own_score * own if own is not None and job.vote.own_score else None,
+            align=job.settings.align,
+            seed=job.settings.seed,
+            score=job.vote.score_weight * own if own is not None and job.vote.score_weight else None,
         )
 
 
@@ -163,23 +163,24 @@ def merged_model(job: Job, zoo: Zoo, neighbours: Sequence[Neighbour], mask: Mask
         if start_path(zoo).exists():
             start = load_pruned(start_path(zoo), job.backbone.device)
             wide = expand_state(start.model.state_dict(), start.structure, start.mask, base)
-            base = {
-                n: wide[n] if wide[n].shape == t.shape else t for n, t in base.items()
-            }  # all but the head
+            # All but the head.
+            base = {n: wide[n] if wide[n].shape == t.shape else t for n, t in base.items()}
         weights = voter_weights(neighbours, job.vote.weighting)
         states = [n.entry.read().state for n in neighbours]
         merged = merge_voters(base, states, [n.entry.mask for n in neighbours], job.structure, mask, weights)
         return small_model(job.backbone, job.structure, mask, merged)
 
 
-def own_scores(job: Job) -> Scores:
-    """Every unit of the dense model scored on the target's images, by ``job.schedule.criterion``; once a job."""
+def score_target(job: Job) -> Scores:
+    """Every unit of the dense model scored on the target's images, by the schedule's criterion; once a job."""
     if job._scores is not None:
         return job._scores
-    features, labels = job.glance()
+    features, labels = job.sampled_features()
     with job.cost.timed():
         dense = job.backbone.copy_model()
         set_head(dense, class_mean_head(features, labels, job.data.num_classes))
-        trainer = Trainer(dense, job.data, job.backbone.preprocessing, job.recipe, seed=job.seed)
-    job._scores = scoring_batches(trainer, job.structure, job.schedule, job.cost, seed=job.seed)
+        trainer = Trainer(dense, job.data, job.backbone.preprocessing, job.recipe, seed=job.settings.seed)
+    job._scores = scoring_batches(
+        trainer, job.structure, job.settings.schedule, job.cost, seed=job.settings.seed
+    )
     return job._scores

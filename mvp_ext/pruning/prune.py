@@ -8,7 +8,7 @@ so that methods are compared by what they start from, not by how their heads wer
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,63 +19,25 @@ from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
-from mvp_ext.pruning.iterative import Schedule, planned_steps, prune_iteratively
+from mvp_ext.pruning.iterative import planned_steps, prune_iteratively
 from mvp_ext.pruning.job import Job
-from mvp_ext.pruning.methods import METHODS, STARTS, Start, method_for, vote_for
+from mvp_ext.pruning.methods import METHOD_NAMES, METHODS, Method, method_for
 from mvp_ext.pruning.result import Point, Result
-from mvp_ext.pruning.vote import VoteOptions
+from mvp_ext.pruning.settings import Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, extract_features
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.heads import class_means, fit_temperature, ridge_head
-from mvp_ext.train.trainer import Recipe, Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
+from mvp_ext.train.trainer import Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
 from mvp_ext.zoo.zoo import Zoo
 
 OnStep = Callable[[int, int], None]  # (steps done, steps in all)
 
 
-def prune(
-    model: nn.Module | Backbone,
-    task: Task | TaskData,
-    *,
-    zoo: Zoo | None = None,
-    keep: float = 0.3,
-    neighbours: int = 5,
-    steps: int = 60,
-    method: str | Start = "auto",
-    scope: str | None = None,
-    align: int = 8,
-    recipe: Recipe | None = None,
-    schedule: Schedule | None = None,
-    vote: VoteOptions | None = None,
-    seed: int = 0,
-    evaluate_at: Sequence[int] = (),
-    on_step: OnStep | None = None,
-    resume: Path | None = None,
-    start: PrunedCheckpoint | None = None,
-    features: tuple[Tensor, float] | None = None,
-) -> Result:
-    """Make a small model for one task.
+@dataclass(frozen=True)
+class RunOptions:
+    """How one call of ``prune`` runs: what is looked at, what is at hand, where it goes on.
 
-    Args:
-        model: the dense pre-trained model (timm ResNet or ViT/DeiT), or a ``Backbone`` that also says how it sees
-            images. It is not changed.
-        task: the classes and their images.
-        zoo: pruned models of earlier tasks; needed by "refined", "mvp" and "universal". An entry of the task's
-            own name never votes.
-        keep: share of each layer's units that stays, in (0, 1].
-        neighbours: number of voters; ``vote`` says more, and then this is not looked at.
-        steps: fine-tuning steps J. For "ifp": the steps after the last removal.
-        method: "refined" (the nearest entries of a zoo that refines a universal model share their weights, the nearer
-            the more), "mvp" (equal voters: vote, merge, fine-tune), "auto" (``method_for``: "refined" where the zoo is
-            such a one, else "mvp"), "universal" (one pruned model of all tasks, fine-tuned), "one_shot" (score once,
-            cut once), "random" (control), "ifp" (iterative pruning from scratch; for heads it is IHP), "dense" (nothing
-            cut). Or a function of the :class:`Job` that returns a small model and its mask: it then goes the same way
-            as the others.
-        scope: which units are cut; ResNet "inner" or "all", ViT "heads", "mlp" or "heads+mlp".
-        align: kept counts of filters and neurons are rounded to multiples of this.
-        recipe: how weights are trained; default by model family.
-        schedule: of iterative pruning, and the criterion of "one_shot".
-        seed: of batches, augmentation, sampling. The same seed on the same machine gives the same result.
+    Attributes:
         evaluate_at: steps at which ``history`` gets a point; costs a pass over the task's images each, outside the
             clock.
         on_step: called after each training step with (done, all).
@@ -83,48 +45,84 @@ def prune(
         start: a pruned model of this backbone that "ifp" goes on from.
         features: the dense backbone's on the task's training images, f32 [n, F], if at hand, and the seconds that
             their pass took: both are booked where the method needs it, as if it had been made now.
+    """
+
+    evaluate_at: Sequence[int] = ()
+    on_step: OnStep | None = None
+    resume: Path | None = None
+    start: PrunedCheckpoint | None = None
+    features: tuple[Tensor, float] | None = None
+
+
+def prune(
+    model: nn.Module | Backbone,
+    task: Task | TaskData,
+    zoo: Zoo | None = None,
+    settings: Settings | None = None,
+    *,
+    method: str | Method = "auto",
+    steps: int = 60,
+    vote: VoteOptions | None = None,
+    run: RunOptions | None = None,
+) -> Result:
+    """Make a small model for one task.
+
+    Args:
+        model: the dense pre-trained model (timm ResNet or ViT/DeiT), or a ``Backbone`` that also says how it sees
+            images. It is not changed.
+        task: the classes and their images.
+        zoo: pruned models of earlier tasks; needed by "refined", "mvp" and "universal". An entry of the task's own
+            name never votes.
+        settings: what is cut, how much of it stays, how weights are trained. Default: those of the zoo.
+        method: "refined" (the nearest entries of a zoo that refines a universal model share their weights, the nearer
+            the more), "mvp" (equal voters: vote, merge, fine-tune), "auto" ("refined" where the zoo is such a one,
+            else "mvp"), "universal" (one pruned model of all tasks, fine-tuned), "one_shot" (score once, cut once),
+            "random" (control), "ifp" (iterative pruning from scratch; for heads it is IHP), "dense" (nothing cut). Or
+            a function of the :class:`Job` that returns a small model and its mask: it then goes the same way as the
+            others.
+        steps: fine-tuning steps J. For "ifp": the steps after the last removal.
+        vote: how many neighbours vote, and how they are found and weighted.
+        run: callbacks, points of measurement, and what is at hand.
 
     Raises:
-        ValueError: keep, neighbours, steps or method out of range; a task with one class.
+        ValueError: steps or method out of range; a task with one class.
         ZooError: no zoo, an empty one, or one of another backbone. UnsupportedModelError: a model that cannot be cut.
     """
-    if not 0.0 < keep <= 1.0:
-        raise ValueError(f"prune: keep: expected a ratio in (0, 1], got {keep}")
     if steps < 0:
         raise ValueError(f"prune: steps: expected at least 0, got {steps}")
-    if isinstance(method, str) and method not in ("auto", *METHODS):
-        raise ValueError(f"prune: method: expected one of auto, {', '.join(METHODS)}, got {method!r}")
+    if isinstance(method, str) and method not in ("auto", *METHOD_NAMES):
+        raise ValueError(f"prune: method: expected one of auto, {', '.join(METHOD_NAMES)}, got {method!r}")
     if method == "auto":
         method = method_for(zoo)
+    run = run or RunOptions()
     backbone = Backbone.wrap(model)
     data = task.split() if isinstance(task, Task) else task
     if data.num_classes < 2:
         raise ValueError(f"prune: task {task.name!r}: expected at least 2 classes, got {data.num_classes}")
-    structure = find_structure(backbone.model, scope)
-    recipe = recipe or Recipe.for_model(backbone.model)
+    settings = settings or Settings.of_zoo(zoo)
+    structure = find_structure(backbone.model, settings.scope)
+    recipe = settings.recipe_for(backbone.model)
+    name = method if isinstance(method, str) else method.__name__
     cost = Cost()
     job = Job(
-        backbone,
-        data,
-        structure,
-        zoo,
-        keep,
-        steps,
-        align,
-        seed,
-        recipe,
-        schedule or Schedule(),
-        vote or vote_for(method if isinstance(method, str) else "mvp", neighbours),
-        task.name,
-        cost,
-        known_features=features,
+        backbone=backbone,
+        data=data,
+        structure=structure,
+        settings=settings,
+        recipe=recipe,
+        zoo=zoo,
+        steps=steps,
+        vote=(vote or VoteOptions()).for_method(name),
+        task_name=task.name,
+        cost=cost,
+        known_features=run.features,
     )
-    history = _History(job, evaluate_at)
+    history = _History(job, run.evaluate_at)
     if method == "ifp":
-        small, mask = _iterate(job, history, on_step, resume, start)
+        small, mask = _prune_iteratively(job, history, run)
     else:
-        small, mask = (STARTS[method] if isinstance(method, str) else method)(job)
-        _fine_tune(job, small, history, on_step)
+        small, mask = (METHODS[method] if isinstance(method, str) else method)(job)
+        _fine_tune(job, small, history, run.on_step)
     trained = evaluate(small, data, backbone.preprocessing, recipe.precision)
     classifier = small.get_classifier()  # type: ignore[operator]
     described, labels = job.description()
@@ -145,8 +143,8 @@ def prune(
         mask=mask,
         structure=structure,
         task=task,
-        method=method if isinstance(method, str) else method.__name__,
-        keep=keep,
+        method=name,
+        keep=settings.keep,
         accuracy=evaluate(small, data, backbone.preprocessing, recipe.precision),
         trained_accuracy=trained,
         cost=cost,
@@ -162,11 +160,11 @@ def _fine_tune(job: Job, small: nn.Module, history: _History, on_step: OnStep | 
     image_flops = count_flops(small, (3, preprocessing.size, preprocessing.size))
     with job.cost.timed():
         seen = reestimate_statistics(
-            small, data.train_images, preprocessing, seed=job.seed, precision=precision
+            small, data.train_images, preprocessing, seed=job.settings.seed, precision=precision
         )
         fit_head(small, data, preprocessing, "class_mean", precision)
         job.cost.refit_flops += (seen + len(data.train_labels)) * image_flops
-        trainer = Trainer(small, data, preprocessing, job.recipe, seed=job.seed, cost=job.cost)
+        trainer = Trainer(small, data, preprocessing, job.recipe, seed=job.settings.seed, cost=job.cost)
     history.record(small, 0)
 
     def stepped(done: int) -> None:
@@ -177,36 +175,24 @@ def _fine_tune(job: Job, small: nn.Module, history: _History, on_step: OnStep | 
     trainer.run(job.steps, "cosine", stepped)
 
 
-def _iterate(
-    job: Job,
-    history: _History,
-    on_step: OnStep | None,
-    resume: Path | None,
-    start: PrunedCheckpoint | None,
-) -> tuple[nn.Module, Mask]:
-    schedule = replace(job.schedule, final_steps=job.steps)
-    first = None if start is None else start.mask
-    total = planned_steps(job.structure, job.keep, job.align, schedule, first)
+def _prune_iteratively(job: Job, history: _History, run: RunOptions) -> tuple[nn.Module, Mask]:
+    settings = replace(job.settings, schedule=replace(job.settings.schedule, final_steps=job.steps))
+    total = planned_steps(job.structure, settings, None if run.start is None else run.start.mask)
 
     def stepped(model: nn.Module, done: int) -> None:
         history.record(model, done)
-        if on_step is not None:
-            on_step(done, total)
+        if run.on_step is not None:
+            run.on_step(done, total)
 
     return prune_iteratively(
         job.backbone,
         job.data,
-        scope=job.structure.scope,
-        keep=job.keep,
-        schedule=schedule,
-        recipe=job.recipe,
-        align=job.align,
-        seed=job.seed,
+        settings,
         cost=job.cost,
         features=job.features(),
         on_step=stepped,
-        resume=resume,
-        start=start,
+        resume=run.resume,
+        start=run.start,
     )
 
 

@@ -5,9 +5,9 @@ Each step can be used alone: ``nearest_entries`` → ``vote_mask`` → ``merge_v
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,63 +20,12 @@ from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.ops import meta_vote, ops_for
 from mvp_ext.pruning.scores import score_units
+from mvp_ext.pruning.settings import VoteOptions
 from mvp_ext.train.backbone import Backbone, extract_features
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.heads import LinearHead, nearest_mean_head
-from mvp_ext.zoo.similarity import ON_FEATURES, ON_PROBABILITIES, SIMILARITIES, leep
+from mvp_ext.zoo.similarity import ON_FEATURES, ON_PROBABILITIES, leep
 from mvp_ext.zoo.zoo import Zoo, ZooEntry, ZooError
-
-
-@dataclass(frozen=True)
-class VoteOptions:
-    """How neighbours are found and how they vote.
-
-    Attributes:
-        neighbours: number of voters N.
-        similarity: one of ``similarity.SIMILARITIES``. "proxy_leep" runs no model of the zoo; the others first take
-            the ``shortlist`` nearest by proxy-LEEP, run those on ``images`` images of the task and rank them again.
-        rule: "topk" keeps the units with the most votes; "sample" draws them from softmax(votes / temperature). With
-            few voters softmax at temperature 1 leaves most of the mass on units that have no vote at all.
-        temperature: τ of "sample".
-        weighting: temperature of the voters' weights softmax(similarity / weighting); None gives each voter the same.
-        own_score: weight λ ≥ 0 of the target's own Taylor score beside the votes: units are ranked by
-            votes / Σw + λ · score / (largest score of the layer). Costs one scoring of the dense model. Only "topk".
-        prior: what breaks ties of the votes: "l2" (norm of the pre-trained weights) or "taylor" (that own score).
-    """
-
-    neighbours: int = 5
-    similarity: str = "leep"
-    shortlist: int = 10
-    images: int = 200
-    rule: str = "topk"
-    temperature: float = 1.0
-    weighting: float | None = None
-    own_score: float = 0.0
-    prior: str = "l2"
-
-    def __post_init__(self) -> None:
-        if self.neighbours < 1:
-            raise ValueError(f"VoteOptions: neighbours: expected at least 1, got {self.neighbours}")
-        if self.similarity not in SIMILARITIES:
-            raise ValueError(
-                f"VoteOptions: similarity: expected one of {', '.join(SIMILARITIES)}, got {self.similarity!r}"
-            )
-        if self.rule not in ("topk", "sample"):
-            raise ValueError(f"VoteOptions: rule: expected topk or sample, got {self.rule!r}")
-        for name, value in (("temperature", self.temperature), ("weighting", self.weighting)):
-            if value is not None and not value > 0:
-                raise ValueError(f"VoteOptions: {name}: expected a positive number, got {value}")
-        if not 0 <= self.own_score < math.inf:
-            raise ValueError(f"VoteOptions: own_score: expected at least 0, got {self.own_score}")
-        if self.own_score and self.rule != "topk":
-            raise ValueError(f"VoteOptions: own_score: expected rule topk, got {self.rule!r}")
-        if self.prior not in ("l2", "taylor"):
-            raise ValueError(f"VoteOptions: prior: expected l2 or taylor, got {self.prior!r}")
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether the target's own units are scored."""
-        return self.own_score > 0 or self.prior == "taylor"
 
 
 @dataclass(frozen=True)
@@ -154,6 +103,7 @@ def _rerank(
     features = extract_features(model, data.train_images[order], backbone.preprocessing)
     size = backbone.preprocessing.size
     cost.similarity_flops += len(order) * count_flops(model, (3, size, size))
+    assert isinstance(options.similarity, str)
     if options.similarity in ON_FEATURES:
         return Neighbour(entry, ON_FEATURES[options.similarity](features, labels))
     head = LinearHead(
@@ -162,9 +112,9 @@ def _rerank(
     return Neighbour(entry, ON_PROBABILITIES[options.similarity](torch.softmax(head(features), 1), labels))
 
 
-def voter_weights(neighbours: Sequence[Neighbour], weighting: float | None) -> Tensor:
+def voter_weights(neighbours: Sequence[Neighbour], weighting: float | Literal["auto"] | None) -> Tensor:
     """f32 [N]: 1 for each voter, or N · softmax(similarity / weighting)."""
-    if weighting is None:
+    if weighting is None or weighting == "auto":
         return torch.ones(len(neighbours))
     similarity = torch.tensor([n.similarity for n in neighbours], dtype=torch.float64)
     return (len(neighbours) * torch.softmax(similarity / weighting, 0)).float()

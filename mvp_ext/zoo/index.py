@@ -78,6 +78,10 @@ class Index:
         with self._connect() as connection:
             return dict(connection.execute("SELECT key, value FROM meta").fetchall())
 
+    def put_meta(self, key: str, value: str) -> None:
+        with self._write() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
     def check(self, values: Mapping[str, str]) -> None:
         """ZooError where a value of the backbone's contradicts a recorded one; what is unknown contradicts nothing."""
         self._compare(self.meta(), values)

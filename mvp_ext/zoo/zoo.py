@@ -106,6 +106,14 @@ class Zoo:
         """ZooError where the recorded identity is another one; what is not recorded fits. Records nothing."""
         self._index.check(backbone.to_meta())
 
+    def facts(self) -> dict[str, Any]:
+        """JSON values that were recorded of the zoo as a whole, by name."""
+        return dict(json.loads(self._index.meta().get("facts", "{}")))
+
+    def record_facts(self, **facts: Any) -> None:
+        """Record JSON values of the zoo as a whole; a name that is there is overwritten."""
+        self._index.put_meta("facts", _to_json({**self.facts(), **facts}, "facts"))
+
     def entries(self, fingerprint: str | None = None) -> list[ZooEntry]:
         """All usable entries, by name. Damaged and missing ones are left out, each with a warning.
 

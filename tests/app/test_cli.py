@@ -25,9 +25,9 @@ from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import prune_model
-from mvp_ext.pruning.iterative import Schedule
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.settings import Schedule, Settings
 from mvp_ext.train.backbone import Preprocessing
 from mvp_ext.zoo.zoo import Zoo
 
@@ -169,13 +169,13 @@ def test_demo_is_the_whole_job(tmp_path: Path, monkeypatch: Any) -> None:
     asked = set()
 
     def noting(*args: Any, **options: Any) -> Any:
-        asked.add((options["method"], options["zoo"].path.name))
+        asked.add((options["method"], args[2].path.name))
         return prune(*args, **options)
 
     monkeypatch.setattr("mvp_ext.app.comparison.prune", noting)
     said = run(f"demo --quick --out {tmp_path}")
     assert "1. pre-training" in said.output
-    assert {("refined", "zoo"), ("mvp", "plain-zoo"), ("universal", "zoo")} < asked
+    assert {("refined", "zoo"), ("mvp", "unrefined-zoo"), ("universal", "zoo")} < asked
     page = (tmp_path / "report.html").read_text()
     assert "flatters voting" in page
     assert "chance" in page
@@ -312,7 +312,8 @@ def test_the_console_script() -> None:
 
 
 def test_evaluation_steps_start_at_zero_and_end_with_the_last() -> None:
-    options = Comparison(steps=60, keep=0.3, schedule=Schedule(share=0.1, steps_per_round=10, final_steps=60))
+    settings = Settings(keep=0.3, schedule=Schedule(share=0.1, steps_per_round=10, final_steps=60))
+    options = Comparison(settings, steps=60)
     structure = find_structure(tiny_model("test_resnet"))
     assert options.evaluate_at("mvp", structure) == (0, 11, 30, 60)
     from_scratch = options.evaluate_at("ifp", structure)

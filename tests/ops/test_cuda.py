@@ -16,9 +16,9 @@ from torch import Tensor
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.ops import importance, merge, meta_vote, pack, pruned_linear, residual_add
 from mvp_ext.pruning.build import build_universal, build_zoo
-from mvp_ext.pruning.iterative import Schedule
-from mvp_ext.pruning.methods import METHODS
+from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.trainer import Recipe
 from mvp_ext.zoo.zoo import Zoo
 
@@ -199,17 +199,14 @@ def test_the_main_job(name: str, scope: str, tmp_path: Path) -> None:
     """A zoo and every method, all on the GPU; what was saved there loads on the CPU and says the same."""
     backbone = tiny_backbone(name).to("cuda")
     zoo = Zoo(tmp_path / "zoo")
-    options: dict[str, Any] = {
-        "keep": 0.5,
-        "scope": scope,
-        "schedule": Schedule(share=0.5, steps_per_round=1, final_steps=2),
-        "recipe": Recipe(batch_size=8),
-    }
+    schedule = Schedule(share=0.5, steps_per_round=1, final_steps=2)
+    settings = Settings(keep=0.5, scope=scope, schedule=schedule, recipe=Recipe(batch_size=8))
     tasks = [digits_task((3, 4, 5), "b", seed=1), digits_task((0, 1, 6), "a", seed=2)]
-    build_zoo(backbone, tasks, zoo, **options)
-    build_universal(backbone, tasks, zoo, **options)
-    for method in METHODS:
-        result = prune(backbone, digits_task(), zoo=zoo, method=method, neighbours=2, steps=2, **options)
+    build_zoo(backbone, tasks, zoo, settings)
+    build_universal(backbone, tasks, zoo)
+    for method in METHOD_NAMES:
+        vote = VoteOptions(neighbours=2)
+        result = prune(backbone, digits_task(), zoo, method=method, steps=2, vote=vote)
         assert {p.device.type for p in result.model.parameters()} == {"cuda"}
         assert 0.0 <= result.accuracy <= 1.0
         result.save(tmp_path / "small.safetensors")

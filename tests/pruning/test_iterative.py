@@ -15,8 +15,9 @@ from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import masked_model
 from mvp_ext.pruning import iterative
-from mvp_ext.pruning.iterative import Schedule, planned_steps, prune_iteratively, round_ratios
+from mvp_ext.pruning.iterative import planned_steps, prune_iteratively, round_ratios
 from mvp_ext.pruning.scores import score_units
+from mvp_ext.pruning.settings import Schedule, Settings
 from mvp_ext.train.backbone import extract_features, set_head
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.heads import class_mean_head
@@ -34,10 +35,9 @@ def data():
     return digits_task().split()
 
 
-def run(backbone, data, scope, keep, schedule, *, recipe=RECIPE, **options):
-    return prune_iteratively(
-        backbone, data, scope=scope, keep=keep, schedule=schedule, recipe=recipe, **options
-    )
+def run(backbone, data, scope, keep, schedule, *, recipe=RECIPE, align=8, seed=0, **options):
+    settings = Settings(keep, scope, align, schedule, recipe, seed)
+    return prune_iteratively(backbone, data, settings, **options)
 
 
 def equal_states(a, b) -> bool:
@@ -81,11 +81,12 @@ def test_counts_after_every_round(data, name, scope):
         align=align,
         on_step=lambda model, done: seen.append((done, find_structure(model, scope).units_per_layer)),
     )
-    ratios = round_ratios(structure, keep, align, schedule)
+    settings = Settings(keep, scope, align, schedule)
+    ratios = round_ratios(structure, settings)
     assert ratios == sorted(ratios, reverse=True)
     expected = [kept_counts(structure, ratio, align) for ratio in ratios]
     assert [counts for _, counts in seen] == [*expected, expected[-1]]
-    assert [done for done, _ in seen] == list(range(1, planned_steps(structure, keep, align, schedule) + 1))
+    assert [done for done, _ in seen] == list(range(1, planned_steps(structure, settings) + 1))
     assert tuple(mask.kept.values()) == kept_counts(structure, keep, align)
     assert find_structure(model, scope).units_per_layer == kept_counts(structure, keep, align)
 
@@ -93,9 +94,9 @@ def test_counts_after_every_round(data, name, scope):
 def test_rounds_that_would_remove_nothing_are_left_out():
     """Four heads: of the rounds at 0.9, 0.81, …, only those that change a count are run."""
     structure = find_structure(tiny_backbone("test_vit").model)
-    ratios = round_ratios(structure, 0.25, 8, Schedule(share=0.1))
+    ratios = round_ratios(structure, Settings(keep=0.25))
     assert [kept_counts(structure, ratio)[0] for ratio in ratios] == [3, 2, 1]
-    assert round_ratios(structure, 1.0, 8, Schedule()) == []
+    assert round_ratios(structure, Settings(keep=1.0)) == []
 
 
 def test_keep_everything(data):
@@ -286,7 +287,9 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(interrupted, name, sco
     assert resumed[1] == whole[1]
     assert equal_states(resumed[0], whole[0])
     last = 4 + len(
-        round_ratios(find_structure(tiny_backbone(name).model, scope), 0.4, 8, Schedule(share=0.5))
+        round_ratios(
+            find_structure(tiny_backbone(name).model, scope), Settings(keep=0.4, schedule=Schedule(share=0.5))
+        )
     )
     assert 1 < steps[0] <= at  # not from the beginning
     assert steps == list(range(steps[0], last + 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -18,10 +18,11 @@ from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import UnsupportedModelError
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo, zoo_steps
-from mvp_ext.pruning.iterative import Schedule, planned_steps
-from mvp_ext.pruning.methods import METHODS, REFINED_WEIGHTING, method_for, vote_for
-from mvp_ext.pruning.prune import prune
-from mvp_ext.pruning.vote import VoteOptions, small_model
+from mvp_ext.pruning.iterative import planned_steps
+from mvp_ext.pruning.methods import METHOD_NAMES, method_for
+from mvp_ext.pruning.prune import RunOptions, prune
+from mvp_ext.pruning.settings import REFINED_WEIGHTING, Schedule, Settings, VoteOptions
+from mvp_ext.pruning.vote import small_model
 from mvp_ext.train.backbone import Preprocessing, extract_features
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.trainer import Recipe, reestimate_statistics
@@ -31,7 +32,7 @@ from mvp_ext.zoo.zoo import Zoo, ZooError
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPE = Recipe(batch_size=8, precision="float32")
 SCHEDULE = Schedule(share=0.5, steps_per_round=1, final_steps=2)
-BUILD = {"keep": 0.5, "schedule": SCHEDULE, "recipe": RECIPE}
+BUILD = Settings(keep=0.5, schedule=SCHEDULE, recipe=RECIPE)
 VOTING = ("refined", "mvp")
 TASKS = [digits_task((3, 4, 5), "b", seed=1), digits_task((0, 1, 6), "a", seed=2)]
 CASES = [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads"), ("test_vit", "heads+mlp")]
@@ -58,14 +59,23 @@ def case(request, tmp_path_factory):
     name, scope = request.param
     backbone = sensible_backbone(name)
     zoo = Zoo(tmp_path_factory.mktemp(name) / "zoo")
-    build_zoo(backbone, TASKS, zoo, scope=scope, **BUILD)
-    build_universal(backbone, TASKS, zoo, scope=scope, **BUILD)
+    build_zoo(backbone, TASKS, zoo, replace(BUILD, scope=scope))
+    build_universal(backbone, TASKS, zoo, replace(BUILD, scope=scope))
     return backbone, scope, zoo
 
 
-def make(backbone, task=None, **options):
-    options = {"keep": 0.5, "steps": 2, "recipe": RECIPE, "schedule": SCHEDULE, **options}
-    return prune(backbone, task or digits_task(), **options)
+def make(backbone, task=None, zoo=None, **options):
+    """``prune`` with small settings; options of its parts are told apart by their names."""
+    settings = {
+        k: options.pop(k) for k in ("keep", "scope", "align", "seed", "schedule", "recipe") if k in options
+    }
+    run = {k: options.pop(k) for k in [f.name for f in fields(RunOptions)] if k in options}
+    if "neighbours" in options:
+        options["vote"] = VoteOptions(neighbours=options.pop("neighbours"))
+    task = task or digits_task()
+    return prune(
+        backbone, task, zoo, replace(BUILD, **settings), **{"steps": 2, **options}, run=RunOptions(**run)
+    )
 
 
 def states_equal(a, b) -> bool:
@@ -75,14 +85,14 @@ def states_equal(a, b) -> bool:
 # ---- every method, end to end
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_every_method(case, method, tmp_path):
     backbone, scope, zoo = case
     dense = {name: value.clone() for name, value in backbone.model.state_dict().items()}
     structure = find_structure(backbone.model, scope)
     if method == "refined":
         zoo = Zoo(tmp_path / "zoo")
-        build_refined_zoo(backbone, TASKS, zoo, scope=scope, **BUILD)
+        build_refined_zoo(backbone, TASKS, zoo, replace(BUILD, scope=scope))
     calls, task = [], digits_task()
     result = make(
         backbone,
@@ -98,7 +108,7 @@ def test_every_method(case, method, tmp_path):
     assert tuple(result.mask.kept.values()) == expected
     assert find_structure(result.model, scope).units_per_layer == expected
     # numbers
-    total = planned_steps(structure, 0.5, 8, replace(SCHEDULE, final_steps=2)) if method == "ifp" else 2
+    total = planned_steps(structure, BUILD) if method == "ifp" else 2
     assert calls == [(done, total) for done in range(1, total + 1)]
     assert result.cost.steps == total
     assert (result.cost.score_flops > 0) == (method in ("ifp", "one_shot"))
@@ -228,7 +238,7 @@ def assert_same_zoo(a, b):
 
 def test_an_interrupted_build_goes_on_and_ends_the_same(backbone, tmp_path):
     whole, parts = Zoo(tmp_path / "whole"), Zoo(tmp_path / "parts")
-    assert [r.task.name for r in build_zoo(backbone, TASKS, whole, **BUILD)] == ["b", "a"]
+    assert [r.task.name for r in build_zoo(backbone, TASKS, whole, BUILD)] == ["b", "a"]
     assert set(whole["b"].read().extra) >= {"class_means", "temperature", "head_weight", "head_bias"}
 
     def stop(name, done, total):
@@ -236,49 +246,49 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(backbone, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_zoo(backbone, TASKS, parts, progress=stop, **BUILD)
+        build_zoo(backbone, TASKS, parts, BUILD, progress=stop)
     assert [entry.name for entry in parts.entries()] == ["b"]
     assert parts.verify() == []
     seen = set()
     made = build_zoo(
-        backbone, TASKS, parts, progress=lambda name, done, total: seen.add((name, total)), **BUILD
+        backbone, TASKS, parts, BUILD, progress=lambda name, done, total: seen.add((name, total))
     )
     assert [result.task.name for result in made] == ["a"]
     assert {name for name, _ in seen} == {"a"}
     assert_same_zoo(whole, parts)
-    assert build_zoo(backbone, TASKS, parts, **BUILD) == []
+    assert build_zoo(backbone, TASKS, parts, BUILD) == []
     # the order of the tasks does not matter either
     reversed_zoo = Zoo(tmp_path / "reversed")
-    build_zoo(backbone, TASKS[::-1], reversed_zoo, **BUILD)
+    build_zoo(backbone, TASKS[::-1], reversed_zoo, BUILD)
     assert_same_zoo(whole, reversed_zoo)
 
 
 def test_a_damaged_entry_is_built_again(backbone, tmp_path):
     zoo = Zoo(tmp_path / "zoo")
-    build_zoo(backbone, TASKS, zoo, **BUILD)
+    build_zoo(backbone, TASKS, zoo, BUILD)
     before = contents(zoo)["a"]
     path = zoo["a"].path
     path.write_bytes(path.read_bytes()[:-7])
-    assert [result.task.name for result in build_zoo(backbone, TASKS, zoo, **BUILD)] == ["a"]
+    assert [result.task.name for result in build_zoo(backbone, TASKS, zoo, BUILD)] == ["a"]
     assert states_equal(contents(zoo)["a"][-2], before[-2])
 
 
 def test_universal(backbone, tmp_path):
     """One model of all classes; made once; for its keep only; in as many steps as the entries took."""
     zoo = Zoo(tmp_path / "zoo")
-    build_zoo(backbone, TASKS, zoo, **BUILD)
-    result = build_universal(backbone, TASKS, zoo, **BUILD)
+    build_zoo(backbone, TASKS, zoo, BUILD)
+    result = build_universal(backbone, TASKS, zoo, BUILD)
     assert result.cost.steps == sum(entry.steps for entry in zoo.entries())
     stored = load_pruned(universal_path(zoo))
     assert stored.extra["keep"] == 0.5
     assert stored.extra["classes"] == [0, 1, 3, 4, 5, 6]
     assert stored.mask == result.mask
     assert zoo.verify() == []
-    assert build_universal(backbone, TASKS, zoo, **BUILD) is None
+    assert build_universal(backbone, TASKS, zoo, BUILD) is None
     assert make(backbone, zoo=zoo, method="universal").mask == result.mask
     with pytest.raises(ZooError, match=r"with keep 0\.25, got .* with keep 0\.5"):
         make(backbone, zoo=zoo, method="universal", keep=0.25)
-    other = build_universal(backbone, TASKS, zoo, **{**BUILD, "keep": 0.25})
+    other = build_universal(backbone, TASKS, zoo, replace(BUILD, keep=0.25))
     assert load_pruned(universal_path(zoo)).mask == other.mask
 
 
@@ -290,14 +300,18 @@ def test_an_interrupted_universal_goes_on(backbone, tmp_path, monkeypatch):
         if done == 5:
             raise KeyboardInterrupt
 
-    options = {**BUILD, "steps": 7}
-    whole = build_universal(backbone, TASKS, zoos[0], **options)
+    whole = build_universal(backbone, TASKS, zoos[0], BUILD, steps=7)
     with pytest.raises(KeyboardInterrupt):
-        build_universal(backbone, TASKS, zoos[1], progress=stop, **options)
+        build_universal(backbone, TASKS, zoos[1], BUILD, steps=7, progress=stop)
     assert not universal_path(zoos[1]).exists()
     seen = []
     resumed = build_universal(
-        backbone, TASKS, zoos[1], progress=lambda name, done, total: seen.append((done, total)), **options
+        backbone,
+        TASKS,
+        zoos[1],
+        BUILD,
+        steps=7,
+        progress=lambda name, done, total: seen.append((done, total)),
     )
     assert seen[0][0] > 1
     assert seen[-1] == (7, 7)
@@ -307,44 +321,47 @@ def test_an_interrupted_universal_goes_on(backbone, tmp_path, monkeypatch):
 def test_a_zoo_that_starts_from_a_wider_model(backbone, tmp_path):
     """Its entries keep only what the start has; where no voter has a weight the start's is taken."""
     wide_zoo, zoo = Zoo(tmp_path / "wide"), Zoo(tmp_path / "zoo")
-    build_universal(backbone, TASKS, wide_zoo, steps=4, **{**BUILD, "keep": 0.75})
+    build_universal(backbone, TASKS, wide_zoo, replace(BUILD, keep=0.75), steps=4)
     start = load_pruned(universal_path(wide_zoo))
     before = {name: value.clone() for name, value in start.model.state_dict().items()}
-    build_zoo(backbone, TASKS, zoo, start=start, **BUILD)
+    build_zoo(backbone, TASKS, zoo, BUILD, start=start)
     assert states_equal(before, start.model.state_dict())
     for entry in zoo.entries():
         assert entry.mask & start.mask == entry.mask
-        assert entry.steps == planned_steps(find_structure(backbone.model), 0.5, 8, SCHEDULE, start.mask)
+        assert entry.steps == planned_steps(find_structure(backbone.model), BUILD, start.mask)
     result = make(backbone, zoo=zoo, method="mvp", steps=0)
     assert result.mask & start.mask == result.mask
     assert method_for(zoo) == "mvp"  # its entries have masks of their own
     with pytest.raises(ZooError, match="'universal' needs"):
         make(backbone, zoo=zoo, method="universal")
     with pytest.raises(ZooError, match="got one that build_zoo was given"):
-        build_refined_zoo(backbone, TASKS, zoo, **BUILD)
-    build_zoo(
-        backbone, TASKS, zoo, start=load_pruned(start_path(zoo)), **BUILD
-    )  # the same start again: no error
+        build_refined_zoo(backbone, TASKS, zoo, BUILD)
+    # The same start again: no error.
+    build_zoo(backbone, TASKS, zoo, BUILD, start=load_pruned(start_path(zoo)))
     with pytest.raises(ZooError, match="start from another model"):
-        build_zoo(backbone, TASKS, zoo, **BUILD)
+        build_zoo(backbone, TASKS, zoo, BUILD)
     with pytest.raises(ZooError, match="start from another model"):
-        build_zoo(backbone, TASKS, zoo, start=replace(start, mask=entry.mask), **BUILD)
+        build_zoo(backbone, TASKS, zoo, BUILD, start=replace(start, mask=entry.mask))
 
 
 # ---- zoos that refine a universal model
 
 
-def refined_zoo(backbone, path, **changes):
+def refined_zoo(backbone, path, share=0.8, **changes):
     zoo = Zoo(path)
     build_refined_zoo(
-        backbone, TASKS, zoo, **{**BUILD, "schedule": replace(SCHEDULE, final_steps=19), **changes}
+        backbone,
+        TASKS,
+        zoo,
+        replace(BUILD, schedule=replace(SCHEDULE, final_steps=19), **changes),
+        share=share,
     )
     return zoo
 
 
 def test_a_refined_zoo_takes_the_steps_of_an_ordinary_one(backbone, tmp_path):
     zoo, ordinary = refined_zoo(backbone, tmp_path / "zoo"), Zoo(tmp_path / "ordinary")
-    build_zoo(backbone, TASKS, ordinary, **{**BUILD, "schedule": replace(SCHEDULE, final_steps=19)})
+    build_zoo(backbone, TASKS, ordinary, replace(BUILD, schedule=replace(SCHEDULE, final_steps=19)))
     assert zoo_steps(zoo, TASKS) == zoo_steps(ordinary, TASKS) == 40
     start = load_pruned(start_path(zoo))
     assert start.extra["result"]["cost"]["steps"] == 32
@@ -377,7 +394,7 @@ def test_what_a_refined_zoo_starts_from_serves_as_its_universal_model(backbone, 
     universal = make(backbone, zoo=zoo, method="universal", steps=0)
     name = "layer1.0.conv1.weight"
     assert torch.equal(universal.model.state_dict()[name], start.model.state_dict()[name])
-    build_universal(backbone, TASKS, zoo, **{**BUILD, "schedule": replace(SCHEDULE, final_steps=19)})
+    build_universal(backbone, TASKS, zoo, replace(BUILD, schedule=replace(SCHEDULE, final_steps=19)))
     assert load_pruned(universal_path(zoo)).extra["result"]["cost"]["steps"] == 40  # the control's whole cost
     control = make(backbone, zoo=zoo, method="universal", steps=0)
     assert not torch.equal(control.model.state_dict()[name], start.model.state_dict()[name])
@@ -385,11 +402,11 @@ def test_what_a_refined_zoo_starts_from_serves_as_its_universal_model(backbone, 
 
 def test_zoos_are_not_mixed(backbone, tmp_path):
     ordinary = Zoo(tmp_path / "ordinary")
-    build_zoo(backbone, TASKS, ordinary, **BUILD)
+    build_zoo(backbone, TASKS, ordinary, BUILD)
     assert method_for(ordinary) == method_for(None) == "mvp"
     assert make(backbone, zoo=ordinary).method == "mvp"
     with pytest.raises(ZooError, match="refine no universal model"):
-        build_refined_zoo(backbone, TASKS, ordinary, **BUILD)
+        build_refined_zoo(backbone, TASKS, ordinary, BUILD)
     with pytest.raises(ZooError, match="'refined' needs a zoo whose entries refine"):
         make(backbone, zoo=ordinary, method="refined")
     zoo = refined_zoo(backbone, tmp_path / "zoo")
@@ -400,32 +417,33 @@ def test_zoos_are_not_mixed(backbone, tmp_path):
 
 
 def test_only_refined_votes_are_weighted():
-    assert vote_for("refined", 3).weighting == REFINED_WEIGHTING
-    assert vote_for("mvp", 3).weighting is None
-    assert vote_for("mvp", 3, "nce") == VoteOptions(neighbours=3, similarity="nce")
+    assert VoteOptions().for_method("refined").weighting == REFINED_WEIGHTING
+    assert VoteOptions().for_method("mvp").weighting is None
+    assert VoteOptions(weighting=None).for_method("refined").weighting is None
+    assert VoteOptions(weighting=2.0).for_method("mvp").weighting == 2.0
 
 
 # ---- what a job looks at
 
 
-def test_a_glance_is_a_few_images_of_each_class(backbone, monkeypatch):
+def test_sampled_features_are_of_a_few_images_of_each_class(backbone, monkeypatch):
     """It costs its own images alone, and gives way to all features where these have been paid for."""
-    monkeypatch.setattr("mvp_ext.pruning.job.GLANCE_IMAGES", 6)
+    monkeypatch.setattr("mvp_ext.pruning.job.SAMPLE_IMAGES", 6)
     seen = {}
 
     def look(job):
-        features, labels = job.glance("similarity_flops")
-        seen["glance"] = (len(features), sorted(labels.tolist()), job.cost.similarity_flops / job.image_flops)
-        assert job.glance()[0] is features
+        features, labels = job.sampled_features("similarity_flops")
+        seen["sample"] = (len(features), sorted(labels.tolist()), job.cost.similarity_flops / job.image_flops)
+        assert job.sampled_features()[0] is features
         everything = job.features()
         seen["all"] = (len(everything), job.cost.refit_flops / job.image_flops)
-        assert job.glance()[0] is everything
+        assert job.sampled_features()[0] is everything
         mask = Mask.full(job.structure)
         return small_model(job.backbone, job.structure, mask), mask
 
     make(backbone, method=look, steps=0)
     images = len(digits_task().split().train_labels)
-    assert seen == {"glance": (6, [0, 0, 1, 1, 2, 2], 6.0), "all": (images, float(images))}
+    assert seen == {"sample": (6, [0, 0, 1, 1, 2, 2], 6.0), "all": (images, float(images))}
 
 
 def test_a_start_as_small_as_the_goal_is_only_trained(backbone):
@@ -443,7 +461,7 @@ def _checkpoint(result):
 
 def test_a_method_of_ones_own_goes_the_same_way(backbone):
     def first_half(job):
-        mask = Mask.random(job.structure, job.keep, job.seed, job.align)
+        mask = Mask.random(job.structure, job.settings.keep, job.settings.seed, job.settings.align)
         return small_model(job.backbone, job.structure, mask), mask
 
     own, known = make(backbone, method=first_half), make(backbone, method="random")
@@ -454,7 +472,7 @@ def test_a_method_of_ones_own_goes_the_same_way(backbone):
 
 def test_given_features_save_time_and_nothing_else(backbone, tmp_path):
     zoo, data = Zoo(tmp_path / "zoo"), digits_task().split()
-    build_zoo(backbone, TASKS, zoo, **BUILD)
+    build_zoo(backbone, TASKS, zoo, BUILD)
     features = extract_features(backbone.model, data.train_images, backbone.preprocessing, "float32")
     for method in ("mvp", "one_shot", "ifp", "random"):
         with_, without = (
@@ -468,10 +486,10 @@ def test_given_features_save_time_and_nothing_else(backbone, tmp_path):
 def test_the_targets_own_score_joins_the_vote(backbone, tmp_path):
     """With a large weight the score alone decides; as a prior it decides among equal votes."""
     zoo = Zoo(tmp_path / "zoo")
-    build_zoo(backbone, TASKS, zoo, **BUILD)
+    build_zoo(backbone, TASKS, zoo, BUILD)
     alone = make(backbone, method="one_shot")
     options = {"zoo": zoo, "method": "mvp"}
-    heavy = make(backbone, vote=VoteOptions(own_score=1e6), **options)
+    heavy = make(backbone, vote=VoteOptions(score_weight=1e6), **options)
     assert heavy.mask == alone.mask
     assert heavy.cost.score_flops == alone.cost.score_flops
     masks = {
@@ -484,10 +502,10 @@ def test_the_targets_own_score_joins_the_vote(backbone, tmp_path):
 
 def test_the_zoo_of_another_backbone(backbone, tmp_path):
     zoo = Zoo(tmp_path / "zoo")
-    build_zoo(backbone, TASKS[:1], zoo, **BUILD)
+    build_zoo(backbone, TASKS[:1], zoo, BUILD)
     vit = sensible_backbone("test_vit")
     with pytest.raises(ZooError, match="of another backbone"):
-        build_zoo(vit, TASKS, zoo, **BUILD)
+        build_zoo(vit, TASKS, zoo, BUILD)
     with pytest.raises(ZooError, match="of another backbone"):
         make(vit, zoo=zoo)
     with pytest.raises(ZooError, match="of another backbone"):
@@ -496,7 +514,7 @@ def test_the_zoo_of_another_backbone(backbone, tmp_path):
     with torch.no_grad():
         retrained.model.layer1[0].conv1.weight.mul_(1.01)
     with pytest.raises(ZooError, match="weights"):
-        build_zoo(retrained, TASKS, zoo, **BUILD)
+        build_zoo(retrained, TASKS, zoo, BUILD)
     with pytest.raises(ZooError, match="weights"):
         make(retrained, zoo=zoo)
     assert [entry.name for entry in zoo.entries()] == ["b"]
@@ -504,9 +522,9 @@ def test_the_zoo_of_another_backbone(backbone, tmp_path):
 
 def test_entries_of_another_keep_are_not_passed_over_in_silence(backbone, tmp_path):
     zoo = Zoo(tmp_path / "zoo")
-    build_zoo(backbone, TASKS[:1], zoo, **BUILD)
+    build_zoo(backbone, TASKS[:1], zoo, BUILD)
     with pytest.raises(ZooError, match=r"entry 'b' was made with keep 0\..* of all units, not 0\.25"):
-        build_zoo(backbone, TASKS[:1], zoo, **{**BUILD, "keep": 0.25})
+        build_zoo(backbone, TASKS[:1], zoo, replace(BUILD, keep=0.25))
 
 
 # ---- bad input

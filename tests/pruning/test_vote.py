@@ -13,9 +13,9 @@ from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import expand_state, prune_model
 from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.settings import Settings, VoteOptions
 from mvp_ext.pruning.vote import (
     Neighbour,
-    VoteOptions,
     merge_voters,
     nearest_entries,
     proxy_leep,
@@ -177,8 +177,8 @@ def test_voter_weights():
         ({"rule": "best"}, "rule: expected topk or sample, got 'best'"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"weighting": float("nan")}, "weighting: expected a positive number, got nan"),
-        ({"own_score": -1.0}, "own_score: expected at least 0, got -1.0"),
-        ({"own_score": 1.0, "rule": "sample"}, "own_score: expected rule topk, got 'sample'"),
+        ({"score_weight": -1.0}, "score_weight: expected at least 0, got -1.0"),
+        ({"score_weight": 1.0, "rule": "sample"}, "score_weight: expected rule topk, got 'sample'"),
         ({"prior": "l1"}, "prior: expected l2 or taylor, got 'l1'"),
     ],
 )
@@ -296,7 +296,13 @@ def neighbourhood(tmp_path_factory):
     recipe = Recipe(precision="float32")
     for name, classes in TASKS.items():
         zoo.add(
-            prune(backbone, digits_task(classes, name), keep=0.5, steps=0, method="random", recipe=recipe)
+            prune(
+                backbone,
+                digits_task(classes, name),
+                settings=Settings(keep=0.5, recipe=recipe),
+                steps=0,
+                method="random",
+            )
         )
     return backbone, find_structure(backbone.model), zoo
 

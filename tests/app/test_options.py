@@ -1,0 +1,75 @@
+"""Groups of options: each field is an option of the command, and the command gets its groups back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from mvp_ext.app import options
+from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
+
+
+@dataclass(frozen=True)
+class Size:
+    width: Annotated[int, typer.Option(help="How wide.")] = 3
+    tall: Annotated[bool, typer.Option(help="Whether it is.")] = False
+
+
+@pytest.fixture
+def made() -> tuple[typer.Typer, list[Any]]:
+    app, seen = typer.Typer(), []
+
+    @app.command()
+    @options.grouped
+    def draw(size: Size, name: Annotated[str, typer.Argument()], colour: str = "red") -> None:
+        """Draw something."""
+        seen.append((size, name, colour))
+
+    return app, seen
+
+
+def test_a_command_gets_its_groups(made: tuple[typer.Typer, list[Any]]) -> None:
+    app, seen = made
+    for line in (["cat"], ["cat", "--width", "5", "--tall", "--colour", "blue"]):
+        result = CliRunner().invoke(app, line)
+        assert result.exit_code == 0, result.output
+    assert seen == [(Size(), "cat", "red"), (Size(5, True), "cat", "blue")]
+    assert "Draw something" in CliRunner().invoke(app, ["--help"]).output
+    assert CliRunner().invoke(app, ["cat", "--width", "x"]).exit_code == 2
+
+
+def test_an_option_is_declared_once() -> None:
+    """Two groups with one option, or a group and the command itself, are a mistake that shows at import."""
+
+    def draw(size: Size, width: int = 1) -> None: ...
+
+    with pytest.raises(ValueError, match="duplicate parameter name: 'width'"):
+        options.grouped(draw)
+
+
+def test_defaults_are_those_of_the_dataclasses() -> None:
+    """An option that is not given changes nothing."""
+    backbone: Any = None
+    settings = options.CutOptions().settings(None, backbone, Settings.seed)
+    assert options.ScheduleOptions().applied(settings, Schedule.final_steps) == Settings()
+    assert options.NeighbourOptions().vote() == VoteOptions()
+
+
+def test_what_is_given_takes_the_place_of_the_zoos() -> None:
+    backbone: Any = None
+    cut = options.CutOptions(keep=0.1, align=1, criterion="l2")
+    settings = cut.settings(None, backbone, seed=7)
+    assert settings == Settings(keep=0.1, align=1, schedule=Schedule(criterion="l2"), seed=7)
+    schedule = options.ScheduleOptions(share=0.5).applied(settings, 9).schedule
+    assert schedule == Schedule(share=0.5, final_steps=9, criterion="l2")
+
+
+def test_a_device_that_is_not_there() -> None:
+    assert options.RunOptions(device="cpu").begin() == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device: expected cpu, cuda, cuda:N or auto, got 'abacus'"):
+        options.RunOptions(device="abacus").begin()
