@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +30,7 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import measure
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
+from mvp_ext.pruning.build import Progress
 from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import RunOptions, prune
@@ -50,8 +51,8 @@ NAMES = {
 }
 CONTROLS = ("universal", "one_shot", "random", "ifp")
 NEED_ZOO = ("auto", "refined", "mvp", "universal")
-Progress = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
-OVERLAP_IMAGES = 500  # training images of a task that say how near another one is
+# Training images of a task that say how near another one is.
+OVERLAP_IMAGES = 500
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from mvp_ext.zoo.entry import ZooEntry
 from mvp_ext.zoo.shared import start_path, universal_path
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
-Progress = Callable[[str, int, int], None]  # (what is being made, steps done, steps in all)
+# (what is being made, steps done, steps in all)
+Progress = Callable[[str, int, int], None]
 
 
 def build_zoo(
@@ -72,7 +73,8 @@ def build_zoo(
             steps=settings.schedule.final_steps,
             run=RunOptions(on_step=_named(progress, task.name), start=start),
         )
-        zoo.add(result, if_absent=True)  # another process may have been faster
+        # Another process may have been faster.
+        zoo.add(result, if_absent=True)
         results.append(result)
     return results
 
@@ -225,7 +227,8 @@ def _same_model(a: PrunedCheckpoint, b: PrunedCheckpoint) -> bool:
 def _check_same_budget(entry: ZooEntry, structure: Structure, settings: Settings) -> None:
     """An entry of another budget is not what was asked for, and must not be passed over as if it were."""
     if settings.schedule.global_ranking:
-        return  # its counts follow from its scores
+        # Its counts follow from its scores.
+        return
     expected = kept_counts(structure, settings.keep, settings.align)
     if tuple(entry.mask.kept.values()) != expected:
         raise ZooError(

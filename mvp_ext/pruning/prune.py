@@ -30,7 +30,8 @@ from mvp_ext.train.heads import class_means, fit_temperature, ridge_head
 from mvp_ext.train.trainer import Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
 from mvp_ext.zoo.zoo import Zoo
 
-OnStep = Callable[[int, int], None]  # (steps done, steps in all)
+# (steps done, steps in all)
+OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from mvp_ext.model.structure import Structure, UnitLayer
 from mvp_ext.ops import ops_for
 from mvp_ext.train.backbone import autocast
 
-Scores = dict[str, Tensor]  # layer name → f32 [units]
-Batches = Iterable[tuple[Tensor, Tensor]]  # f32 [B, 3, S, S], int64 [B]
+# Layer name → f32 [units].
+Scores = dict[str, Tensor]
+# Images f32 [B, 3, S, S] and labels int64 [B].
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 ON_ACTIVATIONS = ("taylor", "taylor2", "activation")
 CRITERIA = (*ON_ACTIVATIONS, "weight_taylor", "l1", "l2", "fpgm", "synflow", "random")

@@ -182,7 +182,8 @@ def _scored_vote(
     start = 0
     for units, count in zip(structure.units_per_layer, counts, strict=True):
         order = torch.arange(start, start + units)
-        for key in (prior, ranked):  # stable sorts: the last one decides first
+        # Stable sorts: the last one decides first.
+        for key in (prior, ranked):
             if key is not None:
                 order = order[key[order].sort(descending=True, stable=True).indices]
         kept[order[:count]] = True
@@ -219,7 +220,8 @@ def merge_voters(
 
     names = [n for n, t in dense_state.items() if t.is_floating_point() and in_every_voter(n, t)]
     device = next(iter(dense_state.values())).device
-    on_device: dict[int, Tensor] = {}  # the tensors of a model share few index tensors: each is moved once
+    # The tensors of a model share few index tensors: each is moved once.
+    on_device: dict[int, Tensor] = {}
 
     def move(index: Tensor | None) -> Tensor | None:
         if index is not None and id(index) not in on_device:
