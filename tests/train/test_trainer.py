@@ -11,7 +11,7 @@ import torch
 from digits import digits_task, few_digits, tiny_backbone
 from torch import nn
 
-from mvp_ext.data.batches import to_batch
+from mvp_ext.data.batches import shuffled_indices, to_batch
 from mvp_ext.model.measure import count_flops
 from mvp_ext.train import trainer as training
 from mvp_ext.train.backbone import Backbone, autocast, extract_features, forward_features
@@ -129,6 +129,24 @@ def test_flip_follows_the_data_unless_the_recipe_says(data, monkeypatch):
     make(tiny_backbone(), data).next_batch()
     make(tiny_backbone(), data, recipe=replace(RECIPE, flip=True, crop=0)).next_batch()
     assert asked == [(1, False), (0, True)]  # an eighth of 8 px
+
+
+def test_batches_are_seeded_and_whole_without_augmentation(data):
+    """Two trainers of one seed draw the same batches; without augmentation they are the images themselves."""
+    backbone, recipe = tiny_backbone(), replace(RECIPE, crop=0, flip=False)
+    first, again = (make(backbone, data) for _ in range(2))
+    for _ in range(3):
+        (batch, labels), (same, same_labels) = first.next_batch(), again.next_batch()
+        assert batch.shape == (8, 3, 32, 32)
+        assert batch.dtype == torch.float32
+        assert torch.equal(batch, same)
+        assert torch.equal(labels, same_labels)
+    unchanged = make(backbone, data, recipe=recipe)
+    images = images_of(data, backbone)
+    for index in shuffled_indices(len(data.train_labels), 8, 3, seed=0):
+        batch, labels = unchanged.next_batch()
+        assert torch.equal(batch, images[index])
+        assert torch.equal(labels, data.train_labels[index])
 
 
 def test_training_learns(data):
