@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mvp_ext.data.batches import to_batch
-from mvp_ext.model.checkpoint import recipe_of
+from mvp_ext.model.checkpoint import create_args
 from mvp_ext.model.create import create_model
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.structure import Structure
@@ -93,7 +93,7 @@ class Backbone:
 
     def save(self, path: str | Path) -> None:
         """Weights and description as one safetensors file, written whole or not at all; ``load_backbone`` reads it."""
-        spec = {**self.describe(), "recipe": recipe_of(self.model, find_structure(self.model))}
+        spec = {**self.describe(), "recipe": create_args(self.model, find_structure(self.model))}
         write_atomic(path, to_bytes(self.model.state_dict(), spec, kind=_KIND, version=_VERSION))
 
 
