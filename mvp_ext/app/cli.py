@@ -30,7 +30,7 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.methods import METHODS, method_for, vote_for
 from mvp_ext.pruning.prune import prune as run_prune
 from mvp_ext.train.pretrain import pretrain as run_pretraining
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo
 
 app = typer.Typer(

@@ -36,7 +36,7 @@ from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.vote import proxy_leep
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features
 from mvp_ext.train.cost import Cost
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.shared import start_path
 from mvp_ext.zoo.zoo import Zoo, ZooEntry
 

@@ -12,7 +12,7 @@ from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, sample_tasks
 from mvp_ext.pruning.iterative import Schedule
 from mvp_ext.train.backbone import Backbone, load_backbone
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 
 MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
 

@@ -21,7 +21,7 @@ from mvp_ext.pruning.iterative import Schedule, planned_steps
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.result import Result
 from mvp_ext.train.backbone import Backbone, BackboneIdentity
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.entry import ZooEntry
 from mvp_ext.zoo.shared import start_path, universal_path
 from mvp_ext.zoo.zoo import Zoo, ZooError

@@ -23,8 +23,10 @@ from mvp_ext.pruning.scores import Scores, score_units
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
 from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
 from mvp_ext.train.heads import class_mean_head
+from mvp_ext.train.recipe import Recipe
+from mvp_ext.train.refit import fit_head, reestimate_statistics
 from mvp_ext.train.resume import RunFile
-from mvp_ext.train.trainer import Recipe, Teacher, Trainer, fit_head, reestimate_statistics
+from mvp_ext.train.trainer import Teacher, Trainer
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def prune_iteratively(
         stepped(final)
         run.save_if_due(trainer, final, steps=done, mask=mask.to_bytes().hex())
 
-    trainer.run(schedule.final_steps, "cosine", stepped_finally, start=final_done)
+    trainer.run(schedule.final_steps, "cosine", stepped_finally, done=final_done)
     run.remove()
     return model, mask
 
