@@ -382,13 +382,13 @@ def _made_by_torch_pruning(
     align: int,
     shape: tuple[int, ...],
 ) -> dict[str, Any]:
-    from mvp_ext.app.peers import prune_with_torch_pruning, same_shapes
+    from mvp_ext.app.peers import different_shapes, prune_with_torch_pruning
 
     structure = find_structure(dense, scope)
     made = {}
     for keep in keeps:
         peer = prune_with_torch_pruning(dense, structure, Mask.random(structure, keep, 0, align), shape)
-        different = same_shapes(ours[f"keep {keep:g}"], peer)
+        different = different_shapes(ours[f"keep {keep:g}"], peer)
         if different:
             raise RuntimeError(
                 f"torch-pruning made other shapes, first of {different[0]}: the comparison would be unfair"
