@@ -19,7 +19,7 @@ from mvp_ext.train.recipe import Recipe
 
 
 class Teacher:
-    """The dense backbone as a target of feature distillation (METHOD: "Zoo models are healed with distillation").
+    """The dense backbone as a target of feature distillation: its features teach a model that was cut from it.
 
     Args:
         backbone: the dense model; it is read, never changed.
