@@ -36,7 +36,7 @@ from mvp_ext.pruning.scores import CRITERIA, score_units
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, Preprocessing, load_backbone
 from mvp_ext.train.pretrain import pretrain
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo, ZooEntry, ZooError
 
 __all__ = [

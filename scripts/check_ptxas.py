@@ -44,7 +44,8 @@ class Kernel:
     source: str
     name: str
     arch: str
-    stack: int = -1  # ptxas has not said
+    # -1: ptxas has not said.
+    stack: int = -1
     spilled: int = 0
     registers: int = 0
     shared: int = 0

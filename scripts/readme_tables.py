@@ -26,20 +26,21 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def comparison(path: Path) -> str:
-    from mvp_ext.app.report import table_columns, table_rows
-    from mvp_ext.app.results import load_results, summarise
+    from mvp_ext.app.report import summary_table
+    from mvp_ext.app.results import load_results
 
     results = load_results(path)
-    arms = summarise(results)
-    columns = [name for name, _ in table_columns(arms)]
-    title = f"**{results['title']}**, keep {results['keep']:g}, {arms[0].tasks} held-out tasks"
+    made = summary_table(results)
+    columns = [heading for heading, _ in made.columns]
+    tasks = len(results["arms"][0]["tasks"])
+    title = f"**{results['title']}**, keep {results['keep']:g}, {tasks} held-out tasks"
     zoo = results.get("zoo", {}).get("entries", "?")
     figures = sorted((ROOT / "docs" / "figures" / path.stem).glob("*.png"))
     links = ", ".join(f"[{f.stem}]({f.relative_to(ROOT).as_posix()})" for f in figures)
     source = f"{path.relative_to(ROOT).as_posix()}: `{results.get('command', '')}`"
     return (
         f"{title}, a zoo of {zoo} ({source}).\n\n"
-        + table(columns, table_rows(results, arms))
+        + table(columns, made.rows)
         + (f"\n\nFigures: {links}." if links else "")
     )
 

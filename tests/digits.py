@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import torch
 from tiny import tiny_model
+from torch import Tensor, nn
 
+from mvp_ext.data.batches import to_batch
 from mvp_ext.data.images import ImageData, load_data
-from mvp_ext.data.tasks import Task
+from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.train.backbone import Backbone, Preprocessing
 
 
@@ -33,3 +35,14 @@ def tiny_backbone(name: str = "test_resnet") -> Backbone:
     """``tiny_model`` in eval mode, looking at images of 32 px (``test_vit``: 2 × 2 patches of them)."""
     model = tiny_model(name, img_size=32).eval()
     return Backbone(model, Preprocessing(32, (0.3, 0.3, 0.3), (0.35, 0.35, 0.35)))
+
+
+def equal_weights(a: nn.Module, b: nn.Module) -> bool:
+    other = b.state_dict()
+    return all(torch.equal(value, other[name]) for name, value in a.state_dict().items())
+
+
+def train_batch(data: TaskData, backbone: Backbone) -> Tensor:
+    """All of a task's training images as the backbone sees them, without augmentation."""
+    p = backbone.preprocessing
+    return to_batch(data.train_images, p.size, p.mean, p.std)

@@ -347,7 +347,7 @@ def _torch_pruning(run: Run, job: Job) -> Made:
 
 def torch_pruning_scores(job: Job) -> Scores:
     """Torch-Pruning's grouped Taylor importance of a ResNet's filters, on as many batches as our own score sees."""
-    from mvp_ext.app.peers import _torch_pruning as torch_pruning
+    from mvp_ext.app.peers import import_torch_pruning as torch_pruning
 
     tp = torch_pruning()
     features, labels = job.glance()

@@ -26,8 +26,9 @@ from mvp_ext.pruning.vote import vote_mask, weight_prior
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.heads import class_mean_head
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.train.resume import RunFile
-from mvp_ext.train.trainer import Recipe, Teacher, Trainer
+from mvp_ext.train.trainer import Teacher, Trainer
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def train_elastic(
         if on_step is not None:
             on_step(now, steps)
 
-    trainer.run(steps, "cosine", stepped, start=0 if saved is None else saved.done)
+    trainer.run(steps, "cosine", stepped, done=0 if saved is None else saved.done)
     run.remove()
     return model.eval(), cost
 

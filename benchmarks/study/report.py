@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mvp_ext.app import plots
-from mvp_ext.app.report import PROVENANCE, bullets, facts, figure, page, table
+from mvp_ext.app.report import PROVENANCE, bullets, facts, figure, page
 from mvp_ext.app.results import flops_text, seconds_text
+from mvp_ext.app.tables import Table as TextTable
 from mvp_ext.storage import write_atomic
 
 from .arms import ARMS
@@ -146,7 +147,7 @@ def limits(results: dict[str, Any]) -> list[str]:
 def _section(title: str, columns: Columns, rows: list[list[str]], note: str = "") -> list[str]:
     if not rows:
         return []
-    text = f"<h2>{escape(title)}</h2><div class='wide'>{table(columns, rows)}</div>"
+    text = f"<h2>{escape(title)}</h2><div class='wide'>{TextTable(columns, rows).html()}</div>"
     return [text, f'<p class="note">{escape(note)}</p>'] if note else [text]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from mvp_ext.pruning.elastic import ElasticOptions
 from torch import Tensor
 
 from mvp_ext.data.tasks import Task
@@ -21,13 +22,13 @@ from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure
 from mvp_ext.pruning.build import build_elastic, build_universal, build_zoo, pooled_task
-from mvp_ext.pruning.elastic import ElasticOptions
 from mvp_ext.pruning.iterative import Schedule, planned_steps, round_ratios
 from mvp_ext.train.backbone import Backbone, extract_features, load_backbone
 from mvp_ext.train.cost import Cost, now
+from mvp_ext.train.evaluate import accuracy_of
 from mvp_ext.train.heads import ridge_head
 from mvp_ext.train.pretrain import pretrain
-from mvp_ext.train.trainer import Recipe, accuracy_of
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.shared import elastic_path, universal_path
 from mvp_ext.zoo.zoo import Zoo
 

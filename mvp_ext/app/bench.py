@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from rich.table import Table
 from torch import nn
 
 from mvp_ext.app.environment import environment
 from mvp_ext.app.results import count_text, flops_text
+from mvp_ext.app.tables import Side, Table
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import Measurement, measure, share_of_saving
@@ -49,8 +49,14 @@ def bench(
         dense: the model that the others are compared with.
         others: name → smaller model for the same input.
         input_shape: of one image, (C, H, W).
-        batches, seconds, threads, channels_last: as of :func:`mvp_ext.model.measure.latency`.
+        batches: batch sizes, each timed for itself.
+        seconds: about how long a model is timed at each.
+        threads: torch's CPU threads while timing; None leaves them.
+        channels_last: layout of the input and of the models' 4-d weights.
         setting: what else a reader must know, stored as it is.
+
+    Raises:
+        ValueError: another model has the dense model's name, or the models are on different devices.
     """
     if DENSE in others:
         raise ValueError(f"bench: others: {DENSE!r} is the dense model's own name")
@@ -79,29 +85,30 @@ def _described(measured: Measurement, dense: Measurement) -> dict[str, Any]:
 
 def bench_table(result: Mapping[str, Any]) -> Table:
     """One row a model and batch size; "saving in time": what share of the saved FLOPs became saved time."""
-    table = Table(title="dense against pruned", title_justify="left")
-    table.add_column("model", overflow="fold")
-    for title in (
+    columns: list[tuple[str, Side]] = [("model", "left")]
+    numbers = (
         "parameters",
         "FLOPs",
         "batch",
         "median ms (p10–p90)",
         "images/s",
-        "times\nas fast",
-        "saving\nin time",
-    ):
-        table.add_column(title, justify="right", no_wrap=True)
+        "times as fast",
+        "saving in time",
+    )
+    columns += [(heading, "right") for heading in numbers]
+    rows = []
     for name, model in result["models"].items():
         sizes = (name, count_text(model["parameters"]), flops_text(model["flops"]))
         for position, timed in enumerate(model["latency"]):
             share = timed["share_of_saving"]
-            table.add_row(
-                *(sizes if position == 0 else ("", "", "")),
-                str(timed["batch"]),
-                f"{timed['median_ms']:.4g} ({timed['p10_ms']:.4g}–{timed['p90_ms']:.4g})",
-                f"{timed['throughput']:.0f}",
-                "" if name == DENSE else f"{timed['speed_up']:.2f}×",
-                "" if share is None else f"{share:.0%}",
-                end_section=position == len(model["latency"]) - 1,
+            rows.append(
+                (
+                    *(sizes if position == 0 else ("", "", "")),
+                    str(timed["batch"]),
+                    f"{timed['median_ms']:.4g} ({timed['p10_ms']:.4g}–{timed['p90_ms']:.4g})",
+                    f"{timed['throughput']:.0f}",
+                    "" if name == DENSE else f"{timed['speed_up']:.2f}×",
+                    "" if share is None else f"{share:.0%}",
+                )
             )
-    return table
+    return Table(columns, rows, "dense against pruned")

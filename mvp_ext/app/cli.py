@@ -33,7 +33,7 @@ from mvp_ext.pruning.prune import RunOptions
 from mvp_ext.pruning.prune import prune as run_prune
 from mvp_ext.pruning.settings import Settings
 from mvp_ext.train.pretrain import pretrain as run_pretraining
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo
 
 app = typer.Typer(
@@ -285,7 +285,7 @@ def _made_by_torch_pruning(
     keeps: list[float],
     shape: tuple[int, ...],
 ) -> dict[str, Any]:
-    from mvp_ext.app.peers import prune_with_torch_pruning, same_shapes
+    from mvp_ext.app.peers import different_shapes, prune_with_torch_pruning
 
     structure = find_structure(dense, settings.scope)
     made = {}
@@ -293,7 +293,7 @@ def _made_by_torch_pruning(
         peer = prune_with_torch_pruning(
             dense, structure, Mask.random(structure, keep, 0, settings.align), shape
         )
-        different = same_shapes(ours[f"keep {keep:g}"], peer)
+        different = different_shapes(ours[f"keep {keep:g}"], peer)
         if different:
             raise RuntimeError(
                 f"torch-pruning made other shapes, first of {different[0]}: the comparison would be unfair"

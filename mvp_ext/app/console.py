@@ -22,15 +22,15 @@ from rich.progress import (
 )
 from typer.core import TyperGroup
 
-WIDTH = (
-    None if sys.stdout.isatty() else 120
-)  # a file or a log has no width: do not squeeze tables into 80 columns
+# A file or a log has no width: do not squeeze tables into 80 columns.
+WIDTH = None if sys.stdout.isatty() else 120
 console = Console(width=WIDTH)
 errors = Console(stderr=True)
 
 # What the API raises for wrong input and wrong surroundings: one line says it all. The rest is a mistake of ours.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, sqlite3.Error)
-WRONG_INPUT, OUR_MISTAKE, INTERRUPTED = 2, 1, 130  # 130: what a shell reports of a command that Ctrl-C ended
+# Exit codes; 130 is what a shell reports of a command that Ctrl-C ended.
+WRONG_INPUT, OUR_MISTAKE, INTERRUPTED = 2, 1, 130
 
 
 class Commands(TyperGroup):

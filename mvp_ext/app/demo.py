@@ -21,7 +21,7 @@ from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, load_backbone
 from mvp_ext.train.pretrain import pretrain
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo
 
 Bar = Callable[[str], AbstractContextManager[Progress]]

@@ -27,7 +27,7 @@ from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, load_backbone
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.similarity import SIMILARITIES
 from mvp_ext.zoo.zoo import Zoo
 

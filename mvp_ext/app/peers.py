@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure, UnitLayer
+from mvp_ext.timm_compat import import_timm
 
 
 def prune_with_torch_pruning(
@@ -24,20 +25,26 @@ def prune_with_torch_pruning(
     Each layer is cut through Torch-Pruning's dependency graph, which finds by itself what else has to shrink; for heads
     it is told how many are left, as its documentation asks.
 
+    Args:
+        model: dense, on the CPU.
+        structure: of the model.
+        mask: of its units.
+        input_shape: of one image, (C, H, W).
+
     Raises:
-        ImportError: Torch-Pruning is not installed. ValueError: its scope is one that it has no counterpart of.
+        ImportError: Torch-Pruning is not installed.
+        ValueError: the structure's scope has no counterpart there.
     """
     if structure.scope == "all":
         raise ValueError(
             "torch-pruning: scope 'all' has no counterpart there, where the residual stream is coupled"
         )
-    tp = _torch_pruning()
+    tp = import_torch_pruning()
     small = copy.deepcopy(model).eval()
     example = torch.zeros(1, *input_shape)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Unwrapped parameters", category=UserWarning
-        )  # none of those is cut
+        # None of those is cut.
+        warnings.filterwarnings("ignore", message="Unwrapped parameters", category=UserWarning)
         graph = tp.DependencyGraph().build_dependency(small, example_inputs=example)
     for layer in structure:
         removed = (~mask.layers[layer.name]).nonzero().flatten()
@@ -57,16 +64,10 @@ def prune_with_torch_pruning(
     return small
 
 
-def same_shapes(a: nn.Module, b: nn.Module) -> list[str]:
+def different_shapes(a: nn.Module, b: nn.Module) -> list[str]:
     """Names of the tensors of two models whose shapes differ (or that only one has); empty where they agree."""
-    shapes = [{name: tuple(t.shape) for name, t in model.state_dict().items()} for model in (a, b)]
-    return sorted(set(_different(*shapes)))
-
-
-def _different(a: dict[str, tuple[int, ...]], b: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    for name in a.keys() | b.keys():
-        if a.get(name) != b.get(name):
-            yield name
+    shapes = [{(name, tuple(t.shape)) for name, t in model.state_dict().items()} for model in (a, b)]
+    return sorted({name for name, _ in shapes[0] ^ shapes[1]})
 
 
 def _producer(model: nn.Module, layer: UnitLayer) -> nn.Module:
@@ -74,10 +75,10 @@ def _producer(model: nn.Module, layer: UnitLayer) -> nn.Module:
     return model.get_submodule(layer.slices[0].tensor.rpartition(".")[0])
 
 
-def _torch_pruning() -> ModuleType:
-    from mvp_ext.timm_compat import import_timm
-
-    import_timm()  # Torch-Pruning imports torchvision: the same remedy for its CUDA build beside a CPU torch
+def import_torch_pruning() -> ModuleType:
+    """``torch_pruning``; ImportError says how to install it."""
+    # Torch-Pruning imports torchvision: the same remedy for its CUDA build beside a CPU torch.
+    import_timm()
     try:
         return importlib.import_module("torch_pruning")
     except ImportError as error:

@@ -16,9 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mvp_ext.app.results import Arm, Results, chance_overlap, flops_text, learning_curve, summarise
+from mvp_ext.app.results import ArmSummary, Results, chance_overlap, flops_text, learning_curve, summarise
 
-MARKERS = "osD^vPX"  # with the colours: an arm can be told apart without them
+# Beside the colours: an arm can be told apart without them.
+MARKERS = "osD^vPX"
 CHANCE = "independent draws: r/(2−r)"
 
 
@@ -74,7 +75,8 @@ def figures(results: Results) -> dict[str, Callable[[Theme], Figure]]:
 
 def to_svg(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
     """The figure on a transparent ground: the page's own surface shows."""
-    with matplotlib.rc_context({"svg.hashsalt": "mvp_ext"}):  # the same results give the same bytes
+    # With a fixed salt the same results give the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "mvp_ext"}):
         return _saved(draw(theme), format="svg", transparent=True, metadata={"Date": None, "Creator": None})
 
 
@@ -108,9 +110,8 @@ def accuracy_against_steps(results: Results, theme: Theme) -> Figure:
         )
         last = max(last, *steps)
     dense_line(axes, results.get("dense_accuracy"), theme)
-    if (
-        last > 200
-    ):  # a from-scratch arm takes many times the steps: a linear axis would squeeze the others to a line
+    # A from-scratch arm takes many times the steps: a linear axis would squeeze the others to a line.
+    if last > 200:
         axes.set_xscale("symlog", linthresh=20)
         axes.set_xlim(left=-1)
         marks = [0, 10, *(m * 10**e for e in range(1, 7) for m in (2, 5, 10))]
@@ -122,7 +123,7 @@ def accuracy_against_steps(results: Results, theme: Theme) -> Figure:
     return figure
 
 
-def accuracy_against_cost(arms: list[Arm], dense_accuracy: float | None, theme: Theme) -> Figure:
+def accuracy_against_cost(arms: list[ArmSummary], dense_accuracy: float | None, theme: Theme) -> Figure:
     """Mean accuracy (bar: ± s.e. over tasks) against what one task's pruned model cost, one point an arm."""
     figure, axes = new_figure(theme, 7.2, 3.4)
     for position, arm in enumerate(arms):
@@ -145,8 +146,8 @@ def accuracy_against_cost(arms: list[Arm], dense_accuracy: float | None, theme: 
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: flops_text(value)))
     axes.margins(x=0.15)
     low, high = axes.get_xlim()
-    many = high / low > 300  # then whole powers of ten are marks enough
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0)))
+    # On a long axis whole powers of ten are marks enough.
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("training, scoring and similarity FLOPs a task")
     axes.set_ylabel("test accuracy (%)")

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import os
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from rich.table import Table
-
 from mvp_ext.app import plots
 from mvp_ext.app.results import (
-    Arm,
+    ArmSummary,
     Results,
     chance_overlap,
     check_results,
@@ -26,6 +24,8 @@ from mvp_ext.app.results import (
     seconds_text,
     summarise,
 )
+from mvp_ext.app.tables import Side, Table
+from mvp_ext.storage import write_atomic
 
 PROVENANCE = (
     "Meta-Vote Pruning (Zhao, Zhou, Long, Jiang, Zhang: Voting from Nearest Tasks, ECML PKDD 2023, arXiv 2301.11560). "
@@ -41,16 +41,29 @@ DIGITS_NOTE = (
 def save_report(
     results: Results, path: str | os.PathLike[str], *, figures: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Write the page; with ``figures``, its figures also as PNG files into that folder. Returns the page's path."""
+    """Write the page, each file whole or not at all; what was there stays where one cannot be written.
+
+    Args:
+        results: of a comparison (``results.py``).
+        path: of the page; its parent folders are made.
+        figures: a folder for the page's figures as PNG files, too.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: the results lack what every report needs.
+        OSError: a file could not be written.
+    """
     path = Path(path)
     page = render_report(results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomic(path, page.encode())
     if figures is not None:
         folder = Path(figures)
         folder.mkdir(parents=True, exist_ok=True)
         for name, draw in plots.figures(results).items():
-            (folder / f"{name}.png").write_bytes(plots.to_png(draw))
+            write_atomic(folder / f"{name}.png", plots.to_png(draw))
     return path
 
 
@@ -79,7 +92,7 @@ def render_report(results: Results) -> str:
     sections = [figure(titles[name], draw, captions[name]) for name, draw in drawn.items()]
     body = f"""<p class="lead">{_lead(results, arms)}</p>
 {bullets("Findings", findings(results, arms))}
-<div class="wide">{table(table_columns(arms), table_rows(results, arms))}</div>
+<div class="wide">{summary_table(results).html()}</div>
 <p class="note">Accuracy: mean ± standard error over {max(arm.tasks for arm in arms)} tasks. Differences are
 paired, task by task. A multiply-add counts as two FLOPs.{_dense_note(results)}</p>
 {"".join(sections)}
@@ -111,33 +124,26 @@ def page(title: str, body: str) -> str:
 
 
 def summary_table(results: Results) -> Table:
-    """The page's table for a terminal."""
-    table = Table(title=results["title"], title_justify="left")
+    """One row an arm, and one for the dense model: the page's table, for a terminal and for Markdown too."""
     arms = summarise(results)
-    for name, side in table_columns(arms):
-        table.add_column(name, justify="right" if side == "right" else "left")
-    for row in table_rows(results, arms):
-        table.add_row(*row)
-    return table
+    columns: list[tuple[str, Side]] = [("arm", "left")]
+    columns += [
+        (heading, "right")
+        for heading in (
+            "accuracy (%)",
+            f"{arms[0].name} minus this",
+            "steps",
+            "cost a task",
+            "time a task",
+            "parameters",
+            "FLOPs an image",
+            "times as fast as dense",
+        )
+    ]
+    return Table(columns, _summary_rows(results, arms), results["title"])
 
 
-def table_columns(arms: Sequence[Arm]) -> tuple[tuple[str, str], ...]:
-    """(title, side) of each column."""
-    return (
-        ("arm", "left"),
-        ("accuracy (%)", "right"),
-        (f"{arms[0].name} minus this", "right"),
-        ("steps", "right"),
-        ("cost a task", "right"),
-        ("time a task", "right"),
-        ("parameters", "right"),
-        ("FLOPs an image", "right"),
-        ("times as fast as dense", "right"),
-    )
-
-
-def table_rows(results: Results, arms: Sequence[Arm]) -> list[tuple[str, ...]]:
-    """One row an arm, and one for the dense model, in the order of :func:`table_columns`."""
+def _summary_rows(results: Results, arms: Sequence[ArmSummary]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for arm in arms:
         model = results["models"][arm.model]
@@ -168,7 +174,7 @@ def table_rows(results: Results, arms: Sequence[Arm]) -> list[tuple[str, ...]]:
     return rows
 
 
-def findings(results: Results, arms: Sequence[Arm]) -> list[str]:
+def findings(results: Results, arms: Sequence[ArmSummary]) -> list[str]:
     """What the numbers say of the first arm, in sentences; a difference within two standard errors is none."""
     first, sentences = arms[0], []
     for arm in arms[1:]:
@@ -205,7 +211,7 @@ def limits(results: Results) -> list[str]:
     return [*sentences, PROVENANCE]
 
 
-def _lead(results: Results, arms: Sequence[Arm]) -> str:
+def _lead(results: Results, arms: Sequence[ArmSummary]) -> str:
     first, model = arms[0], results["models"][arms[0].model]
     dense = results["models"]["dense"]
     text = (
@@ -260,19 +266,6 @@ def figure(title: str, draw: object, caption: str) -> str:
 
 def _data_uri(svg: bytes) -> str:
     return f"data:image/svg+xml;base64,{b64encode(svg).decode()}"
-
-
-def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
-    """``columns``: (title, side) of each."""
-    head = "".join(f"<th class='{side}'>{escape(name)}</th>" for name, side in columns)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f"<td class='{side}'>{escape(cell)}</td>" for cell, (_, side) in zip(row, columns, strict=True)
-        )
-        for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def bullets(title: str, sentences: Sequence[str]) -> str:

@@ -27,19 +27,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mvp_ext.storage import write_atomic
+
 FORMAT = 1
 Results = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over tasks and its standard error (None for a single task)."""
+    """A mean over tasks and its standard error.
+
+    Attributes:
+        value: the mean.
+        error: its standard error; None for a single task.
+    """
 
     value: float
     error: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
+        """Of at least one value."""
         n = len(values)
         mean = math.fsum(values) / n
         if n < 2:
@@ -54,8 +62,19 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One arm over its tasks. ``difference``: accuracy of the first arm minus this one's, task by task."""
+class ArmSummary:
+    """One arm over its tasks.
+
+    Attributes:
+        name: the arm's.
+        model: whose measurement in the results is its model's.
+        tasks: how many it ran on.
+        accuracy: top-1, in [0, 1].
+        difference: accuracy of the first arm minus this one's, task by task; None for the first.
+        steps: optimizer steps a task, on average.
+        flops: floating-point operations a task.
+        seconds: time a task.
+    """
 
     name: str
     model: str
@@ -77,10 +96,16 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def save_results(results: Results, path: str | os.PathLike[str]) -> None:
-    """Write a results file; its parent folders are made."""
+    """Write a results file, whole or not at all; its parent folders are made.
+
+    Raises:
+        ValueError: ``results`` are none.
+        OSError: the file could not be written; what was there is untouched.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(check_results(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(check_results(results), indent=1, ensure_ascii=False)
+    write_atomic(path, f"{text}\n".encode())
 
 
 def check_results(results: Any) -> Results:
@@ -103,16 +128,16 @@ def check_results(results: Any) -> Results:
     return results
 
 
-def summarise(results: Results) -> list[Arm]:
+def summarise(results: Results) -> list[ArmSummary]:
     """Each arm's mean over its tasks, in the order of the file; costs are means a task."""
     first = {t["task"]: t["accuracy"] for t in results["arms"][0]["tasks"]}
-    arms = []
+    summaries = []
     for position, arm in enumerate(results["arms"]):
         tasks = arm["tasks"]
         paired = [first[t["task"]] - t["accuracy"] for t in tasks if t["task"] in first]
         costs = [t["cost"] for t in tasks]
-        arms.append(
-            Arm(
+        summaries.append(
+            ArmSummary(
                 name=arm["name"],
                 model=arm["model"],
                 tasks=len(tasks),
@@ -123,7 +148,7 @@ def summarise(results: Results) -> list[Arm]:
                 seconds=_mean(costs, "seconds"),
             )
         )
-    return arms
+    return summaries
 
 
 def learning_curve(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[float, Mean]]:

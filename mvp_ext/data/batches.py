@@ -27,6 +27,9 @@ def augment(
 
     Returns:
         [B, H, W, C], same dtype and device, a new tensor.
+
+    Raises:
+        ValueError: ``pad`` is out of its range.
     """
     count, height, width, channels = images.shape
     pad = height // 8 if pad is None else pad
@@ -63,7 +66,8 @@ def resize(images: Tensor, size: int) -> Tensor:
     """
     if tuple(images.shape[1:3]) == (size, size):
         return images.contiguous()
-    pixels = images.permute(0, 3, 1, 2)  # a view of NHWC memory: to torch, this is channels_last
+    # A view of NHWC memory: to torch, this is channels_last.
+    pixels = images.permute(0, 3, 1, 2)
     shrinks = size < min(pixels.shape[2:])
     # On the CPU torch interpolates bytes by integer arithmetic, ten times as fast as floats; elsewhere it cannot.
     source = pixels if images.device.type == "cpu" else pixels.float()
@@ -86,11 +90,16 @@ def to_batch(
     Args:
         images: uint8 [B, H, W, 3], on any device.
         size: side of the square the model takes.
-        mean, std: per channel, of images in 0..1.
+        mean: per channel, of images in 0..1.
+        std: likewise.
         channels_last: memory format of the result (the layout that convolutions are fastest in).
 
     Returns:
         float32 [B, 3, size, size] on the images' device.
+
+    Raises:
+        ValueError: ``images`` are not uint8 [B, H, W, 3], ``size`` < 1, or ``mean`` and ``std`` are not three numbers
+            (``std`` above 0).
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(
@@ -99,8 +108,8 @@ def to_batch(
     if size < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"to_batch: expected size ≥ 1, 3 means, 3 std > 0, got {size}, {mean}, {std}")
     factors = [[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
-    scale, shift = torch.tensor(factors, device=images.device).repeat(1, size)  # for one row of pixels
     # Rows of pixels, not pixels, are broadcast over: an inner dimension of 3 would be several times slower.
+    scale, shift = torch.tensor(factors, device=images.device).repeat(1, size)
     rows = resize(images, size).view(-1, size * 3).float().mul_(scale).add_(shift)
     batch = rows.view(-1, size, size, 3).permute(0, 3, 1, 2)
     return batch if channels_last else batch.contiguous()
@@ -119,42 +128,3 @@ def shuffled_indices(count: int, batch_size: int, steps: int, seed: int) -> Iter
             queue = torch.cat([queue, torch.randperm(count, generator=generator)])
         yield queue[:batch_size]
         queue = queue[batch_size:]
-
-
-def train_batches(
-    images: Tensor,
-    labels: Tensor,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    batch_size: int,
-    steps: int,
-    seed: int,
-    flip: bool,
-    pad: int | None = None,
-    channels_last: bool = True,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented training batches: ``steps`` pairs of float32 [batch_size, 3, size, size], int64 [batch_size].
-
-    The same arguments give the same batches. ``pad=0, flip=False`` turns augmentation off.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for index in shuffled_indices(len(images), batch_size, steps, seed):
-        index = index.to(images.device)
-        chosen = augment(images.index_select(0, index), generator, pad=pad, flip=flip)
-        yield to_batch(chosen, size, mean, std, channels_last=channels_last), labels.index_select(0, index)
-
-
-def eval_batches(
-    images: Tensor,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    batch_size: int = 256,
-    channels_last: bool = True,
-) -> Iterator[Tensor]:
-    """All images once, in order and without augmentation: float32 [≤ batch_size, 3, size, size]."""
-    for start in range(0, len(images), batch_size):
-        yield to_batch(images[start : start + batch_size], size, mean, std, channels_last=channels_last)

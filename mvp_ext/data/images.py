@@ -31,7 +31,8 @@ class ImageData:
         name: short name for tables ("digits", a file or folder name).
         train_images: uint8 [n, H, W, 3], RGB, 0..255, contiguous.
         train_labels: int64 [n], each in [0, len(class_names)).
-        test_images, test_labels: the same for the test split.
+        test_images: the same for the test split.
+        test_labels: likewise.
         class_names: one a class, all different. A class may have no images (only some parts are loaded).
         flip: whether a mirror image shows the same class, so that augmentation may flip.
         superclass_of_class: group of every class, or None where the source knows no groups.

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from mvp_ext.timm_compat import import_timm
+
 # Beyond this, stored squares cost memory (150 kB an image) that the models' usual input size cannot use.
 LARGEST_DEFAULT_SIZE = 224
 
@@ -26,10 +28,12 @@ class DataError(ValueError):
 
 
 def read_digits() -> dict[str, Any]:
+    """scikit-learn's handwritten digits."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
+    # Stored as 0..16.
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     return {
         "name": "digits",
         "train_images": _as_rgb(grey, "digits"),
@@ -42,9 +46,9 @@ def read_digits() -> dict[str, Any]:
 
 
 def read_cifar100(folder: str) -> dict[str, Any]:
-    from mvp_ext.timm_compat import import_timm
-
-    import_timm()  # makes torchvision importable beside a CPU-only torch
+    """torchvision's copy in ``folder``, or in the user's cache ("")."""
+    # Makes torchvision importable beside a CPU-only torch.
+    import_timm()
     from torchvision.datasets import CIFAR100
 
     root = Path(folder).expanduser() if folder else Path.home() / ".cache" / "mvp_ext"
@@ -53,7 +57,8 @@ def read_cifar100(folder: str) -> dict[str, Any]:
         splits = {
             split: CIFAR100(str(root), train=split == "train", download=True) for split in ("train", "test")
         }
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a bad checksum is a RuntimeError
+    # URLError is an OSError; a bad checksum is a RuntimeError.
+    except (OSError, RuntimeError) as error:
         raise DataError(
             f"cifar100: no usable copy under {root} and the download failed ({error}). Without network, "
             f"unpack cifar-100-python.tar.gz there, or give an .npz file or an image folder"
@@ -100,6 +105,7 @@ def existing_paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[s
 
 
 def read_paths(paths: list[Path], image_size: int | None) -> dict[str, Any]:
+    """``.npz`` parts, a directory of them, or an image folder."""
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
         paths = sorted(folder.glob("*.npz"))
@@ -227,13 +233,14 @@ def _decode(files: list[Path], image_size: int | None) -> np.ndarray:
     """Decode to uint8 [n, S, S, 3]; DataError names every file that does not decode."""
     from PIL import Image, ImageOps
 
+    # Pillow's decoders raise almost anything on damaged bytes.
     bad: dict[Path, str] = {}
 
     def shorter_side(path: Path) -> int:
         try:
             with Image.open(path) as image:
                 return min(image.size)
-        except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
+        except Exception as error:
             bad[path] = str(error) or type(error).__name__
             return 0
 

@@ -30,8 +30,10 @@ class TaskData:
 
     Attributes:
         name: the task's name.
-        train_images, test_images: uint8 [n, H, W, 3].
-        train_labels, test_labels: int64 [n], in [0, k).
+        train_images: uint8 [n, H, W, 3].
+        train_labels: int64 [n], in [0, k).
+        test_images: as for training.
+        test_labels: likewise.
         class_names: k names.
         flip: whether augmentation may mirror these images.
     """
@@ -219,6 +221,7 @@ def sample_tasks(
         count: how many tasks.
         classes_per_task: at least 2.
         seed: of the draw; task i has seed ``seed + i`` and name ``{prefix}-{i:03d}``.
+        prefix: of the names.
         exclude: tasks whose class sets must not be drawn again (a zoo's, for held-out tasks).
         superclasses: draw only from these superclasses' classes.
         classes: draw only from these classes (for a split by class: other classes than the zoo's).
@@ -290,10 +293,15 @@ def _nearest_name(kind: str, name: str, known: Sequence[str], where: str) -> int
 
 
 def few_of_each(labels: Tensor, count: int, seed: int) -> Tensor:
-    """About ``count`` of n images, evenly of all classes (at least one of each): int64 indices, ascending.
+    """About ``count`` of n images, evenly of all classes, at least one of each.
 
     Args:
         labels: int64 [n].
+        count: rounded up to a multiple of the number of classes.
+        seed: of the draw.
+
+    Returns:
+        int64 indices, ascending.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels[order]

@@ -35,7 +35,8 @@ def voted_counts(
     ]
     target = keep * structure.total_units
     low, high = 0.0, 1.0 / min(rates)
-    for _ in range(60):  # the total rises with the factor; layers saturate at all of their units
+    # Bisection: the total rises with the factor; layers saturate at all of their units.
+    for _ in range(60):
         factor = (low + high) / 2
         total = sum(min(1.0, factor * r) * n for r, n in zip(rates, structure.units_per_layer, strict=True))
         low, high = (factor, high) if total < target else (low, factor)

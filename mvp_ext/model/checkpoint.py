@@ -33,23 +33,29 @@ _VERSION = 1
 class PrunedState:
     """What a file of a pruned model holds, before any model is built.
 
-    ``state`` is the pruned model's state dict (CPU); ``mask`` and ``structure`` are of the dense model it came from.
+    Attributes:
+        state: the pruned model's state dict, on the CPU.
+        mask: of the dense model it came from.
+        structure: of the dense model.
+        extra: as ``save_pruned`` was given it; JSON values, and tensors on the CPU.
+        create_args: arguments of ``create_model`` that give the dense model.
+        versions: of what wrote the file.
     """
 
     state: dict[str, Tensor]
     mask: Mask
     structure: Structure
     extra: dict[str, Any]
-    recipe: dict[str, Any] = field(repr=False)  # arguments of create_model that give the dense model
-    versions: dict[str, str] = field(default_factory=dict)  # of what wrote the file
+    create_args: dict[str, Any] = field(repr=False)
+    versions: dict[str, str] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """The pruned model, in eval mode.
 
         Raises:
-            ValueError: this timm builds another model from the recipe, or the tensors do not fit it.
+            ValueError: this timm builds another model from the arguments, or the tensors do not fit it.
         """
-        model = _build_empty(self.recipe, self.structure, self.mask)
+        model = _build_empty(self.create_args, self.structure, self.mask)
         # The parameters take the file's tensors as they are (dtype too), so nothing is initialised in vain.
         try:
             model.load_state_dict(self.state, strict=True, assign=True)
@@ -67,7 +73,14 @@ class PrunedState:
 
 @dataclass(frozen=True)
 class PrunedCheckpoint:
-    """A pruned model (in eval mode) with the mask and structure of the dense model it came from."""
+    """A pruned model with what it came from.
+
+    Attributes:
+        model: in eval mode.
+        mask: of the dense model: which of its units stayed.
+        structure: of the dense model.
+        extra: as ``save_pruned`` was given it.
+    """
 
     model: nn.Module
     mask: Mask
@@ -99,13 +112,13 @@ def save_pruned(
         OSError: the file could not be written; what was at ``path`` is untouched.
     """
     extra = dict(extra or {})
-    recipe = recipe_of(model, structure)
+    arguments = create_args(model, structure)
     state = model.state_dict()
-    _check_rebuildable(state, recipe, structure, mask)
+    _check_rebuildable(state, arguments, structure, mask)
     tensors = {f"model/{name}": tensor for name, tensor in state.items()}
     tensors |= {f"extra/{name}": value for name, value in extra.items() if isinstance(value, Tensor)}
     spec = {
-        "recipe": recipe,
+        "recipe": arguments,
         "structure": structure.to_dict(),
         "kept": {name: units.tolist() for name, units in mask.indices.items()},
         "extra": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
@@ -143,6 +156,10 @@ def read_pruned(path: str | os.PathLike[str]) -> PrunedState:
 def load_pruned(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PrunedCheckpoint:
     """Read a file of :func:`save_pruned`; its model computes exactly what the saved one did.
 
+    Args:
+        path: of the file.
+        device: where the model goes.
+
     Raises:
         FileNotFoundError: there is no such file.
         FileFormatError: (a ValueError) it is damaged, truncated, of another kind or from a newer version, or this
@@ -156,7 +173,7 @@ def load_pruned(path: str | os.PathLike[str], device: str | torch.device = "cpu"
     return PrunedCheckpoint(model.to(device), stored.mask, stored.structure, stored.extra)
 
 
-def recipe_of(model: Any, structure: Structure) -> dict[str, Any]:
+def create_args(model: Any, structure: Structure) -> dict[str, Any]:
     """The arguments of create_model that give the dense model, as it is now (the head may have been replaced)."""
     if structure.architecture is None:
         raise ValueError(
@@ -169,7 +186,8 @@ def recipe_of(model: Any, structure: Structure) -> dict[str, Any]:
                 f"save_pruned: the model was created with {name}={value!r}, which cannot be written as JSON"
             )
     head = model.get_classifier()
-    head = head[0] if isinstance(head, tuple) else head  # a distilled DeiT has two, alike
+    # A distilled DeiT has two heads, alike.
+    head = head[0] if isinstance(head, tuple) else head
     kwargs["num_classes"] = head.out_features if isinstance(head, nn.Linear) else 0
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     kwargs["in_chans"] = first.in_channels
@@ -184,14 +202,14 @@ def _is_json(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _build_empty(recipe: Mapping[str, Any], structure: Structure, mask: Mask) -> nn.Module:
+def _build_empty(arguments: Mapping[str, Any], structure: Structure, mask: Mask) -> nn.Module:
     """The pruned model's modules with tensors that have shapes but no memory."""
     with torch.device("meta"):
-        dense = create_model(**recipe)
+        dense = create_model(**arguments)
     found = find_structure(dense, structure.scope)
     if found.fingerprint != structure.fingerprint:
         raise ValueError(
-            f"timm {import_timm().__version__} builds {recipe['name']!r} with another structure "
+            f"timm {import_timm().__version__} builds {arguments['name']!r} with another structure "
             f"({_first_difference(structure, found)})"
         )
     return prune_model(dense, mask, structure=found)
@@ -205,15 +223,15 @@ def _first_difference(wanted: Structure, found: Structure) -> str:
 
 
 def _check_rebuildable(
-    state: Mapping[str, Tensor], recipe: Mapping[str, Any], structure: Structure, mask: Mask
+    state: Mapping[str, Tensor], arguments: Mapping[str, Any], structure: Structure, mask: Mask
 ) -> None:
     """A file that could not be loaded again must not be written: build its model now, without memory, and compare."""
-    built = _build_empty(recipe, structure, mask).state_dict()
+    built = _build_empty(arguments, structure, mask).state_dict()
     if surplus := state.keys() ^ built.keys():
         name = min(surplus)
         side = "is not in timm's" if name in state else "of timm's is missing in the"
         raise ValueError(
-            f"save_pruned: tensor {name!r} {side} model {recipe['name']!r}: it could not be loaded again"
+            f"save_pruned: tensor {name!r} {side} model {arguments['name']!r}: it could not be loaded again"
         )
     for name, tensor in state.items():
         if tensor.shape != built[name].shape:

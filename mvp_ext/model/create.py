@@ -64,7 +64,8 @@ def create_model(
             "They come from the network: give weights in a local file instead, or pretrained=False."
         ) from error
     find_structure(model)
-    if not hasattr(model, "_model_args"):  # a newer timm notes its arguments itself; a checkpoint needs them
+    # A checkpoint needs the arguments. A newer timm notes them itself.
+    if not hasattr(model, "_model_args"):
         model._model_args = {
             key: value for key, value in kwargs.items() if key != "pretrained" and value is not None
         }

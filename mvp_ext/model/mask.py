@@ -17,8 +17,11 @@ from mvp_ext.ops import kept_units
 
 _FORMAT = "mvp_ext.mask"
 _VERSION = 1
-ALIGN = 8  # filters and neurons are kept in multiples of this: an aligned layer often runs faster than a smaller one
+# Filters and neurons are kept in multiples of this: an aligned layer often runs faster than a smaller one.
+ALIGN = 8
 
+# Kept rows and kept columns of a tensor (dim 0, dim 1): int64 indices, ascending; None keeps all.
+RowsCols = tuple[Tensor | None, Tensor | None]
 Keep = float | Sequence[float] | Sequence[int]
 
 
@@ -98,7 +101,8 @@ class Mask:
         checked = [_scores_of(layer.name, layer.units, scores, finite=global_) for layer in structure]
         aligns = [1 if layer.kind == "head" else align for layer in structure]
         units = structure.units_per_layer
-        if isinstance(keep, (int, str)):  # not 1 for 1.0: is it all units, or one a layer?
+        # Not 1 for 1.0: is it all units, or one a layer?
+        if isinstance(keep, (int, str)):
             raise TypeError(
                 f"Mask.from_scores: keep: expected a float, or a sequence of floats or ints, got {keep!r}"
             )
@@ -189,10 +193,13 @@ class Mask:
                 f"mask: layer {sorted(surplus)[0]!r} is not in the structure (scope {structure.scope!r})"
             )
 
-    def index_in(self, structure: Structure) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """For every tensor that changes shape: (rows, cols), int64 indices kept of dim 0 and dim 1; None keeps all.
+    def index_in(self, structure: Structure) -> dict[str, RowsCols]:
+        """For every tensor that changes shape, its name → (rows, cols): int64 indices kept of dim 0 and dim 1.
 
-        Layers that keep all their units change nothing and are left out.
+        None keeps all. Layers that keep all their units change nothing and are left out.
+
+        Raises:
+            ValueError: the mask is not one of this structure.
         """
         self.check(structure)
         index: dict[str, list[Tensor | None]] = {}

@@ -19,13 +19,26 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 MAX_ROUNDS = 400
-MIN_ROUNDS = 7  # enough for a median and for p10, p90 to differ from the extremes' noise
-WARM_UP_ROUNDS = 3  # allocator, oneDNN's primitive cache, cuDNN's choice of an algorithm
+# Enough for a median and for p10, p90 to differ from the extremes' noise.
+MIN_ROUNDS = 7
+# For the allocator, oneDNN's primitive cache and cuDNN's choice of an algorithm.
+WARM_UP_ROUNDS = 3
+# Of FLOP counts; then all are forgotten.
+REMEMBERED_COUNTS = 4096
+_counted: dict[Any, int] = {}
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Wall-clock of one forward pass in milliseconds, and the images a second that its median means."""
+    """Wall-clock of one forward pass, over many passes.
+
+    Attributes:
+        batch: images in a pass.
+        p10_ms: its 10th percentile in milliseconds.
+        median_ms: its median.
+        p90_ms: its 90th percentile.
+        rounds: how many passes were timed.
+    """
 
     batch: int
     p10_ms: float
@@ -39,12 +52,20 @@ class Latency:
         return 1e3 * self.batch / self.median_ms
 
     def to_dict(self) -> dict[str, float]:
+        """JSON values, the throughput among them."""
         return {**asdict(self), "throughput": self.throughput}
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model's size and speed. ``flops`` are for one image, a multiply-add counted as two."""
+    """One model's size and speed.
+
+    Attributes:
+        name: the model's, as it was given.
+        parameters: how many numbers they hold.
+        flops: of one image's forward pass, a multiply-add counted as two.
+        latency: one for each batch size that was timed.
+    """
 
     name: str
     parameters: int
@@ -61,6 +82,7 @@ class Measurement:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
         return {
             "name": self.name,
             "parameters": self.parameters,
@@ -87,7 +109,8 @@ def count_flops(model: nn.Module, input_shape: Sequence[int], *, batch: int = 1)
     Counts are remembered by all that decides them: modules, with their numbers, and shapes. A pass that counts takes
     tens of milliseconds, and iterative pruning asks for the same shapes again and again.
     """
-    if any("forward" in vars(module) for module in model.modules()):  # replaced: who knows by what
+    # A replaced forward is not seen in the signature.
+    if any("forward" in vars(module) for module in model.modules()):
         return _count_flops(model, input_shape, batch)
     key = (_signature(model), tuple(input_shape), batch)
     if key not in _counted:
@@ -97,15 +120,11 @@ def count_flops(model: nn.Module, input_shape: Sequence[int], *, batch: int = 1)
     return _counted[key]
 
 
-REMEMBERED_COUNTS = 4096
-_counted: dict[Any, int] = {}
-
-
 def _signature(model: nn.Module) -> tuple[object, ...]:
     """Equal for models that compute alike but for the values of their weights."""
-    plain = (bool, int, float, str, tuple, type(None))
+    values = (bool, int, float, str, tuple, type(None))
     modules = [
-        (name, type(m), repr({k: v for k, v in vars(m).items() if k != "training" and isinstance(v, plain)}))
+        (name, type(m), repr({k: v for k, v in vars(m).items() if k != "training" and isinstance(v, values)}))
         for name, m in model.named_modules()
     ]
     tensors = [(n, tuple(t.shape), t.dtype) for n, t in model.state_dict(keep_vars=True).items()]
@@ -193,11 +212,11 @@ def latency(
     x = _example(next(iter(models.values())), input_shape, batch).contiguous(memory_format=layout)
 
     def timed(model: nn.Module) -> float:
-        start = time.perf_counter()
+        begin = time.perf_counter()
         model(x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+        return time.perf_counter() - begin
 
     with (
         _weights_in(layout, models.values()),

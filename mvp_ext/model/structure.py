@@ -28,15 +28,29 @@ class Slice:
 
     ``dim`` is cut into ``repeat`` equal parts (3 for q, k and v); unit u is ``block`` consecutive places
     [u·block, (u+1)·block) in each of them. So the dimension has units · block · repeat places.
+
+    Attributes:
+        tensor: its name in the model's state dict.
+        dim: 0 or 1.
+        block: places of one unit (a head's width; 1 for filters and neurons).
+        repeat: parts of the dimension.
     """
 
-    tensor: str  # its name in the model's state dict
+    tensor: str
     dim: int
     block: int = 1
     repeat: int = 1
 
     def places(self, units: Tensor, total: int) -> Tensor:
-        """int64 [repeat · len(units) · block]: the places of these units (int64 indices) of ``total``, part by part."""
+        """Where units lie in the dimension.
+
+        Args:
+            units: int64 [n], their indices in [0, total).
+            total: units of the layer.
+
+        Returns:
+            int64 [repeat · n · block], part by part.
+        """
         within = (units[:, None] * self.block + torch.arange(self.block)).flatten()
         part = torch.arange(self.repeat)[:, None] * (total * self.block)
         return (part + within).flatten()
@@ -46,9 +60,14 @@ class Slice:
 class Probe:
     """Where the activation of a layer's units can be read: the first input, or the output, of a module.
 
-    ``dim`` is the dimension that holds the units (in ``heads`` equal blocks if that is set), as in
-    ``ops.importance``. A block adds its shortcut IN PLACE to its last norm's output, so a hook on side
-    "output" must keep a clone; if it also wants the gradient, it must keep the output and return a clone.
+    A block adds its shortcut IN PLACE to its last norm's output, so a hook on side "output" must keep a clone; if it
+    also wants the gradient, it must keep the output and return a clone.
+
+    Attributes:
+        module: its path in the model.
+        side: which of the two.
+        dim: the dimension that holds the units, as in ``ops.importance``.
+        heads: set where ``dim`` holds that many equal blocks, one a unit.
     """
 
     module: str
@@ -61,8 +80,14 @@ class Probe:
 class UnitLayer:
     """Units that are voted on and budgeted together.
 
-    ``name`` is the module that makes the units. ``scatter`` is set for a block's last convolution (scope
-    `all`): the block into whose residual stream the kept channels are added.
+    Attributes:
+        name: path of the module that makes the units.
+        kind: what a unit is.
+        units: how many there are.
+        slices: every dimension of every tensor that shrinks with them.
+        probe: where their activation can be read.
+        scatter: for a block's last convolution (scope `all`), the block into whose residual stream the kept channels
+            are added; else None.
     """
 
     name: str
@@ -75,23 +100,35 @@ class UnitLayer:
 
 @dataclass(frozen=True)
 class Structure:
-    """All layers of units of one model in one scope, in the model's order. A value: hashable, no tensors, no model."""
+    """All layers of units of one model in one scope, in the model's order. A value: hashable, no tensors, no model.
+
+    Iteration and ``len`` go over the layers; ``structure["layer1.0.conv1"]`` is one of them.
+
+    Attributes:
+        family: whose rules found it.
+        scope: which kinds of units it has (see ``families``).
+        architecture: timm's name of the model, where the model knows it.
+        layers: in the order in which masks and votes concatenate them.
+    """
 
     family: Literal["resnet", "vit"]
     scope: str
-    architecture: str | None  # timm's name where the model knows it
+    architecture: str | None
     layers: tuple[UnitLayer, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the layers."""
         return tuple(layer.name for layer in self.layers)
 
     @property
     def units_per_layer(self) -> tuple[int, ...]:
+        """Sizes of the layers."""
         return tuple(layer.units for layer in self.layers)
 
     @property
     def total_units(self) -> int:
+        """U, the length of a mask's vector."""
         return sum(self.units_per_layer)
 
     @cached_property
@@ -116,6 +153,31 @@ class Structure:
                 return layer
         raise KeyError(f"no layer of units named {name!r}; there are {', '.join(self.names)}")
 
+    def check(self, model: nn.Module) -> None:
+        """UnsupportedModelError unless every slice names a plain tensor of ``model``, of its size, used once only."""
+        state = model.state_dict(keep_vars=True)
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for layer in self:
+            for cut in layer.slices:
+                tensor = state.get(cut.tensor)
+                expected = layer.units * cut.block * cut.repeat
+                if tensor is None:
+                    raise UnsupportedModelError(
+                        f"{cut.tensor}: expected a plain tensor, got none (is it parametrised?)"
+                    )
+                if tensor.shape[cut.dim] != expected:
+                    raise UnsupportedModelError(
+                        f"{cut.tensor}: expected {expected} places in dimension {cut.dim} for {layer.units} units, "
+                        f"got shape {tuple(tensor.shape)}"
+                    )
+                shared = names.get(id(tensor), [])
+                if len(shared) > 1:
+                    raise UnsupportedModelError(
+                        f"{cut.tensor}: the same tensor is also {shared[-1]}; shared weights cannot be cut"
+                    )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_dict` reads them back."""
         return asdict(self)
@@ -137,29 +199,3 @@ class Structure:
             return Structure(**{**data, "layers": layers})
         except (TypeError, KeyError) as error:
             raise ValueError(f"Structure.from_dict: not a description of a structure ({error})") from error
-
-
-def check_fits(model: nn.Module, structure: Structure) -> None:
-    """UnsupportedModelError unless every slice names a plain tensor of ``model``, of its size, used once only."""
-    state = model.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for layer in structure:
-        for cut in layer.slices:
-            tensor = state.get(cut.tensor)
-            expected = layer.units * cut.block * cut.repeat
-            if tensor is None:
-                raise UnsupportedModelError(
-                    f"{cut.tensor}: expected a plain tensor, got none (is it parametrised?)"
-                )
-            if tensor.shape[cut.dim] != expected:
-                raise UnsupportedModelError(
-                    f"{cut.tensor}: expected {expected} places in dimension {cut.dim} for {layer.units} units, "
-                    f"got shape {tuple(tensor.shape)}"
-                )
-            shared = names.get(id(tensor), [])
-            if len(shared) > 1:
-                raise UnsupportedModelError(
-                    f"{cut.tensor}: the same tensor is also {shared[-1]}; shared weights cannot be cut"
-                )

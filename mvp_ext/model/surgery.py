@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mvp_ext.model.families import SCOPES, find_structure
-from mvp_ext.model.mask import Mask
-from mvp_ext.model.nn import ScatterBlock
-from mvp_ext.model.structure import Structure, UnsupportedModelError, check_fits
+from mvp_ext.model.mask import Mask, RowsCols
+from mvp_ext.model.scatter_block import ScatterBlock
+from mvp_ext.model.structure import Structure, UnsupportedModelError
 from mvp_ext.ops import ops_for
-
-Cut = tuple[Tensor | None, Tensor | None]  # kept rows, kept columns; None keeps all
 
 
 def prune_model(
@@ -28,7 +26,7 @@ def prune_model(
 ) -> nn.Module:
     """Remove, in place, every unit that ``mask`` does not keep: the tensors really become smaller.
 
-    The result is a plain timm module (scope `all`: with :class:`~mvp_ext.model.nn.ScatterBlock` for the
+    The result is a plain timm module (scope `all`: with :class:`~mvp_ext.model.scatter_block.ScatterBlock` for the
     blocks whose last convolution was cut). It can be pruned again, with the structure found anew and
     :meth:`Mask.compose` to say what is left of the first model.
 
@@ -73,7 +71,8 @@ def structure_for(model: nn.Module, mask: Mask) -> Structure:
             continue
         if set(structure.names) == set(mask.layers):
             return structure
-    find_structure(model)  # a model with a part that is not understood says so
+    # A model with a part that is not understood says so.
+    find_structure(model)
     raise ValueError(f"no scope of this model has the layers of the mask ({', '.join(mask.layers)})")
 
 
@@ -85,24 +84,24 @@ class _Plan:
     ) -> None:
         self.model, self.structure, self.mask, self.optimizer = model, structure, mask, optimizer
         self.index = mask.index_in(structure)
-        check_fits(model, structure)
+        structure.check(model)
         self.tensors: list[Tensor] = []
-        self.cuts: list[Cut] = []
+        self.kept: list[RowsCols] = []
         state = model.state_dict(keep_vars=True)
-        for name, cut in self.index.items():
+        for name, kept in self.index.items():
             tensor = state[name]
-            self._add(tensor.detach(), cut)
+            self._add(tensor.detach(), kept)
             if tensor.grad is not None:
-                self._add(tensor.grad, cut)
+                self._add(tensor.grad, kept)
             for _, value in self._state_tensors(name, tensor):
-                self._add(value, cut)
+                self._add(value, kept)
         self.old = {name: state[name] for name in self.index}
         with torch.no_grad():
-            self.packed = _pack(self.tensors, self.cuts)
+            self.packed = _pack(self.tensors, self.kept)
 
-    def _add(self, tensor: Tensor, cut: Cut) -> None:
+    def _add(self, tensor: Tensor, kept: RowsCols) -> None:
         self.tensors.append(tensor)
-        self.cuts.append(cut)
+        self.kept.append(kept)
 
     def _state_tensors(self, name: str, parameter: Tensor) -> list[tuple[str, Tensor]]:
         """The optimizer's state tensors of a parameter that have its shape."""
@@ -122,19 +121,21 @@ class _Plan:
 
     @torch.no_grad()
     def apply(self) -> None:
-        cut = iter(self.packed)
+        """Put every packed tensor in its place: a parameter, then its gradient and states, as they were listed."""
+        packed = iter(self.packed)
         replaced: dict[Tensor, nn.Parameter] = {}
         for name, old in self.old.items():
             states = self._state_tensors(name, old)
-            tensor = next(cut)
+            tensor = next(packed)
             owner, leaf = _owner(self.model, name)
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(tensor, requires_grad=old.requires_grad)
-                new.__dict__.update(old.__dict__)  # marks that others left on it, like "no weight decay"
-                new.grad = next(cut) if old.grad is not None else None
+                # Marks that others left on it, like "no weight decay".
+                new.__dict__.update(old.__dict__)
+                new.grad = next(packed) if old.grad is not None else None
                 if self.optimizer is not None and old in self.optimizer.state:
                     state = self.optimizer.state.pop(old)
-                    state.update({key: next(cut) for key, _ in states})
+                    state.update({key: next(packed) for key, _ in states})
                     self.optimizer.state[new] = state
                 replaced[old] = new
                 owner._parameters[leaf] = new
@@ -149,10 +150,9 @@ class _Plan:
             kept = self.mask.layers[layer.name]
             if layer.kind == "head":
                 attention: Any = self.model.get_submodule(layer.name)
+                # The scale depends on head_dim only, and stays.
                 attention.num_heads = int(kept.sum())
-                attention.attn_dim = (
-                    attention.num_heads * attention.head_dim
-                )  # scale depends on head_dim only
+                attention.attn_dim = attention.num_heads * attention.head_dim
             elif layer.scatter is not None and not bool(kept.all()):
                 _scatter(self.model, layer.scatter, kept)
 
@@ -175,28 +175,33 @@ def _set_sizes(module: Any) -> None:
 
 
 def _scatter(model: nn.Module, path: str, kept: Tensor) -> None:
-    """Put a ScatterBlock in the place of a block whose last convolution has just been cut for the first time."""
+    """Put a ScatterBlock in the place of a block whose last convolution has just been cut for the first time.
+
+    One that is there already had its index cut with its tensors.
+    """
     block = model.get_submodule(path)
     if isinstance(block, ScatterBlock):
-        return  # its index was cut with its tensors
+        return
     owner, leaf = _owner(model, path)
     device = next(block.parameters()).device
     owner._modules[leaf] = ScatterBlock(block, kept.nonzero().flatten().to(device))
 
 
-def _pack(tensors: Sequence[Tensor], cuts: Sequence[Cut]) -> list[Tensor]:
+def _pack(tensors: Sequence[Tensor], kept: Sequence[RowsCols]) -> list[Tensor]:
     """The kept rows and columns of each tensor, in its own memory format: one native call for a model."""
     if not tensors:
         return []
-    moved: dict[int, Tensor] = {}  # the cuts of a model share few index tensors: each is moved once
-    for index in (index for cut in cuts for index in cut if index is not None):
+    # The tensors of a model share few index tensors: each is moved once.
+    moved: dict[int, Tensor] = {}
+    for index in (index for pair in kept for index in pair if index is not None):
         if id(index) not in moved:
             moved[id(index)] = index.to(tensors[0].device)
     rows, cols = (
-        [None if index is None else moved[id(index)] for index in side] for side in zip(*cuts, strict=True)
+        [None if index is None else moved[id(index)] for index in side] for side in zip(*kept, strict=True)
     )
     packed = ops_for(tensors[0].device).pack(tensors, rows, cols)
-    return [  # the kernels keep the format; plain torch (for meta tensors, say) does not
+    # The kernels keep the format; torch's own indexing (for meta tensors, say) does not.
+    return [
         small.contiguous(memory_format=torch.channels_last) if _is_channels_last(tensor) else small
         for small, tensor in zip(packed, tensors, strict=True)
     ]
@@ -211,12 +216,19 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 
 def masked_model(model: nn.Module, mask: Mask, *, structure: Structure | None = None) -> nn.Module:
-    """A copy of ``model`` at full shapes that computes what the pruned model computes, in eval and train
-    mode.
+    """A copy of ``model`` at full shapes that computes what the pruned model computes, in eval and train mode.
 
     Everything that a removed unit owns is zeroed: its weights, its bias, its normalisation's scale and shift
     AND its column in whatever reads it, so that it adds nothing anywhere. For comparing and teaching; it
     saves no time.
+
+    Args:
+        model: dense or already pruned; not changed.
+        mask: of exactly the layers that ``find_structure`` finds in the model.
+        structure: of the model as it is now; None finds it.
+
+    Raises:
+        ValueError: the mask does not fit the model.
     """
     structure = structure or structure_for(model, mask)
     mask.check(structure)
@@ -227,9 +239,8 @@ def masked_model(model: nn.Module, mask: Mask, *, structure: Structure | None = 
             removed = (~mask.layers[layer.name]).nonzero().flatten()
             for cut in layer.slices:
                 tensor = state[cut.tensor]
-                if (
-                    tensor.is_floating_point()
-                ):  # an index buffer of scope `all` stays: zeroed filters add zeros there
+                # An index buffer of scope `all` stays: zeroed filters add zeros there.
+                if tensor.is_floating_point():
                     value = 1.0 if cut.tensor.endswith("running_var") else 0.0
                     tensor.index_fill_(cut.dim, cut.places(removed, layer.units).to(tensor.device), value)
     return masked
@@ -257,9 +268,8 @@ def expand_state(
         ValueError: a tensor is missing or does not have the shape that the mask says.
     """
     index = mask.index_in(structure)
-    own = {
-        f"{layer.scatter}.kept" for layer in structure if layer.scatter is not None
-    }  # only a pruned model has them
+    # Only a pruned model has these buffers.
+    own = {f"{layer.scatter}.kept" for layer in structure if layer.scatter is not None}
     full = {name: tensor.clone() for name, tensor in state.items() if name not in index and name not in own}
     sizes = {
         (cut.tensor, cut.dim): layer.units * cut.block * cut.repeat

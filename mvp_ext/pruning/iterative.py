@@ -23,8 +23,9 @@ from mvp_ext.pruning.settings import Schedule, Settings
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
 from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
 from mvp_ext.train.heads import class_mean_head
+from mvp_ext.train.refit import fit_head, reestimate_statistics
 from mvp_ext.train.resume import RunFile
-from mvp_ext.train.trainer import Teacher, Trainer, fit_head, reestimate_statistics
+from mvp_ext.train.trainer import Teacher, Trainer
 
 
 def scoring_batches(
@@ -140,7 +141,7 @@ def prune_iteratively(
         stepped(final)
         run.save_if_due(trainer, final, steps=done, mask=mask.to_bytes().hex())
 
-    trainer.run(schedule.final_steps, "cosine", stepped_finally, start=final_done)
+    trainer.run(schedule.final_steps, "cosine", stepped_finally, done=final_done)
     run.remove()
     return model, mask
 

@@ -29,7 +29,8 @@ from mvp_ext.pruning.vote import (
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.heads import class_mean_head
-from mvp_ext.train.trainer import Recipe, Trainer
+from mvp_ext.train.recipe import Recipe
+from mvp_ext.train.trainer import Trainer
 from mvp_ext.zoo.shared import start_path
 from mvp_ext.zoo.zoo import Zoo, ZooError
 

@@ -26,8 +26,10 @@ from mvp_ext.pruning.result import Point, Result
 from mvp_ext.pruning.settings import Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, extract_features
 from mvp_ext.train.cost import Cost
+from mvp_ext.train.evaluate import accuracy_of, evaluate
 from mvp_ext.train.heads import class_means, fit_temperature, ridge_head
-from mvp_ext.train.trainer import Trainer, accuracy_of, evaluate, fit_head, reestimate_statistics
+from mvp_ext.train.refit import fit_head, reestimate_statistics
+from mvp_ext.train.trainer import Trainer
 from mvp_ext.zoo.zoo import Zoo
 
 # (steps done, steps in all)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import ALIGN
 from mvp_ext.train.heads import LinearHead
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.similarity import SIMILARITIES
 from mvp_ext.zoo.zoo import Zoo
 

@@ -1,9 +1,8 @@
-"""The large model that all tasks share, with what it needs to see an image: input size and normalisation."""
+"""The large model that all tasks share: what it needs to see an image, its files, its features, its identity."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mvp_ext.data.batches import to_batch
-from mvp_ext.model.checkpoint import recipe_of
+from mvp_ext.model.checkpoint import create_args
 from mvp_ext.model.create import create_model
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.structure import Structure
@@ -25,12 +24,19 @@ from mvp_ext.storage import FileFormatError, read, to_bytes, write_atomic
 from mvp_ext.train.heads import LinearHead
 
 _KIND, _VERSION = "mvp_ext.backbone", 1
-FEATURE_BATCH = 256  # images a forward pass without gradients; bounds memory, not results
+# Images a forward pass without gradients: bounds memory, not results.
+FEATURE_BATCH = 256
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become the model's input: bilinear resize to ``size`` × ``size``, then (image/255 − mean) / std."""
+    """How images become the model's input: bilinear resize to ``size`` × ``size``, then (image/255 − mean) / std.
+
+    Attributes:
+        size: side of the input in pixels.
+        mean: per channel, of images in 0..1.
+        std: likewise.
+    """
 
     size: int
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -38,7 +44,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing:
-        """From timm's ``pretrained_cfg`` and, for a ViT built with ``img_size``, its patch embedding."""
+        """As timm declares it: from ``pretrained_cfg`` and, for a ViT built with ``img_size``, its patch embedding."""
         config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
         size = int(tuple(config.get("input_size", (3, 224, 224)))[-1])
         patch_embed = getattr(model, "patch_embed", None)
@@ -49,7 +55,13 @@ class Preprocessing:
 
 @dataclass
 class Backbone:
-    """A dense pre-trained model and its preprocessing. ``classes`` names what it was pre-trained on, where known."""
+    """A dense pre-trained model and its preprocessing.
+
+    Attributes:
+        model: a timm model.
+        preprocessing: how images become its input.
+        classes: names of the classes it was pre-trained on, where they are known.
+    """
 
     model: nn.Module
     preprocessing: Preprocessing
@@ -78,13 +90,16 @@ class Backbone:
 
     @property
     def architecture(self) -> str:
+        """timm's name of the model, or its class's."""
         config = getattr(self.model, "pretrained_cfg", None) or {}
         return str(config.get("architecture") or type(self.model).__name__)
 
     def copy_model(self) -> nn.Module:
+        """A model of its own, with the same weights."""
         return copy.deepcopy(self.model)
 
     def describe(self) -> dict[str, Any]:
+        """JSON values: everything but the weights."""
         return {
             "architecture": self.architecture,
             "preprocessing": asdict(self.preprocessing),
@@ -93,7 +108,7 @@ class Backbone:
 
     def save(self, path: str | Path) -> None:
         """Weights and description as one safetensors file, written whole or not at all; ``load_backbone`` reads it."""
-        spec = {**self.describe(), "recipe": recipe_of(self.model, find_structure(self.model))}
+        spec = {**self.describe(), "recipe": create_args(self.model, find_structure(self.model))}
         write_atomic(path, to_bytes(self.model.state_dict(), spec, kind=_KIND, version=_VERSION))
 
 
@@ -111,14 +126,17 @@ def load_backbone(
 
     Args:
         source: path of such a file, or timm's name of the model.
-        weights: a plain safetensors state dict for the named model (any float dtype; loaded strictly).
+        weights: a safetensors file of a state dict for the named model (any float dtype; loaded strictly).
         pretrained: timm's own weights (network, or timm's cache).
         num_classes: outputs of a model without weights; with weights their classifier says it.
         image_size: side of the model's input in pixels; a ViT's position embedding is resampled to it.
-        mean, std: normalisation per channel; default: what timm declares for the model.
+        mean: normalisation per channel; default: what timm declares for the model.
+        std: likewise.
 
     Raises:
-        FileNotFoundError, FileFormatError: ``weights``. ValueError: an unknown model, or weights of another one.
+        FileNotFoundError: there is no such file.
+        FileFormatError: (a ValueError) it is damaged or of another kind.
+        ValueError: an unknown model, weights of another one, or a size that the model cannot take.
     """
     if Path(source).suffix == ".safetensors":
         return _load_saved(Path(source), image_size)
@@ -127,7 +145,7 @@ def load_backbone(
         options = {} if num_classes is None else {"num_classes": num_classes}
         model = create_model(name, pretrained=pretrained, **options)
     else:
-        model = _load_plain(name, Path(weights))
+        model = _load_state_dict_file(name, Path(weights))
     declared = Preprocessing.of(model)
     size = _set_image_size(model, image_size) if image_size is not None else declared.size
     return Backbone(model, Preprocessing(size, tuple(mean or declared.mean), tuple(std or declared.std)))
@@ -144,7 +162,7 @@ def _load_saved(path: Path, image_size: int | None) -> Backbone:
     return Backbone(model.eval(), preprocessing, tuple(spec["classes"]))
 
 
-def _load_plain(name: str, path: Path) -> nn.Module:
+def _load_state_dict_file(name: str, path: Path) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"weights: {path}: no such file")
     try:
@@ -168,7 +186,8 @@ def _set_image_size(model: nn.Module, size: int) -> int:
     set_input_size: Any = getattr(model, "set_input_size", None)
     if set_input_size is not None:
         patch = max(getattr(getattr(model, "patch_embed", None), "patch_size", (1,)))
-        if size % patch:  # timm would leave out the pixels at the edge, without a word
+        # timm would leave out the pixels at the edge, without a word.
+        if size % patch:
             raise ValueError(f"image_size: expected a multiple of the model's patch of {patch}, got {size}")
         set_input_size(img_size=(size, size))
     return size
@@ -236,7 +255,7 @@ def set_head(model: nn.Module, head: LinearHead) -> None:
 
 @dataclass(frozen=True)
 class BackboneIdentity:
-    """Which dense model a zoo's entries were cut from. Entries of different ones cannot vote together.
+    """Which dense model a pruned one was cut from. Masks and weights of different ones do not go together.
 
     Attributes:
         architecture: timm's name of it, or None where it is not known.
@@ -269,8 +288,8 @@ class BackboneIdentity:
         return cls(structure.architecture, structure.fingerprint, digest.hexdigest())
 
     def to_meta(self) -> dict[str, str]:
-        """What is known of it, as the index records it."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        """What is known of it, as text values to record."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, str]) -> BackboneIdentity | None:

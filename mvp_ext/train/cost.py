@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-BACKWARD_FACTOR = (
-    3  # a training step costs about three forward passes: forward, gradient of inputs, gradient of weights
-)
-
+# A training step costs about three forward passes: forward, gradient of inputs, gradient of weights.
+BACKWARD_FACTOR = 3
 
 _clock: Callable[[], float] = time.perf_counter
 
@@ -64,10 +62,12 @@ class Cost:
             setattr(self, name, value)
 
     def to_dict(self) -> dict[str, float]:
+        """JSON values, the sum of the FLOPs among them."""
         return {**asdict(self), "flops": self.flops}
 
     @classmethod
     def from_dict(cls, values: dict[str, float]) -> Cost:
+        """The inverse of :meth:`to_dict`; what ``values`` does not have is 0."""
         return cls(**{name: values[name] for name in asdict(cls()) if name in values})  # type: ignore[arg-type]
 
     @contextmanager

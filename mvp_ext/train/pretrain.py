@@ -13,8 +13,11 @@ from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
 from mvp_ext.train.backbone import Backbone, Preprocessing
 from mvp_ext.train.cost import Cost
+from mvp_ext.train.evaluate import evaluate
+from mvp_ext.train.recipe import Recipe
+from mvp_ext.train.refit import reestimate_statistics
 from mvp_ext.train.resume import RunFile
-from mvp_ext.train.trainer import Recipe, Trainer, evaluate, reestimate_statistics
+from mvp_ext.train.trainer import Trainer
 
 
 def measured_normalisation(data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -38,14 +41,22 @@ def pretrain(
 
     Args:
         model: a timm classifier; its head is replaced by one for the data's classes. Changed in place.
-        steps: optimizer steps. image_size: side of the model's input in pixels.
+        data: what it learns.
+        steps: optimizer steps.
+        image_size: side of the model's input in pixels.
         recipe: default: the family's, at six times its fine-tuning rate.
+        seed: of the fresh head and the batches.
+        on_step: called with (steps done, steps in all) after each step.
         resume: a file for the state of an interrupted run, from which the same call goes on to the same weights (see
             ``resume.py``).
 
     Returns:
         The backbone (normalised by the data's own mean and deviation), its top-1 accuracy on the data's test images
         in [0, 1], and the cost.
+
+    Raises:
+        ValueError: ``steps`` < 1.
+        FloatingPointError: the loss is no longer finite.
     """
     if steps < 1:
         raise ValueError(f"pretrain: steps: expected at least 1, got {steps}")
@@ -53,10 +64,11 @@ def pretrain(
         recipe = Recipe.for_model(model)
         recipe = recipe.with_rate(6 * recipe.learning_rate)
     everything = Task("pretrain", data, data.classes, seed=seed).split()
-    torch.manual_seed(seed)  # the fresh head's weights
+    # The seed draws the fresh head's weights; the head follows the model to its device.
+    torch.manual_seed(seed)
     device = next(model.parameters()).device
     model.reset_classifier(everything.num_classes)  # type: ignore[operator]
-    model.to(device)  # the fresh head, too
+    model.to(device)
     preprocessing = Preprocessing(image_size, *measured_normalisation(data))
     cost = Cost()
     trainer = Trainer(model, everything, preprocessing, recipe, seed=seed, cost=cost)
@@ -78,7 +90,7 @@ def pretrain(
             on_step(done, steps)
         run.save_if_due(trainer, done)
 
-    trainer.run(steps, "cosine", stepped, start=0 if saved is None else saved.done)
+    trainer.run(steps, "cosine", stepped, done=0 if saved is None else saved.done)
     run.remove()
     reestimate_statistics(
         model, everything.train_images, preprocessing, seed=seed, precision=recipe.precision

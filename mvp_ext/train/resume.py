@@ -28,8 +28,10 @@ class SavedRun:
     """The state of an interrupted run.
 
     Attributes:
-        model: the model's state dict, on the CPU. trainer: what ``Trainer.restore`` takes.
-        done: steps that the saved state has behind it. cost: spent so far.
+        model: the model's state dict, on the CPU.
+        trainer: what ``Trainer.restore`` takes.
+        done: steps that the saved state has behind it.
+        cost: spent so far.
         values: what the run said of itself beside that, as JSON.
     """
 

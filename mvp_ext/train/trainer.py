@@ -1,76 +1,25 @@
-"""The training loop: seeded batches, bfloat16 where the processor has it, optional distillation, statistics, heads."""
+"""The training loop: seeded batches, bfloat16 where the processor has it, optional distillation."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mvp_ext.data.batches import augment, shuffled_indices, to_batch
 from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.measure import count_flops
-from mvp_ext.train.backbone import (
-    Backbone,
-    Preprocessing,
-    autocast,
-    extract_features,
-    forward_features,
-    set_head,
-)
+from mvp_ext.train.backbone import Backbone, Preprocessing, autocast, forward_features
 from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
-from mvp_ext.train.heads import LinearHead, class_mean_head, ridge_head
-
-STATISTICS_IMAGES = 512  # METHOD asks for at least 100; more is cheap and steadier
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How weights are trained. The defaults come from ``Recipe.for_model``; each field can be replaced.
-
-    AdamW is the default for every family: its steps do not depend on the scale of the features, which differs by orders
-    of magnitude between backbones. With SGD a rate that suits one backbone's head makes another's diverge.
-
-    Attributes:
-        learning_rate: peak rate of the whole model.
-        optimizer: "adamw", or "sgd" (Nesterov momentum 0.9).
-        batch_size: images a step; shuffled epochs laid end to end.
-        weight_decay: of matrices and filters; biases and normalisation are never decayed.
-        distillation: weight of ‖f − f_dense‖² / var f_dense beside the cross-entropy, where a teacher is given.
-        crop: share of the side by which a training image may be shifted (reflection padding); 0 = never.
-        flip: mirror half of the training images. None: as the data says (digits are never mirrored).
-        precision: "auto" (bfloat16 autocast where the processor computes in it), "bfloat16" or "float32". On the CPU a
-            model whose wide convolutions get maps of one pixel is trained in float32 all the same: torch's bfloat16
-            weight gradient is wrong there.
-    """
-
-    learning_rate: float = 5e-4
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    batch_size: int = 32
-    weight_decay: float = 0.01
-    distillation: float = 4.0
-    crop: float = 0.125
-    flip: bool | None = None
-    precision: str = "auto"
-
-    @classmethod
-    def for_model(cls, model: nn.Module) -> Recipe:
-        """Networks with batch normalisation stand a higher rate than the others (transformers)."""
-        if any(isinstance(m, _BatchNorm) for m in model.modules()):
-            return cls()
-        return cls(learning_rate=2e-4, weight_decay=0.05)
-
-    def with_rate(self, learning_rate: float) -> Recipe:
-        return replace(self, learning_rate=learning_rate)
+from mvp_ext.train.recipe import Recipe
 
 
 class Teacher:
-    """The dense backbone as a target of feature distillation (METHOD: "Zoo models are healed with distillation").
+    """The dense backbone as a target of feature distillation: its features teach a model that was cut from it.
 
     Args:
         backbone: the dense model; it is read, never changed.
@@ -100,8 +49,22 @@ class Teacher:
 class Trainer:
     """Trains one model on one task, in as many pieces as the caller likes; shapes may change between the pieces.
 
-    Everything random comes from ``seed``. ``cost`` is filled as the work goes. ``precision`` is the recipe's,
-    or float32 where bfloat16 gradients would be wrong; whoever takes gradients of its model uses it too.
+    Args:
+        model: a timm classifier with a head for the task; changed in place, on whatever device it is.
+        data: the task's images.
+        preprocessing: how they become the model's input.
+        recipe: how it is trained.
+        seed: everything random comes from it.
+        teacher: whose features the model also learns; None: labels alone.
+        cost: filled as the work goes; None starts one.
+
+    Attributes:
+        optimizer: of the model's parameters; surgery replaces them in it.
+        precision: the recipe's, or float32 where bfloat16 gradients would be wrong; whoever takes gradients of the
+            model uses it too.
+
+    Raises:
+        ValueError: the recipe's optimizer is unknown.
     """
 
     def __init__(
@@ -118,13 +81,14 @@ class Trainer:
         self.model, self.preprocessing, self.recipe = model, preprocessing, recipe
         self.teacher, self.cost = teacher, cost if cost is not None else Cost()
         self.device = next(model.parameters()).device
-        self.data = data.to(self.device)  # uint8: a few megabytes; batches are made where they are used
+        # Bytes, so a few megabytes: batches are made where they are used.
+        self.data = data.to(self.device)
         self.precision = recipe.precision
         if self.device.type == "cpu" and _convolves_one_pixel(model, preprocessing.size):
             self.precision = "float32"
         self._generator = torch.Generator().manual_seed(seed)
         self._indices = shuffled_indices(len(data.train_labels), recipe.batch_size, sys.maxsize, seed)
-        self._drawn = 0  # batches so far
+        self._drawn_batches = 0
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -145,7 +109,7 @@ class Trainer:
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """The next training batch, augmented: f32 [B, 3, S, S] (channels_last) and labels [B]."""
         index = next(self._indices).to(self.device)
-        self._drawn += 1
+        self._drawn_batches += 1
         flip = self.data.flip if self.recipe.flip is None else self.recipe.flip
         images = self.data.train_images[index]
         images = augment(images, self._generator, pad=int(self.recipe.crop * images.shape[1]), flip=flip)
@@ -154,7 +118,7 @@ class Trainer:
 
     def snapshot(self) -> dict[str, Tensor]:
         """What, beside the model's weights, a later ``restore`` needs to go on as if nothing had happened."""
-        tensors = {"generator": self._generator.get_state(), "drawn": torch.tensor(self._drawn)}
+        tensors = {"generator": self._generator.get_state(), "drawn": torch.tensor(self._drawn_batches)}
         for number, parameter in enumerate(self._parameters()):
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer/{number}/{key}"] = torch.as_tensor(value).clone()
@@ -162,9 +126,9 @@ class Trainer:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take up a ``snapshot`` of a trainer with the same data, seed, recipe and shapes."""
-        for _ in range(int(tensors["drawn"]) - self._drawn):
+        for _ in range(int(tensors["drawn"]) - self._drawn_batches):
             next(self._indices)
-        self._drawn = int(tensors["drawn"])
+        self._drawn_batches = int(tensors["drawn"])
         self._generator.set_state(tensors["generator"])
         parameters = self._parameters()
         for name, value in tensors.items():
@@ -184,21 +148,25 @@ class Trainer:
         schedule: Literal["constant", "cosine"] = "cosine",
         on_step: Callable[[int], None] | None = None,
         *,
-        start: int = 0,
+        done: int = 0,
     ) -> None:
-        """Train ``steps`` steps. "cosine" warms up over a tenth (at most 10) and then falls to zero.
+        """Train until ``steps`` steps are done.
 
-        ``on_step(done)`` is called after each step, outside the clock. ``start`` steps were done before (``restore``).
+        Args:
+            steps: how many the run has in all.
+            schedule: of the rate; "cosine" warms up over a tenth of the steps (at most 10) and then falls to zero.
+            on_step: called after each step, outside the clock, with the number of steps that are done.
+            done: steps that the run has behind it (after ``restore``).
 
         Raises:
             FloatingPointError: the loss is no longer finite; the message names the step and the learning rate.
         """
-        if steps <= start:
+        if steps <= done:
             return
         self._image_flops = self._count_flops(self.model)
         warmup = min(10, max(1, steps // 10))
         self.model.train()
-        for step in range(start, steps):
+        for step in range(done, steps):
             with self.cost.timed():
                 factor = 1.0
                 if schedule == "cosine":
@@ -268,59 +236,3 @@ def _convolves_one_pixel(model: nn.Module, size: int) -> bool:
     for handle in handles:
         handle.remove()
     return found
-
-
-@torch.no_grad()
-def reestimate_statistics(
-    model: nn.Module, images: Tensor, preprocessing: Preprocessing, *, seed: int = 0, precision: str = "auto"
-) -> int:
-    """Replace the running statistics of every batch normalisation by averages over (up to 512 of) these images.
-
-    A sub-network sees other activations than the network its statistics come from; without this a pruned model can be
-    at chance. Weights do not change. Returns the number of images passed through the model (0 without normalisation).
-    """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not layers:
-        return 0
-    device = next(model.parameters()).device
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:STATISTICS_IMAGES]
-    model.eval()
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # cumulative average
-        layer.train()
-    with autocast(device, precision):
-        for index in order.chunk(max(1, len(order) // 128)):
-            p = preprocessing
-            model(to_batch(images[index].to(device), p.size, p.mean, p.std))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    model.eval()
-    return len(order)
-
-
-def fit_head(
-    model: nn.Module, data: TaskData, preprocessing: Preprocessing, kind: str, precision: str = "auto"
-) -> LinearHead:
-    """Fit a classifier ("class_mean" or "ridge") on the task's training images and put it on the model."""
-    features = extract_features(model, data.train_images, preprocessing, precision)
-    fit = {"class_mean": class_mean_head, "ridge": ridge_head}[kind]
-    head = fit(features, data.train_labels, data.num_classes)
-    set_head(model, head)
-    return head
-
-
-def accuracy_of(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows whose largest logit is the label's, in [0, 1]."""
-    return float((logits.argmax(1) == labels).double().mean())
-
-
-def evaluate(
-    model: nn.Module, data: TaskData, preprocessing: Preprocessing, precision: str = "auto"
-) -> float:
-    """Top-1 accuracy on the task's test images, in [0, 1]."""
-    features = extract_features(model, data.test_images, preprocessing, precision)
-    classifier = model.get_classifier()  # type: ignore[operator]
-    with torch.no_grad():
-        return accuracy_of(classifier(features.to(classifier.weight.device)).cpu(), data.test_labels)

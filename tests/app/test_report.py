@@ -205,6 +205,24 @@ def test_results_file_round_trip(tmp_path: Path) -> None:
     assert results.load_results(tmp_path / "a" / "results.json") == made_results()
 
 
+def test_a_write_that_fails_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, file = tmp_path / "report.html", tmp_path / "results.json"
+    report.save_report(made_results(), page)
+    results.save_results(made_results(), file)
+    before = page.read_bytes(), file.read_bytes()
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mvp_ext.storage.os.fsync", full)
+    other = made_results() | {"title": "another"}
+    for save in (lambda: report.save_report(other, page), lambda: results.save_results(other, file)):
+        with pytest.raises(OSError, match="No space left"):
+            save()
+    assert (page.read_bytes(), file.read_bytes()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

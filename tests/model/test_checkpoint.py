@@ -96,7 +96,7 @@ def test_read_pruned_builds_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delattr(checkpoint, "create_model")
     stored = read_pruned(tmp_path / "m")
     assert stored.mask == mask
-    assert stored.recipe["name"] == "test_resnet"
+    assert stored.create_args["name"] == "test_resnet"
     assert stored.versions.keys() == {"mvp_ext", "torch", "timm"}
     assert torch.equal(stored.state["fc.weight"], model.fc.weight)  # type: ignore[union-attr, arg-type]
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Probe, Structure, UnitLayer
 from mvp_ext.storage import FileFormatError
@@ -197,6 +198,20 @@ def test_compose() -> None:
         Mask.compose(mask_of(a="10110"), mask_of(a="11"))
     with pytest.raises(ValueError, match="different layers"):
         Mask.compose(mask_of(a="1"), mask_of(b="1"))
+
+
+def test_index_in_meets_in_the_tensor_between_two_layers(tiny_resnet: nn.Module) -> None:
+    structure = find_structure(tiny_resnet)
+    mask = Mask.random(structure, 0.5, seed=3)
+    index = mask.index_in(structure)
+    rows, cols = index["layer3.0.conv2.weight"]
+    assert rows is not None
+    assert cols is not None
+    assert torch.equal(rows, mask.indices["layer3.0.conv2"])
+    assert torch.equal(cols, mask.indices["layer3.0.conv1"])
+    assert index["layer3.0.bn2.weight"][1] is None
+    assert index["layer3.0.conv3.weight"][0] is None
+    assert Mask.full(structure).index_in(structure) == {}
 
 
 def test_file_round_trip(tmp_path: Path) -> None:

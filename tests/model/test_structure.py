@@ -1,85 +1,23 @@
-"""Which units are found where, and what is refused, and by which words."""
+"""Structures as values, and where the units of a slice lie."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_images, tiny_model
-from torch import nn
-from torch.nn.utils import parametrizations, prune
+from tiny import tiny_model
 
 from mvp_ext.model.create import create_model
 from mvp_ext.model.families import find_structure
-from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Slice, Structure, UnsupportedModelError
-from mvp_ext.model.surgery import masked_model
-from mvp_ext.timm_compat import import_timm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def on_meta(name: str, **kwargs: Any) -> nn.Module:
-    """A timm model without memory or initialisation; unsupported ones too."""
+def structure_of(name: str, scope: str | None = None, **kwargs: int) -> Structure:
     with torch.device("meta"):
-        return import_timm().create_model(name, **kwargs)
-
-
-RESNET18 = [64, 64, 128, 128, 256, 256, 512, 512]
-RESNET50 = [n for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)) for n in [width] * (2 * blocks)]
-
-
-@pytest.mark.parametrize(
-    ("name", "scope", "units"),
-    [
-        ("resnet18", None, RESNET18),
-        ("resnet18", "all", [n for n in RESNET18 for _ in range(2)]),
-        ("resnet50", "inner", RESNET50),
-        ("resnet50", "all", [m for n in RESNET50[::2] for m in (n, n, 4 * n)]),
-        ("test_resnet", "inner", [32, 48, 48, 48, 96]),
-        ("test_resnet", "all", [32, 32, 48, 48, 48, 48, 192, 96, 96]),
-        ("vit_tiny_patch16_224", None, [3] * 12),
-        ("deit_small_patch16_224", "heads+mlp", [6, 1536] * 12),
-        ("deit_tiny_distilled_patch16_224", "mlp", [768] * 12),
-        ("test_vit", "mlp", [192] * 6),
-    ],
-)
-def test_finds_every_layer(name: str, scope: str | None, units: list[int]) -> None:
-    structure = find_structure(on_meta(name), scope)
-    assert list(structure.units_per_layer) == units
-    assert structure.total_units == sum(units)
-    assert structure.architecture == name
-    assert len(set(structure.names)) == len(structure) == len(units)
-
-
-def test_slices_of_a_basic_block_and_a_bottleneck() -> None:
-    structure = find_structure(on_meta("test_resnet"), "all")
-    norm = ("weight", "bias", "running_mean", "running_var")
-    assert structure["layer2.0.conv1"].slices == (
-        Slice("layer2.0.conv1.weight", 0),
-        *(Slice(f"layer2.0.bn1.{n}", 0) for n in norm),
-        Slice("layer2.0.conv2.weight", 1),
-    )
-    assert structure["layer3.0.conv2"].slices[-1] == Slice("layer3.0.conv3.weight", 1)
-    last = structure["layer3.0.conv3"]
-    assert last.slices == (Slice("layer3.0.conv3.weight", 0), *(Slice(f"layer3.0.bn3.{n}", 0) for n in norm))
-    assert last.scatter == "layer3.0"
-
-
-def test_slices_of_attention_and_mlp(tiny_vit: nn.Module) -> None:
-    structure = find_structure(tiny_vit, "heads+mlp")
-    assert structure["blocks.0.attn"].slices == (
-        Slice("blocks.0.attn.qkv.weight", 0, 16, 3),
-        Slice("blocks.0.attn.qkv.bias", 0, 16, 3),
-        Slice("blocks.0.attn.proj.weight", 1, 16),
-    )
-    assert structure["blocks.0.mlp"].slices == (
-        Slice("blocks.0.mlp.fc1.weight", 0),
-        Slice("blocks.0.mlp.fc1.bias", 0),
-        Slice("blocks.0.mlp.fc2.weight", 1),
-    )
+        return find_structure(create_model(name, **kwargs), scope)
 
 
 def test_places_are_part_by_part() -> None:
@@ -89,131 +27,40 @@ def test_places_are_part_by_part() -> None:
     assert Slice("w", 0).places(torch.tensor([3, 5]), total=9).tolist() == [3, 5]
 
 
-def test_index_of_meets_in_the_tensor_between_two_layers() -> None:
-    structure = find_structure(on_meta("test_resnet"))
-    mask = Mask.random(structure, 0.5, seed=3)
-    index = mask.index_in(structure)
-    rows, cols = index["layer3.0.conv2.weight"]
-    assert rows is not None
-    assert cols is not None
-    assert torch.equal(rows, mask.indices["layer3.0.conv2"])
-    assert torch.equal(cols, mask.indices["layer3.0.conv1"])
-    assert index["layer3.0.bn2.weight"][1] is None
-    assert index["layer3.0.conv3.weight"][0] is None
-    assert Mask.full(structure).index_in(structure) == {}
-
-
-@pytest.mark.parametrize(("name", "scope"), [("test_resnet", "all"), ("test_vit", "heads+mlp")])
-def test_probes_read_the_units(name: str, scope: str) -> None:
-    """What a probe reads has one place a unit, and is zero at the units that masked_model removed."""
-    model = tiny_model(name)
-    structure = find_structure(model, scope)
-    mask = Mask.random(structure, 0.5, seed=0, align=1)
-    masked = masked_model(model, mask)
-    seen: dict[str, torch.Tensor] = {}
-    for layer in structure:
-        probed = masked.get_submodule(layer.probe.module)
-        if layer.probe.side == "input":
-            probed.register_forward_pre_hook(
-                lambda _, x, name=layer.name: seen.__setitem__(name, x[0].clone())
-            )
-        else:
-            probed.register_forward_hook(lambda _, x, y, name=layer.name: seen.__setitem__(name, y.clone()))
-    with torch.no_grad():
-        masked(tiny_images(masked))
-    for layer in structure:
-        a = seen[layer.name].movedim(layer.probe.dim, 0)
-        a = a.reshape(layer.probe.heads or a.shape[0], -1)
-        assert a.shape[0] == layer.units
-        alive, kept = a.abs().amax(1) > 0, mask.layers[layer.name]
-        assert not alive[~kept].any(), layer.name
-        assert alive[kept].float().mean() > 0.5, (
-            layer.name
-        )  # a ReLU leaves some channels of random weights dark
-
-
 def test_is_a_value() -> None:
-    a, b = find_structure(on_meta("resnet18")), find_structure(on_meta("resnet18", num_classes=3))
+    a, b = structure_of("resnet18"), structure_of("resnet18", num_classes=3)
     assert a == b
     assert hash(a) == hash(b)
     assert a.fingerprint == b.fingerprint
-    assert a.fingerprint != find_structure(on_meta("resnet18"), "all").fingerprint
-    assert a.fingerprint != find_structure(on_meta("resnet34")).fingerprint
+    assert a.fingerprint != structure_of("resnet18", "all").fingerprint
+    assert a.fingerprint != structure_of("resnet34").fingerprint
     assert Structure.from_dict(json.loads(json.dumps(a.to_dict()))) == a
 
 
 def test_from_dict_refuses_another_description() -> None:
-    data = find_structure(on_meta("test_vit")).to_dict()
+    data = structure_of("test_vit").to_dict()
     for broken in ({}, {**data, "surplus": 1}, {**data, "layers": [{"name": "x"}]}):
         with pytest.raises(ValueError, match=r"Structure\.from_dict"):
             Structure.from_dict(broken)
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs", "scope", "message"),
-    [
-        ("resnext50_32x4d", {}, None, r"layer1\.0\.conv2: .*grouped convolution \(groups = 32\)"),
-        ("resnetv2_50", {}, None, r"stages\.0\.blocks\.0 \(PreActBottleneck\)"),
-        ("resnest14d", {}, None, r"layer1\.0 \(ResNestBottleneck\)"),
-        ("resnetblur18", {}, None, r"layer2\.0\.aa: .*BlurPool2d"),
-        ("seresnet18", {}, "all", r"layer1\.0\.se \(SEModule\)"),
-        ("efficientnet_b0", {}, None, r"expected residual blocks .* got conv_stem \(Conv2d\)"),
-        ("swin_tiny_patch4_window7_224", {}, None, r"layers\.0\.blocks\.0\.attn \(WindowAttention\)"),
-        ("eva02_tiny_patch14_224", {}, "heads", r"blocks\.0\.attn \(EvaAttention\)"),
-        ("eva02_tiny_patch14_224", {}, "mlp", r"blocks\.0\.mlp \(GluMlp\)"),
-        ("test_vit", {"scale_attn_norm": True}, "heads", r"blocks\.0\.attn\.norm \(LayerNorm\)"),
-        ("test_vit", {"scale_mlp_norm": True}, "mlp", r"blocks\.0\.mlp\.norm \(LayerNorm\)"),
-    ],
-)
-def test_refuses_by_the_name_of_the_part(
-    name: str, kwargs: dict[str, Any], scope: str | None, message: str
-) -> None:
-    with pytest.raises(UnsupportedModelError, match=message):
-        find_structure(on_meta(name, **kwargs), scope)
+def test_layers_by_name() -> None:
+    structure = structure_of("test_resnet")
+    assert structure["layer1.0.conv1"] is structure.layers[0]
+    with pytest.raises(KeyError, match=r"no layer of units named 'conv9'; there are layer1\.0\.conv1, "):
+        structure["conv9"]
 
 
-@pytest.mark.parametrize(
-    ("name", "kwargs", "scope"),
-    [
-        ("seresnet18", {}, "inner"),  # squeeze-excitation sees the full stream only
-        ("resnetaa50", {}, "all"),  # an average pool keeps channels apart
-        ("resnet18", {"drop_path_rate": 0.1, "drop_block_rate": 0.1}, "all"),
-        ("test_vit", {"qk_norm": True}, "heads"),  # inside one head, shared by all
-        ("test_vit", {"scale_mlp_norm": True}, "heads"),
-        ("test_vit", {"qkv_bias": False, "proj_bias": False}, "heads+mlp"),
-    ],
-)
-def test_accepts_variants_that_do_not_matter(name: str, kwargs: dict[str, Any], scope: str) -> None:
-    assert find_structure(on_meta(name, **kwargs), scope).scope == scope
-
-
-def test_refuses_lookalikes(tiny_resnet: Any, tiny_vit: Any) -> None:
-    tiny_resnet.layer1[0].forward = lambda x: x
-    with pytest.raises(UnsupportedModelError, match=r"layer1\.0 \(BasicBlock\)"):
-        find_structure(tiny_resnet)
-    tiny_vit.blocks[1].mlp.fc1.weight = tiny_vit.blocks[0].mlp.fc1.weight
-    with pytest.raises(UnsupportedModelError, match="shared weights cannot be cut"):
-        find_structure(tiny_vit, "mlp")
-    parametrizations.weight_norm(tiny_vit.blocks[0].attn.qkv)
-    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.attn\.qkv: expected a plain Linear"):
-        find_structure(tiny_vit, "heads")
-    prune.l1_unstructured(tiny_vit.blocks[2].mlp.fc2, "weight", 0.5)
-    tiny_vit.blocks[1].mlp.fc1.weight = nn.Parameter(tiny_vit.blocks[0].mlp.fc1.weight.detach().clone())
-    with pytest.raises(UnsupportedModelError, match=r"blocks\.2\.mlp\.fc2\.weight: expected a plain tensor"):
-        find_structure(tiny_vit, "mlp")
-
-
-def test_scope_errors(tiny_resnet: nn.Module) -> None:
-    with pytest.raises(ValueError, match="expected one of inner, all, heads, mlp"):
-        find_structure(tiny_resnet, "outer")
-    with pytest.raises(ValueError, match="scope 'heads' is for the family 'vit'"):
-        find_structure(tiny_resnet, "heads")
-
-
-def test_create_model_says_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match=r"has no model named 'resnet8'; close names: .*resnet18"):
-        create_model("resnet8")
-    with pytest.raises(UnsupportedModelError, match="conv_stem"):
-        create_model("efficientnet_b0")
-    assert create_model("test_resnet", img_size=32, num_classes=3).num_classes == 3
-    assert create_model("test_vit", img_size=32).patch_embed.img_size == (32, 32)
+def test_check_knows_the_model_and_no_other() -> None:
+    structure = structure_of("test_resnet")
+    model = tiny_model("test_resnet")
+    structure.check(model)
+    with pytest.raises(
+        UnsupportedModelError, match=r"layer1\.0\.conv1\.weight: expected a plain tensor, got none"
+    ):
+        structure.check(tiny_model("test_vit"))
+    model.layer1[0].conv1 = torch.nn.Conv2d(3, 2, 1)  # type: ignore[index, union-attr]
+    with pytest.raises(
+        UnsupportedModelError, match="expected 32 places in dimension 0 for 32 units, got shape"
+    ):
+        structure.check(model)

@@ -19,7 +19,7 @@ from mvp_ext.pruning.build import build_universal, build_zoo
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo
 
 pytestmark = pytest.mark.cuda

@@ -21,7 +21,7 @@ from mvp_ext.pruning.settings import Schedule, Settings
 from mvp_ext.train.backbone import extract_features, set_head
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.heads import class_mean_head
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 
 RECIPE = Recipe(batch_size=6, precision="float32")
 STILL = replace(RECIPE, learning_rate=0.0)

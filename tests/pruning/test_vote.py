@@ -26,7 +26,7 @@ from mvp_ext.pruning.vote import (
 )
 from mvp_ext.train.backbone import extract_features
 from mvp_ext.train.cost import Cost
-from mvp_ext.train.trainer import Recipe
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.similarity import SIMILARITIES, leep
 from mvp_ext.zoo.zoo import Zoo, ZooError
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from digits import digits_task, tiny_backbone
+from digits import digits_task, equal_weights, tiny_backbone, train_batch
 from tiny import tiny_model
 from torch import nn
 
@@ -16,6 +16,7 @@ from mvp_ext.storage import FileFormatError
 from mvp_ext.train.backbone import (
     Backbone,
     Preprocessing,
+    autocast,
     extract_features,
     forward_features,
     load_backbone,
@@ -208,3 +209,27 @@ def test_no_images_no_features():
     backbone = tiny_backbone()
     none = torch.empty(0, 8, 8, 3, dtype=torch.uint8)
     assert len(extract_features(backbone.model, none, backbone.preprocessing)) == 0
+
+
+@NAMES
+def test_features_do_not_depend_on_mode_or_chunk(name, monkeypatch):
+    backbone, data = tiny_backbone(name), digits_task().split()
+    model = backbone.copy_model().train()
+    whole = extract_features(model, data.train_images, backbone.preprocessing, "float32")
+    assert model.training
+    assert equal_weights(model, backbone.model)
+    monkeypatch.setattr("mvp_ext.train.backbone.FEATURE_BATCH", 5)
+    chunks = extract_features(model, data.train_images, backbone.preprocessing, "float32")
+    torch.testing.assert_close(chunks, whole, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        direct = forward_features(model.eval(), train_batch(data, backbone))
+    torch.testing.assert_close(whole, direct, rtol=1e-4, atol=1e-4)
+
+
+def test_autocast():
+    with autocast("cpu", "float32"):
+        assert not torch.is_autocast_enabled("cpu")
+    with autocast("cpu", "bfloat16"):
+        assert torch.is_autocast_enabled("cpu")
+    with pytest.raises(ValueError, match="precision: expected auto, bfloat16 or float32, got 'fp8'"):
+        autocast("cpu", "fp8")

@@ -8,24 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from digits import digits_task, few_digits, tiny_backbone
+from digits import digits_task, equal_weights, tiny_backbone, train_batch
 from torch import nn
 
-from mvp_ext.data.batches import to_batch
+from mvp_ext.data.batches import shuffled_indices
 from mvp_ext.model.measure import count_flops
-from mvp_ext.train import trainer as training
-from mvp_ext.train.backbone import Backbone, autocast, extract_features, forward_features
+from mvp_ext.train import trainer as trainer_module
+from mvp_ext.train.backbone import Backbone, extract_features, forward_features
 from mvp_ext.train.cost import Cost
-from mvp_ext.train.heads import class_mean_head, ridge_head
-from mvp_ext.train.trainer import (
-    Recipe,
-    Teacher,
-    Trainer,
-    accuracy_of,
-    evaluate,
-    fit_head,
-    reestimate_statistics,
-)
+from mvp_ext.train.evaluate import evaluate
+from mvp_ext.train.recipe import Recipe
+from mvp_ext.train.refit import fit_head
+from mvp_ext.train.trainer import Teacher, Trainer
 
 RECIPE = Recipe(batch_size=8, precision="float32")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,16 +42,6 @@ def make(backbone: Backbone, data, *, seed=0, recipe=RECIPE, teacher=None, cost=
     return Trainer(model, data, backbone.preprocessing, recipe, seed=seed, teacher=teacher, cost=cost)
 
 
-def equal(a: nn.Module, b: nn.Module) -> bool:
-    other = b.state_dict()
-    return all(torch.equal(value, other[name]) for name, value in a.state_dict().items())
-
-
-def images_of(data, backbone):
-    p = backbone.preprocessing
-    return to_batch(data.train_images, p.size, p.mean, p.std)
-
-
 # ---- repeatable
 
 
@@ -68,8 +52,8 @@ def test_the_seed_decides_everything(backbone, data):
         trainer = make(backbone, data, seed=seed)
         trainer.run(3)
         trained.append(trainer.model)
-    assert equal(trained[0], trained[1])
-    assert not equal(trained[0], trained[2])
+    assert equal_weights(trained[0], trained[1])
+    assert not equal_weights(trained[0], trained[2])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -87,8 +71,8 @@ def test_a_restored_trainer_goes_on_as_if_nothing_had_happened(backbone, data, o
     first.run(5, on_step=at_three)
     second = Trainer(states["model"], data, backbone.preprocessing, recipe, seed=0)
     second.restore(states["trainer"])
-    second.run(5, start=3)
-    assert equal(second.model, straight.model)
+    second.run(5, done=3)
+    assert equal_weights(second.model, straight.model)
 
 
 def test_the_rate_warms_up_and_falls(data):
@@ -117,9 +101,9 @@ def test_only_matrices_and_filters_decay(backbone, data):
 
 def test_flip_follows_the_data_unless_the_recipe_says(data, monkeypatch):
     asked = []
-    augment = training.augment
+    augment = trainer_module.augment
     monkeypatch.setattr(
-        training,
+        trainer_module,
         "augment",
         lambda images, generator, *, pad, flip: (
             asked.append((pad, flip)) or augment(images, generator, pad=pad, flip=flip)
@@ -129,6 +113,24 @@ def test_flip_follows_the_data_unless_the_recipe_says(data, monkeypatch):
     make(tiny_backbone(), data).next_batch()
     make(tiny_backbone(), data, recipe=replace(RECIPE, flip=True, crop=0)).next_batch()
     assert asked == [(1, False), (0, True)]  # an eighth of 8 px
+
+
+def test_batches_are_seeded_and_whole_without_augmentation(data):
+    """Two trainers of one seed draw the same batches; without augmentation they are the images themselves."""
+    backbone, recipe = tiny_backbone(), replace(RECIPE, crop=0, flip=False)
+    first, again = (make(backbone, data) for _ in range(2))
+    for _ in range(3):
+        (batch, labels), (same, same_labels) = first.next_batch(), again.next_batch()
+        assert batch.shape == (8, 3, 32, 32)
+        assert batch.dtype == torch.float32
+        assert torch.equal(batch, same)
+        assert torch.equal(labels, same_labels)
+    unchanged = make(backbone, data, recipe=recipe)
+    images = train_batch(data, backbone)
+    for index in shuffled_indices(len(data.train_labels), 8, 3, seed=0):
+        batch, labels = unchanged.next_batch()
+        assert torch.equal(batch, images[index])
+        assert torch.equal(labels, data.train_labels[index])
 
 
 def test_training_learns(data):
@@ -162,9 +164,8 @@ def test_unknown_optimizer(data):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
 def test_every_precision_trains_and_keeps_float32_weights(backbone, data, precision):
-    larger = Backbone(
-        backbone.model, replace(backbone.preprocessing, size=64)
-    )  # at 32 a ResNet's last maps are one pixel
+    # At 32 a ResNet's last maps are one pixel.
+    larger = Backbone(backbone.model, replace(backbone.preprocessing, size=64))
     if hasattr(backbone.model, "patch_embed"):
         larger = backbone
     trainer = make(larger, data, recipe=replace(RECIPE, precision=precision))
@@ -178,21 +179,12 @@ def test_every_precision_trains_and_keeps_float32_weights(backbone, data, precis
         assert set(seen) == {getattr(torch, precision)}
 
 
-def test_autocast():
-    with autocast("cpu", "float32"):
-        assert not torch.is_autocast_enabled("cpu")
-    with autocast("cpu", "bfloat16"):
-        assert torch.is_autocast_enabled("cpu")
-    with pytest.raises(ValueError, match="precision: expected auto, bfloat16 or float32, got 'fp8'"):
-        autocast("cpu", "fp8")
-
-
 # ---- distillation
 
 
 def test_the_teacher_loss_is_relative(backbone, data):
     """0 for the teacher's own features, 1 for their mean, and the same if both are a thousand times as large."""
-    batch = images_of(data, backbone)
+    batch = train_batch(data, backbone)
     features = extract_features(backbone.model, data.train_images, backbone.preprocessing, "float32")
     teacher = Teacher.from_features(backbone, features)
     assert float(teacher.loss(features, batch)) == pytest.approx(0, abs=1e-6)
@@ -212,7 +204,7 @@ def test_the_teacher_is_only_read(backbone, data):
     trainer = make(backbone, data, teacher=Teacher.from_features(backbone, features))
     trainer.run(2)
     assert backbone.model.training  # its mode too
-    assert equal(backbone.model, before)
+    assert equal_weights(backbone.model, before)
     assert all(p.grad is None for p in backbone.model.parameters())
 
 
@@ -228,7 +220,7 @@ def test_a_step_descends_cross_entropy_plus_weighted_distillation(backbone, data
         trainer.model.get_parameter(next(name for name, _ in trainer.model.named_parameters())).mul_(1.5)
     twin = copy.deepcopy(trainer.model).train()
     trainer.run(1, "constant")
-    student, target = forward_features(twin, images_of(data, backbone)), features
+    student, target = forward_features(twin, train_batch(data, backbone)), features
     variance = (2 * features).var(0, unbiased=False).sum()
     loss = nn.functional.cross_entropy(twin.get_classifier()(student), data.train_labels)
     loss = loss + weight * (student - target).square().sum(1).mean() / variance
@@ -258,129 +250,12 @@ def test_cost_of_training(backbone, data):
     assert (cost.score_flops, cost.similarity_flops, cost.refit_flops) == (0, 0, 0)
 
 
-def test_costs_add_up():
-    a, b = Cost(steps=1, train_flops=10, score_flops=1, seconds=0.5), Cost(steps=2, refit_flops=7, seconds=1)
-    total = a + b
-    assert total == Cost(steps=3, train_flops=10, score_flops=1, refit_flops=7, seconds=1.5)
-    assert total.flops == 18
-    assert total.to_dict()["flops"] == 18
-    assert Cost.from_dict(total.to_dict()) == total
-
-
 def test_zero_steps_do_nothing(backbone, data):
     trainer = make(backbone, data)
     before = copy.deepcopy(trainer.model)
     trainer.run(0)
-    assert equal(trainer.model, before)
+    assert equal_weights(trainer.model, before)
     assert trainer.cost == Cost()
-
-
-# ---- statistics
-
-
-def batch_norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
-
-
-def test_statistics_are_those_of_the_images(data):
-    """Mean and (unbiased) variance of what each normalisation gets, with the layers before it normalising likewise."""
-    backbone = tiny_backbone()
-    model, inputs = backbone.copy_model(), {}
-    momenta = {name: module.momentum for name, module in batch_norms(model).items()}
-    seen = reestimate_statistics(model, data.train_images, backbone.preprocessing, precision="float32")
-    assert seen == len(data.train_images) == 36
-    twin = backbone.copy_model().train()
-    for name, module in batch_norms(twin).items():
-        module.register_forward_pre_hook(
-            lambda m, args, n=name: inputs.__setitem__(n, args[0].detach().clone())
-        )
-    twin(images_of(data, backbone))
-    for name, module in batch_norms(model).items():
-        values = inputs[name].transpose(0, 1).flatten(1)
-        torch.testing.assert_close(module.running_mean, values.mean(1), rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(module.running_var, values.var(1, unbiased=True), rtol=1e-3, atol=1e-4)
-        assert module.momentum == momenta[name]
-    assert not any(module.training for module in model.modules())
-    dense = dict(backbone.model.named_parameters())
-    assert all(torch.equal(value, dense[name]) for name, value in model.named_parameters())
-
-
-def test_statistics_of_many_images_are_averaged_over_chunks():
-    backbone = tiny_backbone()
-    few = few_digits(train=30).train_images  # 300: two chunks of 150
-    model = backbone.copy_model()
-    assert reestimate_statistics(model, few, backbone.preprocessing, precision="float32") == 300
-    p, stem = backbone.preprocessing, backbone.copy_model()
-    first = next(iter(batch_norms(stem)))
-    got = []
-    stem.get_submodule(first).register_forward_pre_hook(lambda m, args: got.append(args[0].detach()))
-    with torch.no_grad():
-        stem.eval()(to_batch(few, p.size, p.mean, p.std))
-    values = got[0].transpose(0, 1).flatten(1)
-    norm = model.get_submodule(first)
-    torch.testing.assert_close(norm.running_mean, values.mean(1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(norm.running_var, values.var(1), rtol=0.05, atol=1e-4)
-
-
-def test_statistics_look_at_a_bounded_seeded_sample(data, monkeypatch):
-    monkeypatch.setattr(training, "STATISTICS_IMAGES", 10)
-    backbone = tiny_backbone()
-    models = [backbone.copy_model() for _ in range(3)]
-    for model, seed in zip(models, (1, 1, 2), strict=True):
-        assert reestimate_statistics(model, data.train_images, backbone.preprocessing, seed=seed) == 10
-    assert equal(models[0], models[1])
-    assert not equal(models[0], models[2])
-
-
-def test_no_statistics_without_batch_normalisation(data):
-    backbone = tiny_backbone("test_vit")
-    model = backbone.copy_model()
-    assert reestimate_statistics(model, data.train_images, backbone.preprocessing) == 0
-    assert equal(model, backbone.model)
-
-
-# ---- heads and evaluation
-
-
-@pytest.mark.parametrize(("kind", "fit"), [("class_mean", class_mean_head), ("ridge", ridge_head)])
-def test_fit_head_puts_the_closed_form_on_the_model(backbone, data, kind, fit):
-    model = backbone.copy_model()
-    features = extract_features(model, data.train_images, backbone.preprocessing, "float32")
-    expected = fit(features, data.train_labels, 3)
-    fit_head(model, data, backbone.preprocessing, kind, "float32")
-    assert torch.equal(model.get_classifier().weight, expected.weight)
-    assert torch.equal(model.get_classifier().bias, expected.bias)
-    assert model.num_classes == 3
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model.eval()(images_of(data, backbone)), expected(features), rtol=1e-3, atol=1e-3
-        )
-
-
-def test_evaluate_is_the_share_of_right_answers(backbone, data):
-    model = backbone.copy_model()
-    fit_head(model, data, backbone.preprocessing, "ridge", "float32")
-    p = backbone.preprocessing
-    with torch.no_grad():
-        answers = model.eval()(to_batch(data.test_images, p.size, p.mean, p.std)).argmax(1)
-    expected = sum(int(a == b) for a, b in zip(answers, data.test_labels, strict=True)) / len(answers)
-    assert evaluate(model, data, p, "float32") == pytest.approx(expected)
-    assert accuracy_of(
-        torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.4, 0.6]]), torch.tensor([1, 0, 0])
-    ) == pytest.approx(2 / 3)
-
-
-def test_features_do_not_depend_on_mode_or_chunk(backbone, data, monkeypatch):
-    model = backbone.copy_model().train()
-    whole = extract_features(model, data.train_images, backbone.preprocessing, "float32")
-    assert model.training
-    assert equal(model, backbone.model)
-    monkeypatch.setattr("mvp_ext.train.backbone.FEATURE_BATCH", 5)
-    chunks = extract_features(model, data.train_images, backbone.preprocessing, "float32")
-    torch.testing.assert_close(chunks, whole, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        direct = forward_features(model.eval(), images_of(data, backbone))
-    torch.testing.assert_close(whole, direct, rtol=1e-4, atol=1e-4)
 
 
 def test_one_pixel_maps_are_trained_in_float32():
@@ -394,7 +269,7 @@ def test_one_pixel_maps_are_trained_in_float32():
     for size in (16, 32, 64):
         smallest.clear()
         model.eval()(torch.zeros(1, 3, size, size))
-        assert training._convolves_one_pixel(model, size) == (min(smallest) == 1)
-        assert training._convolves_one_pixel(model, size) == (size < 64)
+        assert trainer_module._convolves_one_pixel(model, size) == (min(smallest) == 1)
+        assert trainer_module._convolves_one_pixel(model, size) == (size < 64)
     for handle in handles:
         handle.remove()

@@ -1,27 +1,28 @@
 """What each family of backbones looks like: its layers of units, found by looking at its parts, never by its name.
 
-| scope       | units                                                                                  |
-|-------------|----------------------------------------------------------------------------------------|
-| `inner`     | ResNet: conv1 of a BasicBlock, conv1 and conv2 of a Bottleneck. Nothing is coupled.    |
-| `all`       | ResNet: each block's last convolution too; see nn.py. Still nothing is coupled.        |
-| `heads`     | ViT: attention heads.                                                                  |
-| `mlp`       | ViT: hidden neurons of the MLPs.                                                       |
-| `heads+mlp` | both.                                                                                  |
+| scope       | units                                                                                          |
+|-------------|------------------------------------------------------------------------------------------------|
+| `inner`     | ResNet: conv1 of a BasicBlock, conv1 and conv2 of a Bottleneck. Nothing is coupled.            |
+| `all`       | ResNet: each block's last convolution too (``scatter_block.py``). Still nothing is coupled.    |
+| `heads`     | ViT: attention heads.                                                                          |
+| `mlp`       | ViT: hidden neurons of the MLPs.                                                               |
+| `heads+mlp` | ViT: both.                                                                                     |
+
+A new family is a file here that makes a :class:`~mvp_ext.model.families.parts.Family`, and its place in ``FAMILIES``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
-from mvp_ext.model.families.resnet import filter_layers
-from mvp_ext.model.families.vit import head_layer, neuron_layer
-from mvp_ext.model.structure import Structure, UnitLayer, UnsupportedModelError, check_fits
+from mvp_ext.model.families.resnet import RESNET
+from mvp_ext.model.families.vit import VIT
+from mvp_ext.model.structure import Structure, UnsupportedModelError
 
-SCOPES = {"inner": "resnet", "all": "resnet", "heads": "vit", "mlp": "vit", "heads+mlp": "vit"}
-_DEFAULT_SCOPE = {"resnet": "inner", "vit": "heads"}
+FAMILIES = (VIT, RESNET)
+SCOPES = ("inner", "all", "heads", "mlp", "heads+mlp")
 
 
 def find_structure(model: nn.Module, scope: str | None = None) -> Structure:
@@ -37,47 +38,25 @@ def find_structure(model: nn.Module, scope: str | None = None) -> Structure:
     """
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"find_structure: scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
-    residual, transformer = _candidates(model)
-    families = {"resnet": residual, "vit": transformer}
-    found = [family for family in ("vit", "resnet") if families[family]]
+    found = [(family, blocks) for family in FAMILIES if (blocks := family.blocks(model))]
     if not found:
         children = ", ".join(f"{n} ({type(m).__name__})" for n, m in model.named_children()) or "no parts"
         raise UnsupportedModelError(
             f"{type(model).__name__}: expected residual blocks (conv1, conv2) or transformer blocks (attn, mlp), "
             f"got {children}"
         )
-    family = SCOPES[scope] if scope else found[0]
-    if family not in found:
+    matching = [(family, blocks) for family, blocks in found if scope is None or scope in family.scopes]
+    if not matching:
+        owner = next(family.name for family in FAMILIES if scope in family.scopes)
         raise ValueError(
-            f"find_structure: scope {scope!r} is for the family {family!r}; this model looks like {found[0]!r}"
+            f"find_structure: scope {scope!r} is for the family {owner!r}; this model looks like {found[0][0].name!r}"
         )
-    scope = scope or _DEFAULT_SCOPE[family]
-    layers: list[UnitLayer] = []
-    for path, block in families[family]:
-        if family == "resnet":
-            layers += filter_layers(path, block, last=scope == "all")
-        else:
-            if "heads" in scope:
-                layers.append(head_layer(f"{path}.attn", block.attn))
-            if "mlp" in scope:
-                layers.append(neuron_layer(f"{path}.mlp", block.mlp))
-    structure = Structure(
-        "resnet" if family == "resnet" else "vit", scope, _architecture(model), tuple(layers)
-    )
-    check_fits(model, structure)
+    family, blocks = matching[0]
+    scope = scope or family.scopes[0]
+    layers = [layer for path, block in blocks for layer in family.layers(path, block, scope)]
+    structure = Structure(family.name, scope, _architecture(model), tuple(layers))
+    structure.check(model)
     return structure
-
-
-def _candidates(model: nn.Module) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
-    """Everything that has the shape of a residual block, and of a transformer block, with its path."""
-    residual, transformer = [], []
-    for path, module in model.named_modules():
-        children = dict(module.named_children())
-        if {"conv1", "conv2"} <= children.keys():
-            residual.append((path, module))
-        elif {"attn", "mlp"} <= children.keys():
-            transformer.append((path, module))
-    return residual, transformer
 
 
 def _architecture(model: nn.Module) -> str | None:

@@ -6,14 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from mvp_ext.model.families.parts import computes_as, is_elementwise
-from mvp_ext.model.nn import ScatterBlock
+from mvp_ext.model.families.parts import Family, computes_as, is_elementwise
+from mvp_ext.model.scatter_block import ScatterBlock
 from mvp_ext.model.structure import Probe, Slice, UnitLayer, UnsupportedModelError
 from mvp_ext.timm_compat import import_timm
 
 
-def filter_layers(path: str, block: Any, last: bool) -> list[UnitLayer]:
-    """The convolutions of one residual block: all but its last, and with ``last`` that too."""
+def _filter_layers(path: str, block: Any, scope: str) -> list[UnitLayer]:
+    """The convolutions of one residual block: all but its last, and in scope `all` that too."""
+    last = scope == "all"
     resnet = import_timm().models.resnet
     if not computes_as(block, ScatterBlock, resnet.BasicBlock, resnet.Bottleneck):
         raise UnsupportedModelError(
@@ -85,3 +86,6 @@ def _check_convolution(path: str, conv: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{path}: expected groups = 1, got a grouped convolution (groups = {conv.groups})"
         )
+
+
+RESNET = Family("resnet", ("inner", "all"), frozenset({"conv1", "conv2"}), _filter_layers)

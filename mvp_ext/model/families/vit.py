@@ -6,12 +6,22 @@ from typing import Any
 
 from torch import nn
 
-from mvp_ext.model.families.parts import computes_as, is_elementwise
+from mvp_ext.model.families.parts import Family, computes_as, is_elementwise
 from mvp_ext.model.structure import Probe, Slice, UnitLayer, UnsupportedModelError
 from mvp_ext.timm_compat import import_timm
 
 
-def head_layer(path: str, attn: Any) -> UnitLayer:
+def _block_layers(path: str, block: Any, scope: str) -> list[UnitLayer]:
+    """The attention of one transformer block, its MLP, or both."""
+    layers = []
+    if "heads" in scope:
+        layers.append(_head_layer(f"{path}.attn", block.attn))
+    if "mlp" in scope:
+        layers.append(_neuron_layer(f"{path}.mlp", block.mlp))
+    return layers
+
+
+def _head_layer(path: str, attn: Any) -> UnitLayer:
     """The heads of one attention module."""
     attention = import_timm().layers.Attention
     if not computes_as(attn, attention):
@@ -42,7 +52,7 @@ def head_layer(path: str, attn: Any) -> UnitLayer:
     return UnitLayer(path, "head", heads, tuple(slices), Probe(f"{path}.proj", "input", dim=-1, heads=heads))
 
 
-def neuron_layer(path: str, mlp: Any) -> UnitLayer:
+def _neuron_layer(path: str, mlp: Any) -> UnitLayer:
     """The hidden neurons of one MLP."""
     if not computes_as(mlp, import_timm().layers.Mlp):
         raise UnsupportedModelError(
@@ -70,3 +80,6 @@ def neuron_layer(path: str, mlp: Any) -> UnitLayer:
 def _check_linear(path: str, linear: nn.Module) -> None:
     if type(linear) is not nn.Linear:
         raise UnsupportedModelError(f"{path}: expected a plain Linear, got {type(linear).__name__}")
+
+
+VIT = Family("vit", ("heads", "mlp", "heads+mlp"), frozenset({"attn", "mlp"}), _block_layers)

@@ -32,8 +32,9 @@ class ScatterBlock(nn.Module):
 
     def __init__(self, block: nn.Module, kept: Tensor) -> None:
         super().__init__()
-        for name, child in block._modules.items():  # absent parts (downsample, se, drop_path) stay as None
+        for name, child in block._modules.items():
             self.add_module(name, child)
+        # What the block does not have stays as None.
         for name in ("se", "drop_path", "downsample"):
             if name not in self._modules:
                 self.add_module(name, None)
@@ -41,7 +42,8 @@ class ScatterBlock(nn.Module):
         self._branch = tuple(name for name in (_BOTTLENECK if last == 3 else _BASIC) if name in self._modules)
         self._norm, self._act = f"bn{last}", f"act{last}"
         self.register_buffer("kept", kept)
-        self.training = block.training  # not train(): the parts keep the modes they are in
+        # Not train(): the parts keep the modes they are in.
+        self.training = block.training
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float [B, C_in, h, w] → float [B, C, h', w']."""
@@ -71,9 +73,9 @@ class ScatterBlock(nn.Module):
 
 
 def _is_affine_now(norm: nn.Module) -> bool:
-    """Whether the norm is y · scale + shift with constants, and nobody wants to see what comes out of it."""
-    plain = type(norm) is nn.BatchNorm2d and norm.running_var is not None
-    return plain and not norm.training and not norm._forward_hooks and not norm._forward_pre_hooks
+    """Whether the norm is y · scale + shift with constants, and no hook reads what comes out of it."""
+    has_constants = type(norm) is nn.BatchNorm2d and norm.running_var is not None and not norm.training
+    return has_constants and not norm._forward_hooks and not norm._forward_pre_hooks
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
-from mvp_ext.model.nn import ScatterBlock
+from mvp_ext.model.scatter_block import ScatterBlock
 from mvp_ext.model.surgery import masked_model, prune_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

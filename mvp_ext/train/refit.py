@@ -1,0 +1,78 @@
+"""What is fitted anew, without gradients, to a model that was cut or trained: normalisation statistics and the head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mvp_ext.data.batches import to_batch
+from mvp_ext.data.tasks import TaskData
+from mvp_ext.train.backbone import Preprocessing, autocast, extract_features, set_head
+from mvp_ext.train.heads import LinearHead, class_mean_head, ridge_head
+
+# The method needs at least 100; more is cheap and steadier.
+STATISTICS_IMAGES = 512
+
+
+@torch.no_grad()
+def reestimate_statistics(
+    model: nn.Module, images: Tensor, preprocessing: Preprocessing, *, seed: int = 0, precision: str = "auto"
+) -> int:
+    """Replace the running statistics of every batch normalisation by averages over (up to 512 of) these images.
+
+    A sub-network sees other activations than the network its statistics come from; without this a pruned model can be
+    at chance. Weights do not change.
+
+    Args:
+        model: put into eval mode.
+        images: uint8 [n, H, W, 3].
+        preprocessing: how they become the model's input.
+        seed: of the choice among more than 512.
+        precision: as of ``autocast``.
+
+    Returns:
+        The number of images passed through the model (0 without batch normalisation).
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not layers:
+        return 0
+    device = next(model.parameters()).device
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:STATISTICS_IMAGES]
+    model.eval()
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        # A cumulative average.
+        layer.momentum = None
+        layer.train()
+    with autocast(device, precision):
+        for index in order.chunk(max(1, len(order) // 128)):
+            p = preprocessing
+            model(to_batch(images[index].to(device), p.size, p.mean, p.std))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    model.eval()
+    return len(order)
+
+
+def fit_head(
+    model: nn.Module, data: TaskData, preprocessing: Preprocessing, kind: str, precision: str = "auto"
+) -> LinearHead:
+    """Fit a classifier in closed form on the task's training images and put it on the model.
+
+    Args:
+        model: its features are taken as they are.
+        data: the task's images.
+        preprocessing: how they become the model's input.
+        kind: "class_mean" or "ridge" (``heads.py``).
+        precision: as of ``autocast``.
+
+    Returns:
+        The head that is now the model's.
+    """
+    features = extract_features(model, data.train_images, preprocessing, precision)
+    fit = {"class_mean": class_mean_head, "ridge": ridge_head}[kind]
+    head = fit(features, data.train_labels, data.num_classes)
+    set_head(model, head)
+    return head
