@@ -4,6 +4,8 @@ Peers, both what one might write in torch:
 - "in place": sums and totals at the wanted size; each voter adds its common rows and columns (their positions found
   beforehand, not timed) by ``index_add_``, or by an indexed assignment where both ends are cut.
 - "full width": each voter is scattered to full width beside a mask; the mean is cut at the end.
+
+torch.compile is no peer: it would compile a model's tensors times voters, for longer than all benchmarks may take.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from harness import Bench
-from models import Cut, cut_model
+from models import Cut, cut_model, small_model
 from torch import Tensor
 
 from mvp_ext.ops import merge, pack, reference
@@ -37,11 +39,11 @@ class Task:
 
 
 def make_task(
-    model: str, scope: str, keep: float, voters: int, *, only_cut: bool, device: str | torch.device = "cpu"
+    model: str, scope: str, keep: float, voters: int, *, only_cut: bool, device: torch.device
 ) -> Task:
     cuts = [cut_model(model, scope, keep, only_cut=only_cut, seed=seed) for seed in range(voters + 1)]
     weights = torch.rand(voters, generator=torch.Generator().manual_seed(0)) + 0.5
-    cuts, weights = [c.to(torch.device(device)) for c in cuts], weights.to(device)
+    cuts, weights = [c.to(device) for c in cuts], weights.to(device)
     return Task(
         cuts[0], cuts[1:], [pack(c.tensors, c.rows, c.cols) for c in cuts[1:]], weights, weights.tolist()
     )
@@ -114,58 +116,76 @@ def in_place(task: Task, positions: list[list[tuple[Positions, Positions]]]) -> 
     return merged
 
 
-def add_case(bench: Bench, name: str, task: Task, *, floor: float) -> None:
-    positions = find_positions(task)
-    arguments = task.arguments()
+def add_case(
+    bench: Bench,
+    name: str,
+    model: str,
+    scope: str,
+    keep: float,
+    voters: int,
+    *,
+    floors: dict[str, float],
+    limit_floor: float | None = None,
+    only_cut: bool = True,
+) -> None:
+    if not bench.wants(name):
+        return
+    if bench.dry:
+        model = small_model(model)
+    task = make_task(model, scope, keep, bench.size(voters), only_cut=only_cut, device=bench.device)
+    positions, arguments = find_positions(task), task.arguments()
+
+    def ours() -> list[Tensor]:
+        return merge(*arguments)
 
     def check() -> None:
-        ours, expected = merge(*arguments), reference.merge(*arguments)
-        for other in (expected, in_place(task, positions)):
-            for a, b in zip(ours, other, strict=True):
+        for other in (reference.merge(*arguments), in_place(task, positions)):
+            for a, b in zip(ours(), other, strict=True):
                 torch.testing.assert_close(a, b)
 
     bench.case(
         name,
-        lambda: merge(*arguments),
-        {IN_PLACE: lambda: in_place(task, positions), FULL_WIDTH: lambda: reference.merge(*arguments)},
-        floors={IN_PLACE: floor, FULL_WIDTH: floor},
+        ours,
+        {
+            IN_PLACE: lambda: in_place(task, positions),
+            FULL_WIDTH: lambda: reference.merge(*arguments),
+            "ours, CUDA graph": bench.graphed(ours),
+        },
+        floors=floors,
         check=check,
         moved=moved_bytes(task, positions),
-        limit="copy",
+        limit_floor=limit_floor,
     )
 
 
 def main() -> None:
     bench = Bench("merge")
+    (gpu_cases if bench.gpu else cpu_cases)(bench)
+    bench.finish()
+
+
+def cpu_cases(bench: Bench) -> None:
+    large, small = (dict.fromkeys((IN_PLACE, FULL_WIDTH), floor) for floor in (3, 1))
     for model, scope in (("resnet18", "inner"), ("resnet18", "all"), ("deit_small_patch16_224", "heads+mlp")):
         for keep in (0.5, 0.1):
-            task = make_task(model, scope, keep, 5, only_cut=True)
-            add_case(bench, f"{model} {scope} keep {keep}, N = 5, what is cut", task, floor=3)
-    add_case(
-        bench,
-        "resnet18 inner keep 0.5, N = 5, all",
-        make_task("resnet18", "inner", 0.5, 5, only_cut=False),
-        floor=1,
-    )
-    add_case(
-        bench,
-        "resnet18 inner keep 0.5, N = 20",
-        make_task("resnet18", "inner", 0.5, 20, only_cut=True),
-        floor=3,
-    )
-    add_case(
-        bench,
-        "resnet18 inner keep 0.5, N = 1",
-        make_task("resnet18", "inner", 0.5, 1, only_cut=True),
-        floor=1,
-    )
-    add_case(
-        bench,
-        "test_resnet inner (tiny), N = 5",
-        make_task("test_resnet", "inner", 0.5, 5, only_cut=True),
-        floor=1,
-    )
-    bench.finish()
+            name = f"{model} {scope} keep {keep}, N = 5, what is cut"
+            add_case(bench, name, model, scope, keep, 5, floors=large)
+    resnet18 = ("resnet18", "inner", 0.5)
+    add_case(bench, "resnet18 inner keep 0.5, N = 5, all", *resnet18, 5, floors=small, only_cut=False)
+    add_case(bench, "resnet18 inner keep 0.5, N = 20", *resnet18, 20, floors=large)
+    add_case(bench, "resnet18 inner keep 0.5, N = 1", *resnet18, 1, floors=small)
+    add_case(bench, "test_resnet inner (tiny), N = 5", "test_resnet", "inner", 0.5, 5, floors=small)
+
+
+def gpu_cases(bench: Bench) -> None:
+    models = [
+        (model, scope, keep, 5)
+        for keep in (0.5, 0.1)
+        for model, scope in (("resnet50", "inner"), ("deit_small_patch16_224", "heads+mlp"))
+    ]
+    for model, scope, keep, voters in [*models, ("resnet18", "inner", 0.5, 20)]:
+        name = f"{model} {scope} keep {keep}, N = {voters}"
+        add_case(bench, name, model, scope, keep, voters, floors={IN_PLACE: 2.5}, limit_floor=0.8)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """meta_vote against the per-layer torch loop and against batched torch formulations, all with the same exact result.
 
+On a GPU all layers of a model are one launch, and so are all target tasks.
 Whatever does not change from vote to vote (padding maps, positions, thresholds' places) is prepared outside the timing,
 for the peers as for us.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from harness import Bench
@@ -12,16 +15,20 @@ from torch import Tensor
 
 from mvp_ext.ops import Vote, kept_units, meta_vote, reference
 
-RESNET18_INNER = [64, 64, 128, 128, 256, 256, 512, 512]
-RESNET18_ALL = [width for width in (64, 128, 256, 512) for _ in range(4)]
-RESNET50_ALL = [w for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)) for _ in range(blocks)
-                for w in (width, width, 4 * width)]  # fmt: skip
-CASES = {
-    "resnet18 inner": RESNET18_INNER,
-    "resnet18 all": RESNET18_ALL,
+RESNET50_BLOCKS = [width for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)) for _ in range(blocks)]
+RESNET50_ALL = [units for width in RESNET50_BLOCKS for units in (width, width, 4 * width)]
+DEIT_SMALL = [6] * 12 + [1536] * 12
+CPU_MODELS = {
+    "resnet18 inner": [64, 64, 128, 128, 256, 256, 512, 512],
+    "resnet18 all": [width for width in (64, 128, 256, 512) for _ in range(4)],
     "resnet50 all": RESNET50_ALL,
     "deit_small heads": [6] * 12,
-    "deit_small heads + MLP": [6] * 12 + [1536] * 12,
+    "deit_small heads + MLP": DEIT_SMALL,
+}
+GPU_MODELS = {
+    "resnet50 inner": [units for width in RESNET50_BLOCKS for units in (width, width)],
+    "resnet50 all": RESNET50_ALL,
+    "deit_small heads + MLP": DEIT_SMALL,
 }
 Result = tuple[Tensor, Tensor, Tensor]  # mask, index, votes
 
@@ -29,7 +36,7 @@ Result = tuple[Tensor, Tensor, Tensor]  # mask, index, votes
 class TorchVote:
     """What a user would write in torch, several ways. Ties go to the prior, if there is one, then to the lower unit."""
 
-    def __init__(self, layers: list[int], keep: float, device: str = "cpu") -> None:
+    def __init__(self, layers: list[int], keep: float, device: torch.device) -> None:
         with torch.device(device):
             self._prepare(layers, keep)
 
@@ -115,55 +122,69 @@ class TorchVote:
 
 def main() -> None:
     bench = Bench("meta_vote")
-    generator = torch.Generator().manual_seed(0)
-    for name, layers in CASES.items():
+    for name, layers in (GPU_MODELS if bench.gpu else CPU_MODELS).items():
         for voters in (5, 50):
             for with_prior in (False, True):
-                masks = torch.rand(voters, sum(layers), generator=generator) < 0.5
-                # Multiples of 1/64 add up exactly in any order: so every formulation must agree to the last bit.
-                weights = torch.randint(1, 65, (voters,), generator=generator) / 64
-                prior = torch.randn(sum(layers), generator=generator) if with_prior else None
-                add_case(
-                    bench,
-                    f"{name}, N = {voters}{', prior' if with_prior else ''}",
-                    layers,
-                    masks,
-                    weights,
-                    prior,
-                )
+                add_case(bench, name, layers, voters, with_prior)
+    if bench.gpu:
+        add_targets(bench)
     bench.finish()
 
 
-def add_case(
-    bench: Bench, name: str, layers: list[int], masks: Tensor, weights: Tensor, prior: Tensor | None
-) -> None:
-    torch_vote = TorchVote(layers, 0.5)
-    peers = {
+def add_case(bench: Bench, model: str, layers: list[int], voters: int, with_prior: bool) -> None:
+    name = f"{model}, N = {voters}{', prior' if with_prior else ''}"
+    if not bench.wants(name):
+        return
+    masks = torch.rand(voters, sum(layers)).lt(0.5).to(bench.device)
+    # Multiples of 1/64 add up exactly in any order: so every formulation must agree to the last bit.
+    weights = (torch.randint(1, 65, (voters,)) / 64).to(bench.device)
+    prior = torch.randn(sum(layers)).to(bench.device) if with_prior else None
+    torch_vote = TorchVote(layers, 0.5, bench.device)
+    formulations = {
         "per-layer loop": torch_vote.loop,
         "padded sort": torch_vote.padded_sort,
         "padded topk": torch_vote.padded_topk,
         "global sort": torch_vote.global_sort,
     }
 
-    def check() -> None:
-        wanted = reference.meta_vote(masks, weights, layers=layers, keep=0.5, prior=prior)[:3]
-        for peer in (lambda *_: ours()[:3], *peers.values()):
-            assert all(torch.equal(a, b) for a, b in zip(peer(masks, weights, prior), wanted, strict=True)), (
-                peer
-            )
-
     def ours() -> Vote:
         return meta_vote(masks, weights, layers=layers, keep=0.5, prior=prior)
 
-    bench.case(
-        name,
-        ours,
-        {key: lambda peer=peer: peer(masks, weights, prior) for key, peer in peers.items()},
+    def check() -> None:
+        on_cpu = (masks.cpu(), weights.cpu())
+        prior_on_cpu = None if prior is None else prior.cpu()
+        wanted = reference.meta_vote(*on_cpu, layers=layers, keep=0.5, prior=prior_on_cpu)[:3]
+        for run in (lambda *_: ours()[:3], *formulations.values()):
+            got = run(masks, weights, prior)
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(got, wanted, strict=True)), run
+
+    compiled, graph = "padded topk, torch.compile", "ours, CUDA graph"
+    peers = {key: partial(run, masks, weights, prior) for key, run in formulations.items()}
+    peers[compiled] = bench.compiled(torch_vote.padded_topk, masks, weights, prior)
+    peers[graph] = bench.graphed(ours)
+    if bench.gpu:
+        floors = dict.fromkeys([*formulations, compiled], 4.0) | {"per-layer loop": 50.0}
+    elif sum(layers) > 1000:
+        floors = dict.fromkeys(formulations, 8) | {"per-layer loop": 12}
+    else:
         # 72 heads are too few to win by much: there the floor is not to lose.
-        floors=dict.fromkeys(peers, 8) | {"per-layer loop": 12}
-        if sum(layers) > 1000
-        else dict.fromkeys(peers, 1),
-        check=check,
+        floors = dict.fromkeys(formulations, 1)
+    bench.case(name, ours, peers, floors=floors, check=check, most_us=10.0 if bench.gpu else None)
+
+
+def add_targets(bench: Bench) -> None:
+    """Sixteen target tasks in one call, against one call each."""
+    layers, voters, targets = RESNET50_ALL, 50, 16
+    masks = torch.rand(voters, sum(layers)).lt(0.5).to(bench.device)
+    weights = torch.rand(targets, voters).to(bench.device)
+
+    def one_by_one() -> list[object]:
+        return [meta_vote(masks, w, layers=layers, keep=0.5) for w in weights]
+
+    bench.case(
+        "resnet50 all, N = 50, 16 targets",
+        lambda: meta_vote(masks, weights, layers=layers, keep=0.5),
+        {"one by one": one_by_one},
     )
 
 

@@ -12,6 +12,11 @@ from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 
 
+def small_model(name: str) -> str:
+    """timm's test model of the same family: what dry runs take instead."""
+    return "test_resnet" if "resnet" in name else "test_vit"
+
+
 @dataclass
 class Cut:
     """P tensors and where each is cut."""

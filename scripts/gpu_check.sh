@@ -103,8 +103,8 @@ fi
 end=$total
 if has_part benchmarks; then
   # The time that is left, by shares; what one does not use is the next ones'. First what most depends on.
-  ops=(pruned_linear meta_vote importance pack residual_add merge models)
-  shares=(6 3 3 2 2 2 4)
+  ops=(pruned_linear meta_vote importance pack residual_add merge models pruned_attention pruned_conv2d)
+  shares=(6 3 3 2 2 2 4 1 1)
   rest=0
   for share in "${shares[@]}"; do ((rest += share)); done
   for i in "${!ops[@]}"; do
@@ -119,13 +119,13 @@ if has_part benchmarks; then
       *) seconds=0.2 ;;
     esac
     # The budget ends a benchmark between two cases; its file is written after each.
-    step "benchmark $op" "$limit" "$python" "benchmarks/bench_${op}_cuda.py" --seconds "$seconds" \
+    step "benchmark $op" "$limit" "$python" "benchmarks/bench_$op.py" --device cuda --seconds "$seconds" \
       --budget $((limit * 2 / 3)) --out "$out/$op.json"
   done
 fi
 
 echo
-timeout -k 5 30 "$python" benchmarks/cuda_bench.py "$out"
+timeout -k 5 30 "$python" benchmarks/results.py "$out"
 echo "$SECONDS s in all; results in $out"
 if ((${#failed[@]})); then
   printf 'not passed: %s\n' "${failed[@]}"

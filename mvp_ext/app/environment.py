@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +43,34 @@ def places() -> dict[str, str]:
     return {"mvp_ext in": str(Path(__file__).parent.parent), "python in": sys.executable}
 
 
+def commit(folder: Path, *sources: str) -> str:
+    """The git commit that ``folder`` is at, with "+" where what was measured differs from it.
+
+    Args:
+        sources: git's path patterns under ``folder`` of what was measured; none: everything.
+
+    Without git: what the environment variable MVP_COMMIT says, for copies of the sources, or "unknown".
+    """
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", *sources)
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("MVP_COMMIT", "unknown")
+
+
+def command(root: Path | None = None) -> str:
+    """The command line that repeats this process: a script under ``root`` by its path there, another by its name."""
+    program = Path(sys.argv[0]).resolve()
+    if root is not None and program.is_relative_to(root):
+        return shlex.join(["python", str(program.relative_to(root)), *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def cpu_name() -> str:
     """The processor's model name, or the architecture where the system does not tell."""
     try:
@@ -69,10 +98,11 @@ def _native_module() -> dict[str, str]:
     isa, detected = info["cpu_isa"], info["cpu_isa_detected"]
     return {
         "native module": f"{info['compiler']}, {info['build_type']}, OpenMP {info['openmp']}",
-        "cpu instruction set": f"{isa}"
-        if isa == detected
-        else f"{isa} (MVP_CPU_ISA; the CPU has {detected})",
-        "cuda kernels": f"built for {info['cuda_archs']}"
+        "cpu instruction set": (
+            f"{isa}" if isa == detected else f"{isa} (MVP_CPU_ISA; the CPU has {detected})"
+        )
+        + (", pairs of bfloat16" if info["cpu_bf16_pairs"] else ""),
+        "cuda kernels": f"built for {info['cuda_archs']}" + (", with wgmma" if info["hopper"] else "")
         if info["cuda"]
         else "not built (no CUDA compiler, or switched off)",
     }

@@ -1,4 +1,4 @@
-"""The benchmarks of the CUDA kernels, as far as they can be tested without a GPU: that they run, what they sum up."""
+"""The ops' benchmarks, as far as they can be tested without a GPU: that they run, what they write and sum up."""
 
 from __future__ import annotations
 
@@ -17,28 +17,140 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import harness  # noqa: E402
 from bench_merge import Task, find_positions, moved_bytes  # noqa: E402
-from cuda_bench import summary  # noqa: E402
 from models import Cut  # noqa: E402
+from results import read_results, summary  # noqa: E402
 
 GPU_CHECK = ROOT / "scripts" / "gpu_check.sh"
-SCRIPTS = sorted((ROOT / "benchmarks").glob("bench_*_cuda.py"))
+SCRIPTS = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_dry_run(script: Path, tmp_path: Path) -> None:
-    """Every contender and check of every case, called once on the CPU; nothing is written."""
+def run(script: Path, *options: str, cwd: Path) -> str:
     done = subprocess.run(
-        [sys.executable, str(script), "--dry-run"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # the calls are tiny: threads would wait for each other
+        # The calls are tiny: threads would wait for each other.
+        [sys.executable, str(script), "--threads", "1", *options],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"^\w+: [1-9]\d* cases ran once$", done.stdout, re.MULTILINE), done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_dry_run(script: Path, device: str, tmp_path: Path) -> None:
+    """Every contender and check of every case, called once on the CPU; nothing is written."""
+    printed = run(script, "--device", device, "--dry-run", cwd=tmp_path)
+    assert re.search(r"^\w+: [1-9]\d* cases ran once$", printed, re.MULTILINE), printed
     assert not list(tmp_path.iterdir())
+
+
+def test_cpu_and_gpu_write_one_form(tmp_path: Path) -> None:
+    """A run on the CPU and a GPU's dry run: the same keys, and on the GPU a call's time beside."""
+    script = ROOT / "benchmarks" / "bench_residual_add.py"
+    on_cpu, on_gpu = tmp_path / "cpu.json", tmp_path / "gpu.json"
+    options = ("--only", "small: NCHW", "--seconds", "0", "--out", str(on_cpu))
+    assert "small: NCHW" in run(script, *options, cwd=tmp_path)
+    options = ("--device", "cuda", "--dry-run", "--only", "tokens", "--out", str(on_gpu))
+    run(script, *options, cwd=tmp_path)
+
+    cpu, gpu = json.loads(on_cpu.read_text()), json.loads(on_gpu.read_text())
+    assert cpu.keys() == gpu.keys()
+    (cpu_row,), (gpu_row,) = cpu["rows"], gpu["rows"]
+    assert gpu_row.keys() - cpu_row.keys() == {"call_us"}
+    assert not cpu_row.keys() - gpu_row.keys()
+    for key in ("case", "times_us", "ratios", "floors", "moved_bytes", "gb_per_s", "limit", "cold"):
+        assert type(cpu_row[key]) is type(gpu_row[key])
+    assert cpu_row["limit"].keys() == gpu_row["limit"].keys()
+    assert cpu_row["times_us"]["copy"].keys() == gpu_row["times_us"]["ours"].keys()
+    assert cpu_row["times_us"]["ours"]["rounds"] >= 9
+    assert gpu_row["call_us"].keys() == gpu_row["times_us"].keys() - {"copy"}
+    assert {"torch.compile", "ours, CUDA graph"} <= gpu_row["ratios"].keys()
+    assert (cpu["device"], cpu["dry_run"], gpu["device"], gpu["dry_run"]) == ("cpu", False, "cuda", True)
+    # One reader; and what it read is what was written.
+    read = {results.device: results for results in read_results(tmp_path)}
+    assert [read[device].to_json() for device in ("cpu", "cuda")] == [cpu, gpu]
+    assert read["cpu"].command.startswith(
+        "python benchmarks/bench_residual_add.py --threads 1 --only 'small: NCHW'"
+    )
+    assert [promise.unit for promise in read["cuda"].rows[0].promises()] == ["× index_add, relu", "of copy"]
+
+
+@pytest.mark.parametrize(
+    "script", [s for s in SCRIPTS if s.stem != "bench_models"], ids=lambda path: path.stem
+)
+def test_committed_results_are_of_this_form(script: Path) -> None:
+    """Those of the CPU, which are older than the GPU's."""
+    file = CPU_RESULTS / f"{script.stem.removeprefix('bench_')}.json"
+    content = json.loads(file.read_text())
+    (results,) = read_results(file)
+    assert results.op == content["op"] == file.stem
+    assert results.device == "cpu"
+    assert not results.dry_run
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", results.commit)
+    assert results.command.startswith(f"python benchmarks/{script.name}")
+    assert results.created.startswith("202")
+    assert [row.to_json() for row in results.rows] == content["rows"]
+    assert any(list(row.promises()) for row in results.rows)
+
+
+def test_a_folder_is_read_and_another_form_refused(tmp_path: Path) -> None:
+    """Results of other kinds lie in the folder too; a key that is not of the form is a mistake."""
+    assert [r.op for r in read_results(CPU_RESULTS)] == sorted(
+        script.stem.removeprefix("bench_") for script in SCRIPTS if script.stem != "bench_models"
+    )
+    write(tmp_path, "pack", [{**row("a", 1.0), "device_us": {}}])
+    with pytest.raises(TypeError, match="device_us"):
+        read_results(tmp_path)
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> harness.Bench:
+    threads = str(torch.get_num_threads())
+    words = ["bench_x.py", "--threads", threads, "--seconds", "0", "--out", str(out), *options]
+    monkeypatch.setattr(sys, "argv", words)
+    return harness.Bench("x")
+
+
+def test_a_case_fails_alone_and_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is there after each case; a failure is in it, and in the exit status."""
+
+    def wrong() -> None:
+        raise AssertionError("not equal\nand more")
+
+    out = tmp_path / "x.json"
+    x = torch.ones(64)
+    timed = bench(monkeypatch, out)
+    timed.case("wrong", x.sum, {}, check=wrong)
+    assert read_results(out)[0].failed == {"wrong": "AssertionError: not equal"}
+    timed.case("right", x.sum, {"peer": x.sum, "none": None}, floors={"peer": 2, "none": 3}, most_us=1e6)
+    (results,) = read_results(out)
+    assert [(r.case, r.floors, list(r.ratios)) for r in results.rows] == [("right", {"peer": 2}, ["peer"])]
+    with pytest.raises(SystemExit, match="1 cases failed: wrong"):
+        timed.finish()
+    assert "right" in capsys.readouterr().out
+
+
+def test_a_budget_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed = bench(monkeypatch, tmp_path / "x.json", "--budget", "0", "--only", "a")
+    assert not timed.wants("a", "b", "and a")
+    timed.finish()
+    assert read_results(tmp_path / "x.json")[0].left_out == ["a", "and a"]
+    assert "no time for 2 cases: a, and a" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+        bench(monkeypatch, tmp_path / "x.json", "--device", "cuda")
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -46,7 +158,7 @@ def test_gpu_check_is_bash_and_runs_every_benchmark() -> None:
     done = subprocess.run(["bash", "-n", str(GPU_CHECK)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (ops,) = re.findall(r"^ *ops=\((.*)\)$", GPU_CHECK.read_text(), re.MULTILINE)
-    assert sorted(f"bench_{op}_cuda" for op in ops.split()) == [script.stem for script in SCRIPTS]
+    assert sorted(f"bench_{op}" for op in ops.split()) == [script.stem for script in SCRIPTS]
     (shares,) = re.findall(r"^ *shares=\((.*)\)$", GPU_CHECK.read_text(), re.MULTILINE)
     assert len(shares.split()) == len(ops.split())
 
@@ -70,11 +182,12 @@ def test_what_merge_moves() -> None:
 
 def row(case: str, median: float, **more: Any) -> dict[str, Any]:
     times = {"p10": median, "median": median, "p90": median, "rounds": 7}
-    return {"case": case, "device_us": {"ours": times}, "ratios": {}, "goals": {}, "most_us": None, **more}
+    return {"case": case, "times_us": {"ours": times}, "ratios": {}, "floors": {}, **more}
 
 
 def write(folder: Path, op: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    content = {"op": op, "environment": {}, "rows": rows, "left_out": [], "failed": {}, **more}
+    origin = {"created": "", "command": "", "commit": "", "environment": {}}
+    content = {"op": op, "device": "cuda", **origin, "rows": rows, "left_out": [], "failed": {}, **more}
     (folder / f"{op}.json").write_text(json.dumps(content))
 
 
@@ -90,16 +203,15 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tmp_path,
         "meta_vote",
         [
-            row("small", 4.0, ratios={"loop": 80.0, "sort": 3.0}, goals={"loop": 50.0}, most_us=10.0),
-            row("large", 12.5, ratios={"loop": 40.0}, goals={"loop": 50.0}, most_us=10.0),
+            row("small", 4.0, ratios={"loop": 80.0, "sort": 3.0}, floors={"loop": 50.0}, most_us=10.0),
+            row("large", 12.5, ratios={"loop": 40.0}, floors={"loop": 50.0}, most_us=10.0),
         ],
         failed={"wrong": "AssertionError: not equal"},
         left_out=["late", "later"],
     )
-    share = {"share": 0.91, "least": 0.8}
-    write(tmp_path, "merge", [row("a", 30.0, share_of_copy=share), row("b", 2.0, share_of_copy=share)])
-    unwanted = {"share": 0.5, "least": None}
-    write(tmp_path, "pack", [row("c", 1.0, share_of_copy=unwanted)])
+    share = {"name": "copy", "share": 0.91, "floor": 0.8}
+    write(tmp_path, "merge", [row("a", 30.0, limit=share), row("b", 2.0, limit=share)])
+    write(tmp_path, "pack", [row("c", 1.0, limit={"name": "copy", "share": 0.5, "floor": None})])
     write(tmp_path, "models", [], failed={"resnet18": "OutOfMemoryError: of all"})
     (tmp_path / "other.json").write_text("{}")
 
