@@ -4,6 +4,7 @@
 #   TORCH=torch==2.13.0      which torch; installed first and alone, from whichever index serves your machine
 #   PYTEST_ARGS="-k vote"    passed to pytest
 #   WORKERS=2                processes that share the tests
+#   OLDEST_PYTHON=python3.10 which Python is the oldest, for `make test-oldest`
 #   DEMO_ARGS="--help"       passed to `mvp-ext demo`
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,18 +13,22 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 WORKERS ?= 2
 DEMO_ARGS ?=
+OLDEST_PYTHON ?= python3.10
+OLDEST ?= .venv-oldest
 
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 PACKAGE := pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(shell find mvp_ext csrc -type f \
 	\( -name '*.py' -o -name '*.typed' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null)
 CPP := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null)
 
-.PHONY: help install develop demo test lint ptxas format wheel info clean
+.PHONY: help install develop demo test test-oldest lint docs ptxas format wheel info clean
 help:
 	@echo "make demo     install, then the main job on real images; leaves runs/demo/report.html"
 	@echo "make test     install, then the test suite against the installed package"
-	@echo "make lint     ruff, clang-format, mypy"
+	@echo "make lint     ruff, clang-format, mypy, typos, who may import what"
+	@echo "make docs     the documentation, as a site in build/site"
 	@echo "make ptxas    compile the CUDA kernels with nvcc; no warning, no spill, no local memory"
+	@echo "make test-oldest   the fast tests with the oldest Python and libraries that pyproject.toml promises"
 	@echo "make develop  an editable install in $(VENV) (rebuild the kernels by running it again)"
 	@echo "make info     versions, build flags, devices;   make wheel, make format, make clean"
 
@@ -31,6 +36,12 @@ help:
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)"
+	@touch $@
+
+# Beside the libraries: who does not build the documentation need not have its tools.
+$(VENV)/.docs: $(VENV)/.dependencies
+	$(BIN)/python scripts/requirements.py docs > $(VENV)/requirements-docs.txt
+	$(PIP) -r $(VENV)/requirements-docs.txt
 	@touch $@
 
 # The libraries, once; then the package itself, again whenever a source changed (CMake rebuilds only what did).
@@ -59,12 +70,31 @@ demo: install
 test: install
 	cd $(VENV) && bin/pytest -c ../pyproject.toml --rootdir=.. ../tests -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+# In an environment of its own. Neither the emulator nor the study: they ask nothing of a library that the rest does not.
+$(OLDEST)/.dependencies: pyproject.toml scripts/requirements.py
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python scripts/requirements.py --oldest > $(OLDEST)/requirements.txt
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet -r $(OLDEST)/requirements.txt pytest pytest-xdist
+	@touch $@
+
+test-oldest: $(OLDEST)/.dependencies
+	rm -rf build/lib* *.egg-info
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --force-reinstall .
+	cd $(OLDEST) && bin/pytest -c $(CURDIR)/pyproject.toml --rootdir=$(CURDIR) $(CURDIR)/tests -n $(WORKERS) --dist loadfile \
+		--ignore=$(CURDIR)/tests/benchmarks --ignore=$(CURDIR)/tests/test_packaging.py -k "not emulator" $(PYTEST_ARGS)
+
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/typos
 	$(BIN)/python scripts/readme_tables.py --check
+
+# Needs no network once its tools are there.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 ptxas: $(VENV)/.dependencies
 	$(BIN)/python scripts/check_ptxas.py

@@ -1,6 +1,7 @@
-"""Print the requirements that pyproject.toml declares, one a line: ``requirements.py [EXTRA…]``.
+"""Print the requirements that pyproject.toml declares, one a line: ``requirements.py [--oldest] [EXTRA…]``.
 
 The Makefile installs them before the package, so that a change of a source file rebuilds the package alone.
+``--oldest`` prints the oldest versions that are promised, for `make test-oldest`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 
-def main(extras: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     requirements = list(project["dependencies"])
-    for extra in extras:
-        requirements += project["optional-dependencies"][extra]
+    for extra in arguments:
+        if extra != "--oldest":
+            requirements += project["optional-dependencies"][extra]
+    if "--oldest" in arguments:
+        requirements = [requirement.replace(">=", "==") for requirement in requirements]
     print("\n".join(requirements))
 
 

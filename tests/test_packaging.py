@@ -38,6 +38,11 @@ def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def pins() -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    return dict(line.split(";")[0].strip().split("==") for line in lines if line)
+
+
 def run(*command: object, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
         list(map(str, command)),
@@ -117,13 +122,28 @@ def test_versions_agree() -> None:
 
 
 def test_pins_are_exact_and_cover_the_requirements() -> None:
-    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
-    pins = dict(line.split(";")[0].strip().split("==") for line in lines if line)
     declared = project()["project"]
     wanted = itertools.chain(declared["dependencies"], *declared["optional-dependencies"].values())
     names = {re.split(r"[<>=~! ]", requirement)[0].lower() for requirement in wanted}
-    assert names <= set(pins)
-    assert f"TORCH ?= torch=={pins['torch']}\n" in (ROOT / "Makefile").read_text()
+    assert names <= set(pins())
+    assert f"TORCH ?= torch=={pins()['torch']}\n" in (ROOT / "Makefile").read_text()
+
+
+def test_every_requirement_has_a_floor_that_is_below_its_pin() -> None:
+    """The floors are what `make test-oldest` installs; Python's is the first that the classifiers name."""
+    version = pytest.importorskip("packaging.version").Version
+    script = ROOT / "scripts" / "requirements.py"
+    floors = dict(line.split("==") for line in run(sys.executable, script, "--oldest", cwd=ROOT).splitlines())
+    assert len(floors) == len(project()["project"]["dependencies"])
+    for name, floor in floors.items():
+        assert version(floor) < version(pins()[name]), name
+
+    python = re.compile(r"Programming Language :: Python :: (3\.\d+)")
+    named = [found[1] for text in project()["project"]["classifiers"] if (found := python.fullmatch(text))]
+    oldest = min(named, key=version)
+    assert project()["project"]["requires-python"] == f">={oldest}"
+    assert f"OLDEST_PYTHON ?= python{oldest}\n" in (ROOT / "Makefile").read_text()
+    assert project()["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
 
 
 @needs_build_tools

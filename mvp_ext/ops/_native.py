@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch  # noqa: F401  (first: then the kernels share torch's OpenMP runtime and its number of threads)
 
 _C: ModuleType | None
 try:
-    from mvp_ext import _C  # type: ignore[attr-defined, no-redef]
-
+    _C = importlib.import_module("mvp_ext._C")
     _error: ImportError | None = None
 except ImportError as error:
     _C, _error = None, error
