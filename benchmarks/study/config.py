@@ -120,7 +120,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Config:
-    """A study. ``steps``, ``neighbours``, ``similarity``: the default point that factors vary around.
+    """A study. ``steps``, ``neighbours``, ``similarity``: the defaults that factors vary around.
 
     ``rates``: the learning rates tried for each arm, on ``rate_tasks`` development tasks (``costly_rate_tasks`` for
     arms that take many steps); ``more_rates``: others, for arms whose best one lies at the end of these. ``ceiling``:

@@ -331,7 +331,7 @@ def _goal1(questions: Questions, world: str) -> Later:
 
 
 @dataclass
-class _Duel:
+class Duel:
     """The default arm against the universal model, and against the same at the default's learning rate."""
 
     plain: Difference
@@ -343,12 +343,12 @@ class _Duel:
         return self.plain.sign > 0 and (self.equal_rate is None or self.equal_rate.sign > 0)
 
 
-def _duels(questions: Questions, world: str, split: str, **factors: Any) -> list[_Duel]:
+def _duels(questions: Questions, world: str, split: str, **factors: Any) -> list[Duel]:
     """None or one."""
     default = questions.table.results["default arm"]
     plain = questions.ask(world, split, default, "universal", factors, factors)
     equal_rate = questions.ask(world, split, default, EQUAL_RATE_CONTROL, factors, factors)
-    return [] if plain is None else [_Duel(plain, equal_rate)]
+    return [] if plain is None else [Duel(plain, equal_rate)]
 
 
 def _goal2(questions: Questions, _: str) -> Later:
@@ -358,8 +358,8 @@ def _goal2(questions: Questions, _: str) -> Later:
         f"{default} is never significantly worse than universal of equal total cost on one distribution, and beats "
         "it on several domains, at very small keep, or on unseen classes or data"
     )
-    same: list[_Duel] = []
-    elsewhere: list[_Duel] = []
+    same: list[Duel] = []
+    elsewhere: list[Duel] = []
     for world, about in table.worlds.items():
         (elsewhere if about["domains"] else same).extend(_duels(questions, world, "shared"))
         for split in table.splits(world):

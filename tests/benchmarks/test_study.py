@@ -30,7 +30,7 @@ from study.summary import Table, collect  # noqa: E402
 from study.tables import arm_rows, factor_rows, time_rows  # noqa: E402
 from study.tasks import draw_tasks  # noqa: E402
 from study.units import plan, select  # noqa: E402
-from study.verdicts import Difference, Questions, judge  # noqa: E402
+from study.verdicts import Difference, Duel, Questions, judge  # noqa: E402
 from study.worlds import STARTS  # noqa: E402
 
 from mvp_ext.journal import Journal  # noqa: E402
@@ -353,6 +353,17 @@ def test_a_default_that_loses_is_not_supported(finished: Study) -> None:
             row[at["accuracy"]] = universal[row[at["task"]], row[at["seed"]]] - 0.1
     goal = next(v for v in judge(Table(results))[0] if v.name == "Goal 2")
     assert goal.verdict == "refuted"
+
+
+def test_a_win_is_one_at_equal_learning_rates_too() -> None:
+    def difference(value: float, adjusted: float) -> Difference:
+        return Difference("a", "b", "here", stats.Paired(value, 0.01, 0.0, 0.0, adjusted, 9, 9), adjusted)
+
+    won, open_, lost = difference(0.1, 0.01), difference(0.1, 0.3), difference(-0.1, 0.01)
+    assert Duel(won, won).won
+    assert Duel(won, None).won
+    assert not any(Duel(won, other).won for other in (open_, lost))
+    assert not any(Duel(other, won).won for other in (open_, lost))
 
 
 def test_learning_rates_beyond_the_grid() -> None:
