@@ -120,7 +120,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Config:
-    """A study. ``steps``, ``neighbours``, ``similarity``: the default point that factors vary around.
+    """A study. ``steps``, ``neighbours``, ``similarity``: the defaults that factors vary around.
 
     ``rates``: the learning rates tried for each arm, on ``rate_tasks`` development tasks (``costly_rate_tasks`` for
     arms that take many steps); ``more_rates``: others, for arms whose best one lies at the end of these. ``ceiling``:
@@ -169,6 +169,22 @@ class Config:
                 raise ValueError(f"world {name!r}: more_rates: its rates are those of {world.rates_from!r}")
 
 
+@dataclass(frozen=True)
+class Factors:
+    """At which values of all factors an arm is run."""
+
+    steps: int
+    keep: float
+    neighbours: int
+    pick: str = "nearest"
+    similarity: str = "proxy_leep"
+
+
+def default_factors(config: Config, world: str) -> Factors:
+    """Where a world's arms are run unless a part says otherwise, and where their learning rates are chosen."""
+    return Factors(config.steps, config.worlds[world].keep, config.neighbours, similarity=config.similarity)
+
+
 def rates_of(config: Config, world: str, arm: str) -> tuple[float, ...]:
     """The learning rates tried for an arm in a world that has its own (no ``rates_from``)."""
     return (*config.rates, *config.more_rates.get(arm, ()), *config.worlds[world].more_rates)
@@ -180,7 +196,8 @@ def load_config(name: str | Path) -> Config:
     with open(path, "rb") as file:
         raw = tomllib.load(file)
     raw["parts"] = raw.pop("part", [])
-    for world in raw.get("worlds", {}).values():  # "like": another world's values, some replaced
+    # "like": another world's values, some replaced.
+    for world in raw.get("worlds", {}).values():
         if like := world.pop("like", None):
             for key, value in raw["worlds"][like].items():
                 world.setdefault(key, value)
@@ -202,14 +219,11 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         except TypeError as error:
             raise ValueError(f"{where}: {error}") from None
     if origin in (Union, types.UnionType):
-        return (
-            value
-            if value is None
-            else _build(next(a for a in arguments if a is not type(None)), value, where)
-        )
+        inner = next(a for a in arguments if a is not type(None))
+        return None if value is None else _build(inner, value, where)
     if origin is tuple:
-        inner = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
-        return tuple(_build(k, v, where) for k, v in zip(inner, value, strict=True))
+        kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
+        return tuple(_build(k, v, where) for k, v in zip(kinds, value, strict=True))
     if origin is dict:
         return {k: _build(arguments[1], v, f"{where}: {k}") for k, v in value.items()}
     if origin is Literal:

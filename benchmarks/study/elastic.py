@@ -18,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from mvp_ext.data.images import content_hash
-from mvp_ext.data.tasks import TaskData
+from mvp_ext.data.tasks import Task, TaskData
+from mvp_ext.model.checkpoint import load_pruned, save_pruned
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import expand_state, prune_model
+from mvp_ext.pruning.build import pooled_task
+from mvp_ext.pruning.job import Job
 from mvp_ext.pruning.vote import vote_mask, weight_prior
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
 from mvp_ext.train.cost import Cost
@@ -40,6 +44,7 @@ class ElasticOptions:
         draws: masks a step. From two on, the first two have the smallest and the largest ratio (sandwich rule).
         voted: share of the masks that are a vote of some of the zoo's entries; the others are random.
         voters: how many entries vote.
+        align: kept counts of filters and neurons are rounded to multiples of this.
     """
 
     smallest: float = 0.05
@@ -47,6 +52,7 @@ class ElasticOptions:
     draws: int = 1
     voted: float = 0.5
     voters: int = 5
+    align: int = 8
 
     def __post_init__(self) -> None:
         if not 0.0 < self.smallest <= self.largest <= 1.0:
@@ -60,6 +66,52 @@ class ElasticOptions:
             )
 
 
+def build_elastic(
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    path: Path,
+    *,
+    steps: int,
+    masks: Sequence[Mask] = (),
+    options: ElasticOptions | None = None,
+    scope: str | None = None,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Cost | None:
+    """One set of dense-shape weights for all classes of the tasks, from which any vote at any ratio can be cut.
+
+    Trained by ``train_elastic``, whose arguments these are, and written to ``path``. None if it is there already; what
+    was interrupted goes on.
+    """
+    if path.exists():
+        return None
+    structure = find_structure(backbone.model, scope)
+    pooled = pooled_task(tasks, "elastic", seed)
+    trained, cost = train_elastic(
+        backbone,
+        pooled.split(),
+        structure,
+        steps=steps,
+        masks=masks,
+        options=options,
+        recipe=recipe,
+        seed=seed,
+        on_step=progress,
+        resume=path.with_suffix(".partial"),
+    )
+    extra = {"classes": list(pooled.classes), "cost": cost.to_dict()}
+    save_pruned(trained, path, mask=Mask.full(structure), structure=structure, extra=extra)
+    return cost
+
+
+def cut_elastic(path: Path, job: Job, mask: Mask) -> nn.Module:
+    """The small model of ``mask``, cut from the elastic weights in ``path``."""
+    with job.cost.timed():
+        stored = load_pruned(path, job.backbone.device)
+        return prune_model(stored.model, mask, structure=job.structure)
+
+
 def train_elastic(
     backbone: Backbone,
     data: TaskData,
@@ -69,7 +121,6 @@ def train_elastic(
     options: ElasticOptions | None = None,
     masks: Sequence[Mask] = (),
     recipe: Recipe | None = None,
-    align: int = 8,
     seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
     resume: Path | None = None,
@@ -97,14 +148,14 @@ def train_elastic(
         cost.refit_flops += len(features) * teacher.flops
         model = backbone.copy_model()
         set_head(model, class_mean_head(features, data.train_labels, data.num_classes))
-        draw = _Draw(backbone.model, structure, options, tuple(masks), align, seed)
+        draw = _Draw(backbone.model, structure, options, tuple(masks), seed)
     run = RunFile(
         resume,
         {
             "backbone": BackboneIdentity.of(backbone.model, structure).to_meta(),
             "images": content_hash([data.train_images, data.train_labels], data.class_names),
             "masks": content_hash([mask.to_vector() for mask in masks], ()),
-            "others": [asdict(options), asdict(recipe), steps, align, seed, asdict(backbone.preprocessing)],
+            "others": [asdict(options), asdict(recipe), steps, seed, asdict(backbone.preprocessing)],
         },
     )
     trainer = _ElasticTrainer(model, data, backbone, recipe, draw, seed=seed, teacher=teacher, cost=cost)
@@ -130,7 +181,6 @@ class _Draw:
     structure: Structure
     options: ElasticOptions
     masks: tuple[Mask, ...]
-    align: int
     seed: int
 
     def __call__(self, step: int) -> list[Mask]:
@@ -146,12 +196,11 @@ class _Draw:
         keep = math.exp(low + share * (high - low))
         seed = int(torch.randint(2**31, (1,), generator=generator))
         if not self.masks or kind >= options.voted:
-            return Mask.random(self.structure, keep, seed, self.align)
+            return Mask.random(self.structure, keep, seed, options.align)
         chosen = torch.randperm(len(self.masks), generator=generator)[: options.voters].tolist()
         prior = weight_prior(self.model, self.structure)
-        return vote_mask(
-            [self.masks[i] for i in chosen], self.structure, keep=keep, prior=prior, align=self.align
-        )
+        voters = [self.masks[i] for i in chosen]
+        return vote_mask(voters, self.structure, keep=keep, prior=prior, align=options.align)
 
 
 class _ElasticTrainer(Trainer):
@@ -168,9 +217,8 @@ class _ElasticTrainer(Trainer):
     ) -> None:
         super().__init__(model, data, backbone.preprocessing, recipe, **options)
         self._draw = draw
-        self._flops_of: dict[
-            tuple[int, ...], int
-        ] = {}  # kept counts → FLOPs: few shapes come again and again
+        # Kept counts → FLOPs of one image: few shapes come again and again.
+        self._flops_of: dict[tuple[int, ...], int] = {}
 
     def _backward(self, batch: Tensor, labels: Tensor, step: int) -> float:
         masks = self._draw(step)

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 from mvp_ext.app.plots import MARKERS, Theme, add_legend, dense_line, new_figure
 from mvp_ext.app.results import flops_text, seconds_text
 
-from .stats import Scores, by_task, mean_error
+from .stats import Scores, mean_of
 from .summary import Table
 from .verdicts import layer_overlaps
 
@@ -109,8 +109,8 @@ def _dense(table: Table, world: str, runs: set[Any]) -> float | None:
 
 def _percent(scores: Scores, runs: set[Any]) -> tuple[float, float]:
     """Mean and standard error over tasks of these runs."""
-    mean, error = mean_error(list(by_task({k: scores[k] for k in runs}).values()))
-    return 100 * mean, 100 * (error or 0.0)
+    mean = mean_of({k: scores[k] for k in runs})
+    return 100 * mean.value, 100 * (mean.error or 0.0)
 
 
 def _curves(theme: Theme, lines: Any, label: str, log: bool, ceiling: float | None) -> Figure:
@@ -228,7 +228,7 @@ def _pareto(theme: Theme, table: Table, world: str, latency: Any) -> Figure:
             name = f"Torch-Pruning, keep {keep:g}" if arm.startswith("Torch") else f"keep {keep:g}"
             scores = table.scores(world, "shared", arm, keep=keep)
             if name in latency and scores:
-                points.append((at_one(name), 100 * mean_error(list(by_task(scores).values()))[0]))
+                points.append((at_one(name), 100 * mean_of(scores).value))
         if points:
             x, y = zip(*sorted(points), strict=True)
             axes.plot(x, y, color=theme.colour(position), marker=MARKERS[position], lw=1.5, ms=6, label=arm)

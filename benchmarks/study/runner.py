@@ -7,13 +7,17 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypedDict
 
-from .journal import Journal
+from mvp_ext.journal import Journal
+
+from .keys import parse
 from .study import Study
 from .units import Unit
 
-WAIT_SECONDS = 2.0  # before looking again for work while another process has what is needed next
+# Before looking again for work while another process has what is needed next.
+WAIT_SECONDS = 2.0
 
 
 def run(
@@ -72,13 +76,14 @@ def _try(
 def _others_work(left: Sequence[Unit], failed: Sequence[str]) -> bool:
     """Whether anything that is left may still become ready: something in it does not hang on a failed unit."""
     lost = set(failed)
-    for unit in left:  # in the plan's order: what a unit needs comes before it
+    # In the plan's order: what a unit needs comes before it.
+    for unit in left:
         if lost.intersection(unit.needs):
             lost.add(unit.key)
     return any(unit.key not in lost for unit in left)
 
 
-class Progress(TypedDict):
+class PartProgress(TypedDict):
     """One part's state: units done, seconds spent, seconds still needed (by the medians so far; None: unknown)."""
 
     part: str
@@ -88,7 +93,7 @@ class Progress(TypedDict):
     left: float | None
 
 
-def progress(journal: Journal, units: Sequence[Unit]) -> list[Progress]:
+def progress(journal: Journal, units: Sequence[Unit]) -> list[PartProgress]:
     """Per part, in the plan's order. A unit takes about as long as those of the same kind (arm, point) did."""
     spent: dict[str, list[float]] = defaultdict(list)
     by_part: dict[str, list[Unit]] = defaultdict(list)
@@ -96,7 +101,7 @@ def progress(journal: Journal, units: Sequence[Unit]) -> list[Progress]:
         by_part[unit.part].append(unit)
         if unit.key in journal:
             spent[kind_of(unit)].append(journal.records[unit.key]["seconds"])
-    rows: list[Progress] = []
+    rows: list[PartProgress] = []
     for part, members in by_part.items():
         done = [unit for unit in members if unit.key in journal]
         left: float | None = 0.0
@@ -112,6 +117,6 @@ def progress(journal: Journal, units: Sequence[Unit]) -> list[Progress]:
 
 
 def kind_of(unit: Unit) -> str:
-    """A key without its task, seed and learning rate."""
-    words = unit.key.split("/")
-    return "/".join(words[:3]) if words[1] == "rate" else "/".join(w for w in words[:4] if "-0" not in w)
+    """A unit's key without its task, seed and learning rate."""
+    key = parse(unit.key)
+    return str(replace(key, at="" if key.kind == "rate" else key.at, split="", seed=None))

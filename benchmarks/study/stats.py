@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from mvp_ext.app.results import Mean
+
 Scores = Mapping[tuple[Hashable, int], float]  # (task, seed) → accuracy
 
 
@@ -31,6 +33,11 @@ class Paired:
     tasks: int
     runs: int
 
+    @property
+    def percent(self) -> str:
+        """``+1.3 ± 0.4``, in percentage points."""
+        return Mean(self.difference, self.error).percent(sign=True)
+
 
 def by_task(scores: Scores) -> dict[Hashable, float]:
     """Each task's mean over its seeds."""
@@ -40,13 +47,9 @@ def by_task(scores: Scores) -> dict[Hashable, float]:
     return {task: math.fsum(values) / len(values) for task, values in grouped.items()}
 
 
-def mean_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard error (None for a single value)."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+def mean_of(scores: Scores) -> Mean:
+    """Mean and standard error over tasks."""
+    return Mean.of(list(by_task(scores).values()))
 
 
 def paired(first: Scores, second: Scores) -> Paired | None:
@@ -56,12 +59,15 @@ def paired(first: Scores, second: Scores) -> Paired | None:
         return None
     per_task = by_task({key: first[key] - second[key] for key in common})
     differences = np.array([per_task[task] for task in sorted(per_task, key=repr)])
-    mean, error = mean_error(differences.tolist())
-    half = float(stats.t.ppf(0.975, len(differences) - 1)) * error if error else 0.0
+    freedom = len(differences) - 1
+    found = Mean.of(differences.tolist())
+    mean, error = found.value, found.error
+    half = float(stats.t.ppf(0.975, freedom)) * error if error else 0.0
     p = 1.0
     if error:
-        p = float(2 * stats.t.sf(abs(mean) / error, len(differences) - 1))
-    elif error == 0 and mean != 0:  # the same difference on every task
+        p = float(2 * stats.t.sf(abs(mean) / error, freedom))
+    elif error == 0 and mean != 0:
+        # The same difference on every task.
         p = 0.0
     return Paired(mean, error, mean - half, mean + half, p, len(differences), len(common))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
 import json
 import math
 import time
@@ -16,29 +16,25 @@ import torch
 
 from mvp_ext.app.environment import environment
 from mvp_ext.app.peers import prune_with_torch_pruning
+from mvp_ext.journal import Journal
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops, measure
-from mvp_ext.pruning.iterative import Schedule, round_ratios
-from mvp_ext.pruning.prune import prune
-from mvp_ext.pruning.vote import VoteOptions, proxy_leep, small_model
+from mvp_ext.pruning.iterative import round_ratios
+from mvp_ext.pruning.prune import RunOptions, prune
+from mvp_ext.pruning.settings import Schedule
+from mvp_ext.pruning.vote import proxy_leep, small_model
 from mvp_ext.storage import write_atomic
+from mvp_ext.train.backbone import extract_features
 from mvp_ext.train.cost import BACKWARD_FACTOR, use_clock
 from mvp_ext.zoo.entry import ZooEntry
 
-from .arms import ARMS, Arm, Point, Run
-from .config import Config, rates_of
-from .journal import Journal
-from .units import REFERENCE_ARM, rate_key
-from .worlds import WorldAtWork
+from .arms import ARMS, REFERENCE_ARM, Run
+from .config import Config, Factors, default_factors, rates_of
+from .keys import rate_key
+from .worlds import PreparedWorld
 
-SHARES = (
-    0.1,
-    0.15,
-    0.25,
-    0.4,
-    0.6,
-    0.8,
-)  # removed a round by iterative pruning; the finest that a budget allows
+# Removed a round by iterative pruning; the finest that a budget allows.
+SHARES = (0.1, 0.15, 0.25, 0.4, 0.6, 0.8)
 
 
 class Study:
@@ -52,30 +48,30 @@ class Study:
         self.config, self.folder, self.files = config, folder, files
         folder.mkdir(parents=True, exist_ok=True)
         self._check_identity()
-        self.journal = Journal(folder)
-        self._worlds: dict[str, WorldAtWork] = {}
+        self.journal = Journal(folder / "journal.jsonl")
+        self._worlds: dict[str, PreparedWorld] = {}
         torch.set_num_threads(config.threads)
         use_clock({"wall": time.perf_counter, "cpu": time.process_time}[config.clock])
 
-    def world(self, name: str) -> WorldAtWork:
+    def world(self, name: str) -> PreparedWorld:
         if name not in self._worlds:
             folder = self.folder / name
             folder.mkdir(exist_ok=True)
-            self._worlds[name] = WorldAtWork(name, self.config.worlds[name], folder, self.files)
+            self._worlds[name] = PreparedWorld(name, self.config.worlds[name], folder, self.files)
         return self._worlds[name]
 
     # ---- arms
 
     def run_arm(
-        self, world: str, arm: str, point: Point, split: str, index: int, seed: int
+        self, world: str, arm: str, factors: Factors, split: str, index: int, seed: int
     ) -> dict[str, Any]:
-        return self._run(ARMS[arm], Run(self.world(world), split, index, seed, point), self.rate(world, arm))
+        run = Run(self.world(world), ARMS[arm], split, index, seed, factors)
+        return self._run(run, self.rate(world, arm))
 
     def run_rate(self, world: str, arm: str, rate: float, index: int) -> dict[str, Any]:
         """One arm with one learning rate on a development task."""
-        c = self.config
-        point = Point(c.steps, c.worlds[world].keep, c.neighbours, "nearest", c.similarity)
-        return self._run(ARMS[arm], Run(self.world(world), "development", index, 0, point), rate)
+        factors = default_factors(self.config, world)
+        return self._run(Run(self.world(world), ARMS[arm], "development", index, 0, factors), rate)
 
     def rate(self, world: str, arm: str) -> float:
         """The learning rate with the best mean accuracy on the development tasks; the smaller one if two are equal."""
@@ -83,51 +79,47 @@ class Study:
 
     def rate_scores(self, world: str, arm: str) -> dict[float, float]:
         """Learning rate → mean accuracy on the development tasks that it was tried on."""
-        world = self.config.worlds[world].rates_from or world
-        arm = ARMS[arm].rate_of or arm
-        scores = {}
-        for rate in rates_of(self.config, world, arm):
-            keys = [rate_key(world, arm, rate, i) for i in range(self.config.worlds[world].development)]
-            found = [self.journal.result(key)["accuracy"] for key in keys if key in self.journal]
-            if found:
-                scores[rate] = math.fsum(found) / len(found)
-        return scores
+        found = self._rate_results(world, ARMS[arm].rate_of or arm)
+        return {
+            rate: math.fsum(r["accuracy"] for r in results) / len(results) for rate, results in found.items()
+        }
 
-    def _run(self, arm: Arm, run: Run, rate: float) -> dict[str, Any]:
-        world, point = run.world, run.point
-        steps, schedule = point.steps, world.schedule("distilled")
+    def _rate_results(self, world: str, arm: str) -> dict[float, list[dict[str, Any]]]:
+        world = self.config.worlds[world].rates_from or world
+        found: dict[float, list[dict[str, Any]]] = {}
+        for rate in rates_of(self.config, world, arm):
+            for index in range(self.config.worlds[world].development):
+                key = rate_key(world, arm, rate, index)
+                if key in self.journal:
+                    found.setdefault(rate, []).append(self.journal.result(key))
+        return found
+
+    def _run(self, run: Run, rate: float) -> dict[str, Any]:
+        world, arm, factors = run.world, run.arm, run.factors
+        steps, schedule = factors.steps, world.schedule("distilled")
         method: Any = "ifp"
-        if arm.ifp_cost is not None:
-            if math.isfinite(arm.ifp_cost):
-                schedule = self.budgeted_schedule(run, arm.ifp_cost)
-            steps = schedule.final_steps
-        else:
-            start = arm.start
-            assert start is not None
-            method = functools.partial(start, run)
+        if arm.start is not None:
+            method = functools.partial(arm.start, run)
             method.__name__ = arm.name
+        else:
+            if arm.ifp_cost != math.inf:
+                schedule = self.budgeted_schedule(run)
+            steps = schedule.final_steps
         try:
             result = prune(
                 world.backbone,
                 world.task(run.split, run.index),
-                zoo=None,
-                keep=point.keep,
-                steps=steps,
+                settings=world.settings(factors.keep, schedule, rate=rate, seed=1009 * run.seed + run.index),
                 method=method,
-                scope=world.config.scope,
-                align=world.config.align,
-                recipe=world.recipe.with_rate(rate),
-                schedule=schedule,
-                vote=VoteOptions(neighbours=point.neighbours, similarity=point.similarity),
-                seed=1009 * run.seed + run.index,
-                features=world.features(run.split, run.index),
+                steps=steps,
+                vote=run.vote,
+                run=RunOptions(features=world.features(run.split, run.index)),
             )
-        except (
-            FloatingPointError
-        ) as error:  # a learning rate that is far too large is a result, not a failure
+        except FloatingPointError as error:
+            # A learning rate that is far too large is a result, not a failure.
             return {"accuracy": 0.0, "trained": 0.0, "rate": rate, "diverged": str(error)}
         if arm.ifp_cost == math.inf:
-            path = world.own_mask_path(run.split, run.index, run.seed, point.keep)
+            path = world.own_mask_path(run.split, run.index, run.seed, factors.keep)
             path.parent.mkdir(exist_ok=True)
             result.mask.save(path)
         return {
@@ -140,44 +132,40 @@ class Study:
             "parameters": result.parameters,
         }
 
-    def budgeted_schedule(self, run: Run, times: float) -> Schedule:
-        """Iterative pruning within ``times`` MVP's FLOPs: at most half for the removals, the rest for the final steps.
+    def budgeted_schedule(self, run: Run) -> Schedule:
+        """Iterative pruning within the arm's multiple of MVP's FLOPs: at most half for the removals, the rest for the
+        final steps.
 
         The finest removal that fits is taken; the coarsest, with no final steps, where none does.
         """
-        world, keep, batch = run.world, run.point.keep, run.world.recipe.batch_size
+        assert run.arm.ifp_cost is not None
+        world, keep, batch = run.world, run.factors.keep, run.world.recipe.batch_size
         images = len(world.task(run.split, run.index).split().train_labels)
         base = world.schedule("distilled")
         dense = self._image_flops(world, 1.0)
         fixed = images * (dense + self._image_flops(world, keep))
-        budget = times * self.reference_flops(run) - fixed
+        budget = run.arm.ifp_cost * self.reference_flops(run) - fixed
 
         def step(ratio: float) -> float:
             return batch * (BACKWARD_FACTOR * self._image_flops(world, ratio) + dense)
 
-        for share, steps in [(share, steps) for share in SHARES for steps in (10, 5, 2, 1)]:
+        for share, steps in itertools.product(SHARES, (10, 5, 2, 1)):
             schedule = replace(base, share=share, steps_per_round=steps)
-            ratios = round_ratios(world.structure, keep, world.config.align, schedule)
+            ratios = round_ratios(world.structure, world.settings(keep, schedule))
             scored = [1.0, *ratios[:-1]]
             scoring = BACKWARD_FACTOR * batch * schedule.score_batches
-            removal = sum(scoring * self._image_flops(world, r) for r in scored) + steps * sum(
-                map(step, ratios)
-            )
+            removal = sum(scoring * self._image_flops(world, ratio) for ratio in scored)
+            removal += steps * sum(step(ratio) for ratio in ratios)
             if removal <= budget / 2:
-                return replace(schedule, final_steps=int((budget - removal) / step(keep)))
+                break
         return replace(schedule, final_steps=max(0, int((budget - removal) / step(keep))))
 
     def reference_flops(self, run: Run) -> float:
-        """What MVP cost, on average, on the development tasks."""
-        world = self.config.worlds[run.world.name].rates_from or run.world.name
-        costs = [
-            record["result"]["cost"]["flops"]
-            for key, record in sorted(self.journal.records.items())
-            if key.startswith(f"{world}/rate/{REFERENCE_ARM}/") and "cost" in record["result"]
-        ]
-        return costs[0]  # the same for every rate and task: shapes and steps decide it
+        """What MVP cost on a development task: the same for every rate and task, for shapes and steps decide it."""
+        found = self._rate_results(run.world.name, REFERENCE_ARM)
+        return next(r["cost"]["flops"] for results in found.values() for r in results if "cost" in r)
 
-    def _image_flops(self, world: WorldAtWork, keep: float) -> int:
+    def _image_flops(self, world: PreparedWorld, keep: float) -> int:
         cache = self.__dict__.setdefault("_flops", {})
         key = (world.name, round(keep, 6))
         if key not in cache:
@@ -207,10 +195,8 @@ class Study:
         kept = [layer.units and entries[0].mask.kept[layer.name] / layer.units for layer in world.structure]
         return {"layers": layers, "kept": kept, "pairs": pairs, "ious": ious, "two seeds": ceiling}
 
-    def _similarities(self, world: WorldAtWork, entries: list[ZooEntry]) -> np.ndarray:
+    def _similarities(self, world: PreparedWorld, entries: list[ZooEntry]) -> np.ndarray:
         """[i, j]: proxy-LEEP of entry i for the task of entry j, on 500 of its training images."""
-        from mvp_ext.train.backbone import extract_features
-
         near = np.zeros((len(entries), len(entries)))
         described = [entry.read().extra for entry in entries]
         for j, task in enumerate(world.tasks.zoo):
@@ -266,9 +252,7 @@ def _identity(config: Config) -> dict[str, Any]:
         values = asdict(world)
         values["splits"] = {k: {**v, "count": None} for k, v in values["splits"].items()}
         worlds[f"world {name}"] = values
-    defaults = {
-        k: v for k, v in dataclasses.asdict(config).items() if k in ("rates", "rate_tasks", "threads")
-    }
+    defaults = {name: getattr(config, name) for name in ("rates", "rate_tasks", "threads")}
     return {**worlds, **defaults}
 
 

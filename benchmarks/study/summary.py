@@ -23,11 +23,13 @@ from typing import Any
 from mvp_ext.app.environment import environment
 from mvp_ext.train.cost import Cost
 
-from .arms import ARMS, Point
+from .arms import ARMS
+from .config import Factors
+from .keys import factors_text, parse, universal_key, world_key, zoo_key
 from .runner import progress
 from .stats import Scores
 from .study import Study
-from .units import Unit, point_text
+from .units import Unit
 from .worlds import STARTS
 
 FORMAT = 1
@@ -55,24 +57,22 @@ def collect(study: Study, units: Sequence[Unit], command: str = "") -> dict[str,
         made: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         dense: dict[str, dict[int, float]] = defaultdict(dict)
         extra: dict[str, Any] = {}
-        for key, record in journal.records.items():
-            owner, kind, *rest = key.split("/")
-            result = record["result"]
-            if owner != name:
+        for text, record in journal.records.items():
+            key, result = parse(text), record["result"]
+            if key.world != name:
                 continue
-            if kind == "arm":
-                split, _, index = rest[2].rpartition("-")
+            if key.kind == "arm":
                 cost = result.get("cost", {})
                 numbers = [cost.get("flops", 0), round(cost.get("seconds", 0.0), 3), cost.get("steps", 0)]
-                head = [name, split, int(index), int(rest[3][1:]), rest[0], rest[1]]
+                head = [name, key.split, key.index, key.seed, key.arm, key.at]
                 rows.append([*head, result["accuracy"], *numbers, result.get("flops", 0)])
-            elif kind == "features":
-                split, _, index = rest[0].rpartition("-")
-                dense[split][int(index)] = result["accuracy"]
-            elif kind in ("overlap", "latency"):
-                extra[kind] = result
-            elif kind != "rate" and rest[-1:] != ["s1"]:  # a second seed only says what chance does
-                entry = made["/".join([kind, *rest[:1]])]
+            elif key.kind == "features":
+                dense[key.split][key.index] = result["accuracy"]
+            elif key.kind in ("overlap", "latency"):
+                extra[key.kind] = result
+            elif key.kind != "rate" and key.seed != 1:
+                # An entry's second seed only says what chance does.
+                entry = made[key.made]
                 entry["count"] += 1
                 cost = Cost.from_dict(result["cost"]).to_dict()
                 for field in ("seconds", "flops", "steps"):
@@ -124,17 +124,17 @@ class Table:
     def __init__(self, results: Mapping[str, Any]) -> None:
         self.results = results
         self.worlds: dict[str, Any] = results["worlds"]
-        self._runs: dict[tuple[str, str, str, str], dict[tuple[int, int], dict[str, float]]] = defaultdict(
-            dict
-        )
+        # (world, split, arm, factors) → (task, seed) → row.
+        self._runs: dict[tuple[str, str, str, str], dict[tuple[int, int], Any]] = defaultdict(dict)
         for values in results["rows"]:
             row = dict(zip(results["columns"], values, strict=True))
             self._runs[row["world"], row["split"], row["arm"], row["point"]][row["task"], row["seed"]] = row
 
-    def point(self, world: str, **changes: Any) -> Point:
-        """The default point of a world, some of its values replaced."""
+    def factors(self, world: str, **changes: Any) -> Factors:
+        """The defaults of a world, some of them replaced."""
         w = self.worlds[world]
-        return replace(Point(w["steps"], w["keep"], w["neighbours"], "nearest", w["similarity"]), **changes)
+        default = Factors(w["steps"], w["keep"], w["neighbours"], similarity=w["similarity"])
+        return replace(default, **changes)
 
     def runs(
         self, world: str, split: str, arm: str, **changes: Any
@@ -142,7 +142,7 @@ class Table:
         """(task, seed) → row, of an arm at a point."""
         if arm not in ARMS:
             return {}
-        text = point_text(ARMS[arm], self.point(world, **changes))
+        text = factors_text(arm, self.factors(world, **changes))
         return dict(self._runs.get((world, split, arm, text), {}))
 
     def scores(self, world: str, split: str, arm: str, **changes: Any) -> Scores:
@@ -151,7 +151,7 @@ class Table:
     def values(self, world: str, split: str, arm: str, factor: str) -> list[Any]:
         """The values of one factor for which an arm has runs, the others at their defaults, ascending."""
         candidates = sorted({v for part in self.results["config"]["parts"] for v in part[factor]}, key=repr)
-        default = getattr(self.point(world), factor)
+        default = getattr(self.factors(world), factor)
         found = [v for v in {*candidates, default} if self.runs(world, split, arm, **{factor: v})]
         return sorted(found, key=lambda v: (isinstance(v, str), v))
 
@@ -162,23 +162,20 @@ class Table:
     def splits(self, world: str, kinds: Iterable[str] = ("shared", "hidden", "other")) -> list[str]:
         return [split for split, kind in self.worlds[world]["kinds"].items() if kind in kinds]
 
-    def shared_cost(self, world: str, arm: str, keep: float | None = None) -> dict[str, float]:
+    def shared_cost(self, world: str, arm_name: str, keep: float | None = None) -> dict[str, float]:
         """Seconds, FLOPs and steps of what an arm needs that is made once; 0 where it needs nothing."""
-        total = {"seconds": 0.0, "flops": 0.0, "steps": 0.0}
-        keep = self.worlds[world]["keep"] if keep is None else keep
-        names: list[str] = []
-        for need in ARMS[arm].needs:
-            if need == "elastic":
-                names += ["elastic", f"zoo plain/k{self.worlds[world]['keep']:g}"]
-            else:
-                names.append(f"{need}/k{keep:g}")
-                kind, _, which = need.partition(" ")
-                if kind == "zoo" and which in STARTS:
-                    names.append(f"universal {STARTS[which]}/k{keep:g}")
-        for name in names:
-            for field in total:
-                total[field] += self.worlds[world]["made"].get(name, {}).get(field, 0.0)
-        return total
+        arm, w = ARMS[arm_name], self.worlds[world]
+        keep = w["keep"] if keep is None else keep
+        keys = []
+        if arm.elastic:
+            # And the zoo whose masks the weights were trained under.
+            keys += [world_key(world, "elastic"), zoo_key(world, "plain", w["keep"], 0, 0)]
+        elif arm.zoo:
+            keys.append(zoo_key(world, arm.zoo, keep, 0, 0))
+        for kind in filter(None, (arm.universal, STARTS.get(arm.zoo))):
+            keys.append(universal_key(world, kind, keep))
+        costs = [w["made"].get(parse(key).made, {}) for key in keys]
+        return {kind: sum(cost.get(kind, 0.0) for cost in costs) for kind in ("seconds", "flops", "steps")}
 
 
 def _commit() -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mvp_ext.app.results import flops_text, seconds_text
+from mvp_ext.app.results import Mean, flops_text, seconds_text
 
 from .arms import ARMS
-from .stats import by_task, mean_error
+from .stats import mean_of
 from .summary import Table
-from .verdicts import Comparison, Questions
+from .verdicts import Difference, Questions
 
 CONTROL = "universal"
 FACTORS = {
@@ -45,21 +45,21 @@ def arm_rows(answers: Table, world: str, split: str) -> list[list[str]]:
     """One row an arm at the default point, best first, and the dense model."""
     questions = Questions(answers)
     about = answers.worlds[world]
-    compared = {
+    differences = {
         arm: questions.ask(world, split, arm, CONTROL) if arm != CONTROL else None
         for arm in answers.arms(world, split)
     }
     questions.correct()
     ranked = []
-    for arm, comparison in compared.items():
+    for arm, found in differences.items():
         runs = answers.runs(world, split, arm)
         cost = {k: sum(r[k] for r in runs.values()) / len(runs) for k in ("steps", "flops", "seconds")}
         once = answers.shared_cost(world, arm)["seconds"]
         rate = about["chosen"].get(arm)
         row = [
             arm,
-            _mean_text(runs),
-            *_difference_texts(comparison),
+            _mean(runs).percent(),
+            *_difference_texts(found),
             _counts_text(runs),
             f"{cost['steps']:g}",
             flops_text(cost["flops"]),
@@ -67,9 +67,10 @@ def arm_rows(answers: Table, world: str, split: str) -> list[list[str]]:
             seconds_text(once) if once else "",
             f"{rate:g}" if rate else "",
         ]
-        # By the paired difference: arms that ran on fewer tasks have means of other tasks.
-        alone = comparison is None and arm != CONTROL  # shares no run with the control: after those that do
-        rank = comparison.paired.difference if comparison else 0.0 if arm == CONTROL else _mean(runs)[0]
+        # By the paired difference: arms that ran on fewer tasks have means of other tasks. One that shares no run with
+        # the control comes after those that do.
+        alone = found is None and arm != CONTROL
+        rank = found.paired.difference if found else 0.0 if arm == CONTROL else _mean(runs).value
         ranked.append(((alone, -rank), row))
     rows = [row for _, row in sorted(ranked, key=lambda item: item[0])]
     if rows and (dense := about["dense"].get(split)):
@@ -100,16 +101,17 @@ def factor_rows(answers: Table, world: str) -> list[list[str]]:
     questions, asked = Questions(answers), []
     for factor, name in FACTORS.items():
         found = {arm: answers.values(world, "shared", arm, factor) for arm in ARMS}
-        default = getattr(answers.point(world), factor)
+        default = getattr(answers.factors(world), factor)
         for value in dict.fromkeys(v for values in found.values() for v in values):
             for arm in [arm for arm, values in found.items() if value in values and value != default]:
                 there = {factor: value}
                 runs = answers.runs(world, "shared", arm, **there)
                 if runs == answers.runs(world, "shared", arm):
-                    continue  # the factor is nothing to this arm
-                control = (
-                    None if arm == CONTROL else questions.ask(world, "shared", arm, CONTROL, there, there)
-                )
+                    # The factor is nothing to this arm.
+                    continue
+                control = None
+                if arm != CONTROL:
+                    control = questions.ask(world, "shared", arm, CONTROL, there, there)
                 itself = questions.ask(world, "shared", arm, arm, there)
                 asked.append((f"{name} {value}", arm, runs, control, itself))
     questions.correct()
@@ -117,7 +119,7 @@ def factor_rows(answers: Table, world: str) -> list[list[str]]:
         [
             title,
             arm,
-            _mean_text(runs),
+            _mean(runs).percent(),
             *_difference_texts(control),
             *_difference_texts(itself),
             _counts_text(runs),
@@ -168,25 +170,14 @@ def time_rows(answers: Table) -> list[list[str]]:
 Runs = Mapping[tuple[int, int], Mapping[str, float]]  # (task, seed) → row
 
 
-def _mean(runs: Runs) -> tuple[float, float | None]:
-    return mean_error(list(by_task({key: run["accuracy"] for key, run in runs.items()}).values()))
-
-
-def _mean_text(runs: Runs) -> str:
-    return _percent_text(*_mean(runs), "")
+def _mean(runs: Runs) -> Mean:
+    return mean_of({key: run["accuracy"] for key, run in runs.items()})
 
 
 def _counts_text(runs: Runs) -> str:
     return f"{len({task for task, _ in runs})}, {len(runs)}"
 
 
-def _difference_texts(comparison: Comparison | None) -> tuple[str, str]:
+def _difference_texts(found: Difference | None) -> tuple[str, str]:
     """The difference and its corrected p."""
-    if comparison is None:
-        return "", ""
-    paired = comparison.paired
-    return _percent_text(paired.difference, paired.error, "+"), f"{comparison.adjusted:.2g}"
-
-
-def _percent_text(value: float, error: float | None, sign: str) -> str:
-    return f"{100 * value:{sign}.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+    return ("", "") if found is None else (found.paired.percent, f"{found.adjusted:.2g}")

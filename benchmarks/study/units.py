@@ -7,18 +7,15 @@ So arms and parts may be added to a study that has begun.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .arms import ARMS, Arm, Point
-from .config import Config, Part, rates_of
+from .arms import ARMS, REFERENCE_ARM
+from .config import Config, Factors, Part, default_factors, rates_of
+from .keys import arm_key, features_key, rate_key, universal_key, world_key, zoo_key
+from .study import Study
 from .worlds import STARTS
-
-if TYPE_CHECKING:
-    from .study import Study
-
-REFERENCE_ARM = "mvp"  # whose cost the iterative arms' budgets are multiples of
 
 
 @dataclass(frozen=True)
@@ -35,28 +32,9 @@ def plan(config: Config) -> list[Unit]:
     """All units, each after what it needs, without repeats."""
     planner = _Planner(config)
     for part in config.parts:
-        for unit in planner.part(part):
-            planner.add(unit)
+        planner.part(part)
         planner.describe(part.world)
     return list(planner.units.values())
-
-
-def arm_key(world: str, arm: str, point: Point, split: str, index: int, seed: int) -> str:
-    """``cifar/arm/mvp/J20 k0.1 N5 nearest proxy_leep/shared-003/s0``; what an arm does not depend on is left out."""
-    return f"{world}/arm/{arm}/{point_text(ARMS[arm], point)}/{split}-{index:03d}/s{seed}"
-
-
-def rate_key(world: str, arm: str, rate: float, index: int) -> str:
-    return f"{world}/rate/{arm}/{rate:g}/development-{index:03d}"
-
-
-def point_text(arm: Arm, point: Point) -> str:
-    words = [f"J{point.steps}"] if arm.ifp_cost is None else []
-    if not arm.dense:
-        words.append(f"k{point.keep:g}")
-    if arm.votes:
-        words += [f"N{point.neighbours}", point.pick, point.similarity]
-    return " ".join(words)
 
 
 class _Planner:
@@ -64,56 +42,51 @@ class _Planner:
         self.config = config
         self.units: dict[str, Unit] = {}
 
-    def add(self, unit: Unit) -> str:
+    def add(
+        self, key: str, part: str, run: Callable[[Study], dict[str, Any]], needs: Sequence[str] = ()
+    ) -> str:
         """Put a unit behind what it needs (which has been added); returns its key."""
-        self.units.setdefault(unit.key, unit)
-        return unit.key
+        self.units.setdefault(key, Unit(key, part, run, tuple(needs)))
+        return key
 
-    def default(self, world: str) -> Point:
-        c = self.config
-        return Point(c.steps, c.worlds[world].keep, c.neighbours, "nearest", c.similarity)
-
-    def part(self, part: Part) -> Iterator[Unit]:
+    def part(self, part: Part) -> None:
         """Task by task, so that a part that is stopped early has all arms on the tasks it got to."""
-        world, default = self.config.worlds[part.world], self.default(part.world)
-        factors = [
+        world, default = self.config.worlds[part.world], default_factors(self.config, part.world)
+        values = [
             part.steps or (default.steps,),
             part.keep or (default.keep,),
             part.neighbours or (default.neighbours,),
             part.pick or (default.pick,),
             part.similarity or (default.similarity,),
         ]
-        points = [Point(*values) for values in itertools.product(*factors)]
+        points = [Factors(*point) for point in itertools.product(*values)]
         for seed in part.seeds:
             for split in part.splits:
                 count = world.development if split == "development" else world.splits[split].count
                 for index in range(min(count, part.tasks or count)):
-                    for arm, point in itertools.product(part.arms, points):
-                        yield self.arm_unit(part.name, part.world, arm, point, split, index, seed)
+                    for arm, factors in itertools.product(part.arms, points):
+                        self.arm(part.name, part.world, arm, factors, split, index, seed)
 
-    def arm_unit(
-        self, part: str, world: str, arm: str, point: Point, split: str, index: int, seed: int
-    ) -> Unit:
-        key = arm_key(world, arm, point, split, index, seed)
+    def arm(
+        self, part: str, world: str, arm: str, factors: Factors, split: str, index: int, seed: int
+    ) -> str:
+        key = arm_key(world, arm, factors, split, index, seed)
         if key in self.units:
-            return self.units[key]
-        needs = [*self.arm_needs(part, world, ARMS[arm], point), self.features(part, world, split, index)]
+            return key
+        needs = [*self.arm_needs(world, arm, factors), self.features(world, split, index)]
         needs += self.rates(world, arm)
         if ARMS[arm].oracle:
-            own = self.arm_unit(part, world, "iterative, full", point, split, index, seed)
-            needs.append(self.add(own))
-        return Unit(key, part, lambda s: s.run_arm(world, arm, point, split, index, seed), tuple(needs))
+            needs.append(self.arm(part, world, "iterative, full", factors, split, index, seed))
+        return self.add(key, part, lambda s: s.run_arm(world, arm, factors, split, index, seed), needs)
 
-    def arm_needs(self, part: str, world: str, arm: Arm, point: Point) -> list[str]:
-        keys = self.backbone(world)
-        for need in arm.needs:
-            kind, _, which = need.partition(" ")
-            if kind == "zoo":
-                keys += self.zoo(world, which, point.keep)
-            elif kind == "universal":
-                keys.append(self.universal(world, which, point.keep))
-            else:
-                keys.append(self.elastic(world))
+    def arm_needs(self, world: str, name: str, factors: Factors) -> list[str]:
+        arm, keys = ARMS[name], self.backbone(world)
+        if arm.elastic:
+            return [*keys, self.elastic(world)]
+        if arm.zoo:
+            keys += self.zoo(world, arm.zoo, factors.keep)
+        if arm.universal:
+            keys.append(self.universal(world, arm.universal, factors.keep))
         return keys
 
     def rates(self, world: str, arm: str) -> list[str]:
@@ -121,25 +94,20 @@ class _Planner:
         config, world = self.config, self.config.worlds[world].rates_from or world
         count = config.costly_rate_tasks if ARMS[arm].costly else config.rate_tasks
         count = min(count, config.worlds[world].development)
-        default, keys = self.default(world), []
+        keys = []
         arm = ARMS[arm].rate_of or arm
         for index in range(count):
-            features = self.features("rates", world, "development", index)
-            needs = [*self.arm_needs("rates", world, ARMS[arm], default), features]
+            features = self.features(world, "development", index)
+            needs = [*self.arm_needs(world, arm, default_factors(config, world)), features]
             if ARMS[arm].ifp_cost is not None:
                 needs += self.reference(world)
             for rate in rates_of(config, world, arm):
-                keys.append(
-                    self.add(
-                        Unit(
-                            rate_key(world, arm, rate, index),
-                            "rates",
-                            lambda s, rate=rate, index=index: s.run_rate(world, arm, rate, index),
-                            tuple(needs),
-                        )
-                    )
-                )
+                keys.append(self.rate(world, arm, rate, index, needs))
         return keys
+
+    def rate(self, world: str, arm: str, rate: float, index: int, needs: Sequence[str]) -> str:
+        key = rate_key(world, arm, rate, index)
+        return self.add(key, "rates", lambda s: s.run_rate(world, arm, rate, index), needs)
 
     def reference(self, world: str) -> list[str]:
         """Runs of MVP whose cost says what the iterative arms may cost."""
@@ -150,59 +118,49 @@ class _Planner:
     def backbone(self, world: str) -> list[str]:
         if not self.config.worlds[world].backbone.pretrain_steps:
             return []
-        return [self.add(Unit(f"{world}/backbone", "backbone", lambda s: s.world(world).make_backbone()))]
+        key = world_key(world, "backbone")
+        return [self.add(key, "backbone", lambda s: s.world(world).make_backbone())]
 
-    def features(self, part: str, world: str, split: str, index: int) -> str:
-        needs = tuple(self.backbone(world))
-        key = f"{world}/features/{split}-{index:03d}"
-        return self.add(Unit(key, "features", lambda s: s.world(world).make_features(split, index), needs))
+    def features(self, world: str, split: str, index: int) -> str:
+        key, needs = features_key(world, split, index), self.backbone(world)
+        return self.add(key, "features", lambda s: s.world(world).make_features(split, index), needs)
 
     def zoo(self, world: str, kind: str, keep: float, seed: int = 0, count: int | None = None) -> list[str]:
         needs = self.backbone(world)
         if kind in STARTS:
             needs = [*needs, self.universal(world, STARTS[kind], keep)]
-        keys = []
-        for index in range(count or self.config.worlds[world].zoo_tasks):
-            keys.append(
-                self.add(
-                    Unit(
-                        f"{world}/zoo {kind}/k{keep:g}/zoo-{index:03d}/s{seed}",
-                        f"zoo {kind}",
-                        lambda s, index=index: s.world(world).make_entry(kind, keep, index, seed),
-                        tuple(needs),
-                    )
-                )
-            )
-        return keys
+        count = count or self.config.worlds[world].zoo_tasks
+        return [self.entry(world, kind, keep, index, seed, needs) for index in range(count)]
 
-    def universal(self, world: str, kind: str, keep: float) -> str:
+    def entry(self, world: str, kind: str, keep: float, index: int, seed: int, needs: Sequence[str]) -> str:
+        key = zoo_key(world, kind, keep, index, seed)
         return self.add(
-            Unit(
-                f"{world}/universal {kind}/k{keep:g}",
-                f"universal {kind}",
-                lambda s: s.world(world).make_universal(kind, keep),
-                tuple(self.backbone(world)),
-            )
+            key, f"zoo {kind}", lambda s: s.world(world).make_entry(kind, keep, index, seed), needs
         )
 
+    def universal(self, world: str, kind: str, keep: float) -> str:
+        key, needs = universal_key(world, kind, keep), self.backbone(world)
+        return self.add(key, f"universal {kind}", lambda s: s.world(world).make_universal(kind, keep), needs)
+
     def elastic(self, world: str) -> str:
-        keep = self.config.worlds[world].keep
-        needs = tuple(self.zoo(world, "plain", keep))
-        run = lambda s: s.world(world).make_elastic(keep)  # noqa: E731
-        return self.add(Unit(f"{world}/elastic", "elastic", run, needs))
+        needs = self.zoo(world, "plain", self.config.worlds[world].keep)
+        return self.add(
+            world_key(world, "elastic"), "elastic", lambda s: s.world(world).make_elastic(), needs
+        )
 
     def describe(self, world: str) -> None:
         """What says something of a world's zoo and models beside the arms' accuracy."""
         config, keep = self.config, self.config.worlds[world].keep
-        zoo = [key for key in self.units if key.startswith(f"{world}/zoo distilled/k{keep:g}/")]
+        wanted = [zoo_key(world, "distilled", keep, i, 0) for i in range(config.worlds[world].zoo_tasks)]
+        zoo = [key for key in wanted if key in self.units]
         if not zoo:
             return
         twice = self.zoo(world, "distilled", keep, seed=1, count=config.ceiling) if config.ceiling else []
-        needs = (*zoo, *twice)
-        self.add(Unit(f"{world}/overlap", "overlap", lambda s: s.run_overlap(world, keep), needs))
+        key = world_key(world, "overlap")
+        self.add(key, "overlap", lambda s: s.run_overlap(world, keep), [*zoo, *twice])
         if config.latency_seconds:
-            needs = tuple(self.backbone(world))
-            self.add(Unit(f"{world}/latency", "latency", lambda s: s.run_latency(world), needs))
+            key = world_key(world, "latency")
+            self.add(key, "latency", lambda s: s.run_latency(world), self.backbone(world))
 
 
 def select(units: Sequence[Unit], only: Sequence[str]) -> list[Unit]:

@@ -14,19 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from mvp_ext.app.results import chance_overlap
+from mvp_ext.app.results import Mean, chance_overlap
 
 from .arms import EQUAL_RATE_CONTROL
-from .stats import Paired, Scores, holm, mantel, mean_error, paired
+from .stats import Paired, Scores, holm, mantel, paired
 from .summary import Table
 
 LEVEL = 0.05
-MARGIN = 0.01  # "matches": the 95 % interval of the difference lies above −1 point
+# "Matches": the 95 % interval of the difference lies above −1 point.
+MARGIN = 0.01
 SUPPORTED, REFUTED, MIXED, UNDECIDED, NO_DATA = "supported", "refuted", "mixed", "undecided", "no data"
 
 
 @dataclass
-class Comparison:
+class Difference:
     """``first`` − ``second``; ``adjusted``: its p among all that were asked, or (``again``) asked again."""
 
     first: str
@@ -46,9 +47,8 @@ class Comparison:
     @property
     def text(self) -> str:
         p = self.paired
-        error = "" if p.error is None else f" ± {100 * p.error:.1f}"
         return (
-            f"{self.first} − {self.second} ({self.where}): {100 * p.difference:+.1f}{error} points, 95 % "
+            f"{self.first} − {self.second} ({self.where}): {p.percent} points, 95 % "
             f"[{100 * p.low:+.1f}, {100 * p.high:+.1f}], p = {p.p:.2g}, corrected {self.adjusted:.2g}, "
             f"{p.tasks} tasks, {p.runs} runs" + ("; asked again, a family of its own" if self.again else "")
         )
@@ -59,11 +59,11 @@ class Questions:
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self.asked: list[Comparison] = []
+        self.asked: list[Difference] = []
 
     def ask(
         self, world: str, split: str, first: str, second: str, a: Any = None, b: Any = None, where: str = ""
-    ) -> Comparison | None:
+    ) -> Difference | None:
         """Two arms at two points (the default where None); None where they share no run."""
         a, b = a or {}, b or {}
         scores = self.table.scores(world, split, first, **a), self.table.scores(world, split, second, **b)
@@ -73,14 +73,15 @@ class Questions:
 
     def ask_scores(
         self, first: str, second: str, where: str, a: Scores, b: Scores, *, again: bool = False
-    ) -> Comparison | None:
-        for known in self.asked:  # the same question of another hypothesis is no further one
+    ) -> Difference | None:
+        # The same question of another hypothesis is no further one.
+        for known in self.asked:
             if (known.first, known.second, known.where) == (first, second, where):
                 return known
         found = paired(a, b)
         if found is None:
             return None
-        self.asked.append(Comparison(first, second, where, found, again=again))
+        self.asked.append(Difference(first, second, where, found, again=again))
         return self.asked[-1]
 
     def correct(self) -> None:
@@ -108,12 +109,12 @@ def judge(table: Table) -> tuple[list[Verdict], Questions]:
     questions, world = Questions(table), next(iter(table.worlds))
     makers = (_h1, _h2, _h3, _h4, _h5, _h6)
     later = [maker(questions, world) for maker in makers]
-    later += [_h7(questions), *_goals(questions, world)]
+    later += [_h7(questions), *(goal(questions, world) for goal in (_goal1, _goal2, _goal3))]
     questions.correct()
     return [make() for make in later], questions
 
 
-def _chain(questions: Questions, world: str, steps: Sequence[tuple[str, Any]]) -> list[Comparison]:
+def _chain(questions: Questions, world: str, steps: Sequence[tuple[str, Any]]) -> list[Difference]:
     found = []
     for (first, a), (second, b) in pairwise(steps):
         comparison = questions.ask(world, "shared", first, second, a, b)
@@ -122,7 +123,7 @@ def _chain(questions: Questions, world: str, steps: Sequence[tuple[str, Any]]) -
     return found
 
 
-def _all_positive(comparisons: Sequence[Comparison], expected: int) -> str:
+def _all_positive(comparisons: Sequence[Difference], expected: int) -> str:
     if not comparisons:
         return NO_DATA
     signs = [c.sign for c in comparisons]
@@ -178,6 +179,7 @@ def layer_overlaps(overlap: Mapping[str, Any]) -> list[dict[str, Any]]:
     ious = np.array(overlap["ious"])
     order = np.argsort([similarity for *_, similarity in overlap["pairs"]], kind="stable")
     third = max(1, len(order) // 3)
+    again = overlap["two seeds"]
     return [
         {
             "layer": name,
@@ -185,9 +187,7 @@ def layer_overlaps(overlap: Mapping[str, Any]) -> list[dict[str, Any]]:
             "similar": float(ious[order[-third:], i].mean()),
             "dissimilar": float(ious[order[:third], i].mean()),
             "chance": chance_overlap(overlap["kept"][i]),
-            "two seeds": float(np.mean([c[i] for c in overlap["two seeds"]]))
-            if overlap["two seeds"]
-            else None,
+            "two seeds": float(np.mean([c[i] for c in again])) if again else None,
         }
         for i, name in enumerate(overlap["layers"])
     ]
@@ -313,73 +313,92 @@ def _h7(questions: Questions) -> Later:
     return make
 
 
-def _goals(questions: Questions, world: str) -> list[Later]:
-    table = questions.table
-    default = table.results["default arm"]
+def _goal1(questions: Questions, world: str) -> Later:
+    default = questions.table.results["default arm"]
+    claim = f"Our default ({default}) beats plain MVP by at least 5 points at keep 0.1, J ≤ 20"
     plain = questions.ask(world, "shared", default, "mvp plain")
-    healed = questions.ask(world, "shared", default, "mvp")  # whose voters are distilled, for as many steps
+    # Beside it the voters that are distilled, for as many steps.
+    healed = questions.ask(world, "shared", default, "mvp")
 
-    def first() -> Verdict:
-        claim = f"Our default ({default}) beats plain MVP by at least 5 points at keep 0.1, J ≤ 20"
+    def make() -> Verdict:
         if plain is None:
             return Verdict("Goal 1", claim, NO_DATA)
         met = plain.sign > 0 and plain.paired.difference >= 0.05
         sentences = [c.text for c in (plain, healed) if c]
         return Verdict("Goal 1", claim, SUPPORTED if met else REFUTED, sentences)
 
-    same, elsewhere = [], []
-    # Beside each the same question to the control at the default's learning rate: a win must be one over both.
-    equal_rate: dict[int, Comparison] = {}
+    return make
 
-    def ask(name: str, split: str, point: dict[str, Any] | None = None) -> Comparison | None:
-        found = questions.ask(name, split, default, "universal", point, point)
-        control = questions.ask(name, split, default, EQUAL_RATE_CONTROL, point, point)
-        if found and control:
-            equal_rate[id(found)] = control
-        return found
 
-    for name in table.worlds:
-        domains = table.worlds[name]["domains"]
-        if not domains and (c := ask(name, "shared")):
-            same.append(c)
-        for split in table.splits(name):
-            if (split != "shared" or domains) and (c := ask(name, split)):
-                elsewhere.append(c)
-        for keep in table.values(name, "shared", default, "keep"):
-            if keep <= table.worlds[name]["keep"] / 2 and (c := ask(name, "shared", {"keep": keep})):
-                elsewhere.append(c)
+@dataclass
+class Duel:
+    """The default arm against the universal model, and against the same at the default's learning rate."""
 
-    def second() -> Verdict:
-        claim = (
-            f"{default} is never significantly worse than universal of equal total cost on one distribution, and beats "
-            "it on several domains, at very small keep, or on unseen classes or data"
-        )
-        asked = [*same, *elsewhere]
-        sentences = [c.text for c in [*asked, *equal_rate.values()]]
+    plain: Difference
+    equal_rate: Difference | None
+
+    @property
+    def won(self) -> bool:
+        """A win must be one over both."""
+        return self.plain.sign > 0 and (self.equal_rate is None or self.equal_rate.sign > 0)
+
+
+def _duels(questions: Questions, world: str, split: str, **factors: Any) -> list[Duel]:
+    """None or one."""
+    default = questions.table.results["default arm"]
+    plain = questions.ask(world, split, default, "universal", factors, factors)
+    equal_rate = questions.ask(world, split, default, EQUAL_RATE_CONTROL, factors, factors)
+    return [] if plain is None else [Duel(plain, equal_rate)]
+
+
+def _goal2(questions: Questions, _: str) -> Later:
+    table = questions.table
+    default = table.results["default arm"]
+    claim = (
+        f"{default} is never significantly worse than universal of equal total cost on one distribution, and beats "
+        "it on several domains, at very small keep, or on unseen classes or data"
+    )
+    same: list[Duel] = []
+    elsewhere: list[Duel] = []
+    for world, about in table.worlds.items():
+        (elsewhere if about["domains"] else same).extend(_duels(questions, world, "shared"))
+        for split in table.splits(world):
+            if split != "shared":
+                elsewhere += _duels(questions, world, split)
+        for keep in table.values(world, "shared", default, "keep"):
+            if keep <= about["keep"] / 2:
+                elsewhere += _duels(questions, world, "shared", keep=keep)
+    duels = [*same, *elsewhere]
+
+    def make() -> Verdict:
+        sentences = [duel.plain.text for duel in duels]
+        sentences += [duel.equal_rate.text for duel in duels if duel.equal_rate]
         if not same or not elsewhere:
             return Verdict("Goal 2", claim, NO_DATA, sentences)
-        won = any(c.sign > 0 and equal_rate.get(id(c), c).sign > 0 for c in elsewhere)
-        met = won and all(c.sign >= 0 for c in asked)
+        met = any(duel.won for duel in elsewhere) and all(duel.plain.sign >= 0 for duel in duels)
         return Verdict("Goal 2", claim, SUPPORTED if met else REFUTED, sentences)
 
+    return make
+
+
+def _goal3(questions: Questions, world: str) -> Later:
+    table = questions.table
+    default = table.results["default arm"]
+    claim = f"{default} reaches full iterative pruning's accuracy at 1/10 of its cost and wall-clock per task"
     full = questions.ask(world, "shared", default, "iterative, full")
 
-    def third() -> Verdict:
-        claim = (
-            f"{default} reaches full iterative pruning's accuracy at 1/10 of its cost and wall-clock per task"
-        )
+    def mean(arm: str, cost: str) -> float:
+        return Mean.of([run[cost] for run in table.runs(world, "shared", arm).values()]).value
+
+    def make() -> Verdict:
         if full is None:
             return Verdict("Goal 3", claim, NO_DATA)
-        ours, theirs = (table.runs(world, "shared", arm) for arm in (default, "iterative, full"))
-        shares = [
-            mean_error([r[k] for r in ours.values()])[0] / mean_error([r[k] for r in theirs.values()])[0]
-            for k in ("flops", "seconds")
-        ]
+        shares = [mean(default, cost) / mean("iterative, full", cost) for cost in ("flops", "seconds")]
         met = full.sign >= 0 and full.paired.low > -MARGIN and max(shares) <= 0.1
         costs = f"Its cost is {shares[0]:.3f} of the FLOPs and {shares[1]:.3f} of the wall-clock of a task."
         return Verdict("Goal 3", claim, SUPPORTED if met else REFUTED, [full.text, costs])
 
-    return [first, second, third]
+    return make
 
 
 def _point_words(point: Mapping[str, Any]) -> str:

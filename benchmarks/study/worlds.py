@@ -1,4 +1,4 @@
-"""A world at work: its tasks, backbone, and what is made once for all targets (zoos, universal and elastic models).
+"""A prepared world: its tasks, backbone, and what is made once for all targets (zoos, universal and elastic models).
 
 Everything made here lies below ``folder``; making it again gives the same numbers, whatever was interrupted before.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from mvp_ext.pruning.elastic import ElasticOptions
 from torch import Tensor
 
 from mvp_ext.data.tasks import Task
@@ -21,25 +20,28 @@ from mvp_ext.model.create import create_model
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure
-from mvp_ext.pruning.build import build_elastic, build_universal, build_zoo, pooled_task
-from mvp_ext.pruning.iterative import Schedule, planned_steps, round_ratios
+from mvp_ext.pruning.build import build_universal, build_zoo, pooled_task
+from mvp_ext.pruning.iterative import planned_steps, round_ratios
+from mvp_ext.pruning.settings import Schedule, Settings
 from mvp_ext.train.backbone import Backbone, extract_features, load_backbone
-from mvp_ext.train.cost import Cost, now
+from mvp_ext.train.cost import now
 from mvp_ext.train.evaluate import accuracy_of
 from mvp_ext.train.heads import ridge_head
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.recipe import Recipe
-from mvp_ext.zoo.shared import elastic_path, universal_path
+from mvp_ext.zoo.shared import universal_path
 from mvp_ext.zoo.zoo import Zoo
 
 from .config import World
+from .elastic import ElasticOptions, build_elastic
 from .tasks import TaskSet, draw_tasks
 
-STARTS = {"specialised": "start", "refined": "base"}  # the universal model that a zoo's entries go on from
+# The universal model that a zoo's entries go on from.
+STARTS = {"specialised": "start", "refined": "base"}
 
 
 @dataclass
-class WorldAtWork:
+class PreparedWorld:
     name: str
     config: World
     folder: Path
@@ -94,7 +96,7 @@ class WorldAtWork:
 
     def entry_steps(self, keep: float) -> int:
         """Optimizer steps of one entry of the distilled zoo."""
-        return planned_steps(self.structure, keep, self.config.align, self.schedule("distilled"))
+        return planned_steps(self.structure, self.settings(keep, self.schedule("distilled")))
 
     def zoo_steps(self, keep: float) -> int:
         return self.config.zoo_tasks * self.entry_steps(keep)
@@ -107,7 +109,7 @@ class WorldAtWork:
         """An entry's schedule from such a start: with it, all entries take as many steps as the distilled zoo."""
         steps = round((1 - self.share_of_start(kind)) * self.entry_steps(keep))
         schedule = self.schedule("distilled")
-        rounds = len(round_ratios(self.structure, keep, self.config.align, schedule, start))
+        rounds = len(round_ratios(self.structure, self.settings(keep, schedule), start))
         return replace(schedule, final_steps=max(1, steps - rounds * schedule.steps_per_round))
 
     # ---- what is made once; each returns what the journal keeps
@@ -142,14 +144,10 @@ class WorldAtWork:
         if kind in STARTS:
             start = self.universal(STARTS[kind], keep)
             schedule = self.schedule_from(kind, start.mask, keep)
-        options: dict[str, Any] = {
-            "keep": keep,
-            "schedule": schedule,
-            "recipe": self.recipe,
-            "seed": 7919 * seed,
-        }
-        build_zoo(self.backbone, [task], zoo, start=start, **options, **self._cut)
-        entry = zoo[task.name]  # made now, or before a kill that came between it and its line in the journal
+        settings = self.settings(keep, schedule, seed=7919 * seed)
+        build_zoo(self.backbone, [task], zoo, settings, start=start)
+        # Made now, or before a kill that came between it and its line in the journal.
+        entry = zoo[task.name]
         return {"accuracy": entry.accuracy, "cost": entry.cost, "steps": entry.steps}
 
     def universal_folder(self, kind: str, keep: float) -> Zoo:
@@ -171,39 +169,34 @@ class WorldAtWork:
             "base": round(self.share_of_start("refined") * self.zoo_steps(keep)),
         }[kind]
         folder = self.universal_folder(kind, keep)
-        build_universal(
-            self.backbone,
-            self.tasks.zoo,
-            folder,
-            keep=self.universal_keep(kind, keep),
-            schedule=replace(self.schedule("distilled"), distill=kind != "plain"),
-            steps=steps,
-            recipe=self.recipe,
-            **self._cut,
-        )
+        schedule = replace(self.schedule("distilled"), distill=kind != "plain")
+        settings = self.settings(self.universal_keep(kind, keep), schedule)
+        build_universal(self.backbone, self.tasks.zoo, folder, settings, steps=steps)
         result = load_pruned(universal_path(folder)).extra["result"]
         return {"accuracy": result["accuracy"], "cost": result["cost"]}
 
     def universal(self, kind: str, keep: float) -> PrunedCheckpoint:
         return load_pruned(universal_path(self.universal_folder(kind, keep)), self.backbone.device)
 
-    def make_elastic(self, keep: float) -> dict[str, Any]:
-        """Beside the plain zoo, whose masks it is trained under and cut by."""
-        zoo = self.zoo("plain", keep)
+    @property
+    def elastic_path(self) -> Path:
+        return self.folder / "elastic.safetensors"
+
+    def make_elastic(self) -> dict[str, Any]:
+        """One for every keep ratio; trained under masks of the plain zoo at the world's own."""
+        keep = self.config.keep
         smallest, largest = self.config.elastic_range
         build_elastic(
             self.backbone,
             self.tasks.zoo,
-            zoo,
-            options=ElasticOptions(smallest=smallest, largest=largest),
+            self.elastic_path,
             steps=round(self.config.elastic_share * self.zoo_steps(keep)),
+            masks=[entry.mask for entry in self.zoo("plain", keep).entries(self.structure.fingerprint)],
+            options=ElasticOptions(smallest=smallest, largest=largest, align=self.config.align),
+            scope=self.config.scope,
             recipe=self.recipe,
-            **self._cut,
         )
-        return {"cost": load_pruned(elastic_path(zoo)).extra["cost"]}
-
-    def elastic(self, keep: float) -> PrunedCheckpoint:
-        return load_pruned(elastic_path(self.zoo("plain", keep)), self.backbone.device)
+        return {"cost": load_pruned(self.elastic_path).extra["cost"]}
 
     def make_features(self, split: str, index: int) -> dict[str, Any]:
         """The dense model's features of a task, kept for all arms; and its accuracy with a ridge head."""
@@ -235,11 +228,9 @@ class WorldAtWork:
     def _features_path(self, split: str, index: int) -> Path:
         return self.folder / "features" / f"{split}-{index:03d}.safetensors"
 
-    @property
-    def _cut(self) -> dict[str, Any]:
-        return {"scope": self.config.scope, "align": self.config.align}
-
-
-def shared_cost(results: list[dict[str, Any]]) -> Cost:
-    """What several things that are made once cost together."""
-    return sum((Cost.from_dict(result["cost"]) for result in results), Cost())
+    def settings(
+        self, keep: float, schedule: Schedule, *, rate: float | None = None, seed: int = 0
+    ) -> Settings:
+        """What the package's ``prune``, ``build_zoo`` and ``build_universal`` are told in this world."""
+        recipe = self.recipe if rate is None else self.recipe.with_rate(rate)
+        return Settings(keep, self.config.scope, self.config.align, schedule, recipe, seed)

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from mvp_ext.app.environment import environment
 from mvp_ext.app.results import FORMAT
 from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
+from mvp_ext.journal import Journal
 from mvp_ext.model.checkpoint import read_pruned
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
@@ -136,7 +134,7 @@ def compare(
         raise ValueError(f"compare: arms: expected some of {', '.join(NAMES)}, got {unknown[0]!r}")
     backbone = Backbone.wrap(model)
     structure = find_structure(backbone.model, options.settings.scope)
-    done = Journal(
+    done = FinishedRuns(
         journal,
         _identity(backbone, structure, options),
         voters=[e for z in (zoo, unrefined) if z is not None for e in z.entries(structure.fingerprint)],
@@ -241,8 +239,8 @@ def zoo_cost(zoo: Zoo, structure: Structure | None = None) -> dict[str, Any]:
     }
 
 
-class Journal:
-    """Finished runs, one JSON line each, under the identity of what was asked for. Without a path: in memory only.
+class FinishedRuns:
+    """The runs of what was asked for, kept in a journal; ``path`` None: in memory only.
 
     ``voters``: a run that used the zoo counts as finished only for the same entries.
     """
@@ -253,37 +251,20 @@ class Journal:
         identity: Mapping[str, Any],
         voters: Sequence[ZooEntry] = (),
     ) -> None:
-        self._path = None if path is None else Path(path)
+        self._journal = Journal(path, identity)
         self._voters = hashlib.sha256("".join(sorted(e.sha256 for e in voters)).encode()).hexdigest()[:16]
-        self._identity = json.loads(json.dumps(identity))
-        self._runs: dict[str, dict[str, Any]] = {}
-        if self._path is not None and self._path.exists():
-            self._read(self._path)
 
     def get(self, task: Task, method: str) -> dict[str, Any] | None:
         """The run of this method on exactly this task (its images, not only its name)."""
-        return self._runs.get(self._key(task, method))
+        key = self._key(task, method)
+        return self._journal.result(key) if key in self._journal else None
 
     def put(self, task: Task, method: str, run: dict[str, Any]) -> dict[str, Any]:
-        key = self._key(task, method)
-        self._runs[key] = run
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"identity": self._identity, "key": key, "run": run}) + "\n")
+        self._journal.append(self._key(task, method), run)
         return run
 
     def _key(self, task: Task, method: str) -> str:
         return f"{task.fingerprint} {task.name} {method}" + (f" {self._voters}" if method in NEED_ZOO else "")
-
-    def _read(self, path: Path) -> None:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                if record["identity"] == self._identity:
-                    self._runs[record["key"]] = record["run"]
-            except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing
-                warnings.warn(f"{path}: a line that is not whole was passed over", stacklevel=3)
 
 
 def _run(

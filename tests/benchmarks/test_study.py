@@ -1,4 +1,4 @@
-"""The study: its statistics by hand, its journal under kills, the whole program at toy size, interrupted and not."""
+"""The study: its statistics by hand, its keys, the whole program at toy size, interrupted and not."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from study import stats  # noqa: E402
-from study.arms import ARMS, Point  # noqa: E402
+from study.arms import ARMS  # noqa: E402
 from study.cli import main  # noqa: E402
-from study.config import load_config, rates_of  # noqa: E402
-from study.journal import Journal  # noqa: E402
+from study.config import Factors, load_config, rates_of  # noqa: E402
+from study.keys import Key, arm_key, factors_text, parse, rate_key  # noqa: E402
 from study.runner import run  # noqa: E402
 from study.study import Study  # noqa: E402
 from study.summary import Table, collect  # noqa: E402
 from study.tables import arm_rows, factor_rows, time_rows  # noqa: E402
 from study.tasks import draw_tasks  # noqa: E402
-from study.units import arm_key, plan, rate_key, select  # noqa: E402
-from study.verdicts import Comparison, Questions, judge  # noqa: E402
+from study.units import plan, select  # noqa: E402
+from study.verdicts import Difference, Duel, Questions, judge  # noqa: E402
 from study.worlds import STARTS  # noqa: E402
 
+from mvp_ext.journal import Journal  # noqa: E402
 from mvp_ext.train.cost import Cost, use_clock  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,30 +89,38 @@ def test_mantel() -> None:
     assert stats.mantel(x, x[np.ix_(order, order)], draws=200)[1] > 0.01
 
 
-# ---- the journal
+# ---- keys
 
 
-def test_a_torn_line_is_passed_over_and_never_glued_to(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    journal.append("a", {"accuracy": 1.0}, 0.5)
-    with open(tmp_path / "journal.jsonl", "ab") as file:
-        file.write(b'{"key": "b", "result": {"accu')
-    again = Journal(tmp_path)
-    assert list(again.records) == ["a"]
-    again.append("c", {}, 0.1)
-    journal.refresh()
-    assert list(journal.records) == list(Journal(tmp_path).records) == ["a", "c"]
-    journal.append("a", {"accuracy": 0.0}, 0.5)  # whoever was first stays
-    assert Journal(tmp_path).result("a") == {"accuracy": 1.0}
-
-
-def test_a_unit_is_claimed_by_one(tmp_path: Path) -> None:
-    first, second = Journal(tmp_path), Journal(tmp_path)
-    with first.claim("a") as mine, second.claim("a") as theirs, second.claim("b") as other:
-        assert (mine, theirs, other) == (True, False, True)
-    first.append("a", {}, 0.0)
-    with second.claim("a") as late:
-        assert not late
+def test_keys_of_published_journals_are_understood() -> None:
+    """As the journal of the published run has them."""
+    mvp = Key("cifar", "arm", "mvp", "J20 k0.1 N5 nearest proxy_leep", "shared", 3, 0)
+    for text, key in {
+        "cifar/arm/mvp/J20 k0.1 N5 nearest proxy_leep/shared-003/s0": mvp,
+        "cifar/arm/iterative, full/k0.1/shared-003/s0": Key(
+            "cifar", "arm", "iterative, full", "k0.1", "shared", 3, 0
+        ),
+        "cifar/arm/dense fine-tuned/J20/shared-011/s1": Key(
+            "cifar", "arm", "dense fine-tuned", "J20", "shared", 11, 1
+        ),
+        "cifar/rate/one-shot taylor/6e-05/development-001": Key(
+            "cifar", "rate", "one-shot taylor", "6e-05", "development", 1
+        ),
+        "vit/features/shared-003": Key("vit", "features", split="shared", index=3),
+        "vit/zoo refined/k0.34/zoo-007/s0": Key("vit", "zoo refined", "", "k0.34", "zoo", 7, 0),
+        "cifar/universal whole/k0.05": Key("cifar", "universal whole", at="k0.05"),
+        "unseen/backbone": Key("unseen", "backbone"),
+    }.items():
+        assert parse(text) == key
+        assert str(key) == text
+    factors = Factors(20, 0.1, 5)
+    assert str(mvp) == arm_key("cifar", "mvp", factors, "shared", 3, 0)
+    assert factors_text("iterative, full", factors) == "k0.1"
+    assert factors_text("universal", factors) == "J20 k0.1"
+    assert factors_text("dense fine-tuned", factors) == "J20"
+    for text in ("cifar", "cifar/arm/mvp/J20/k0.1/shared-003/s0", "cifar/rate/mvp/0.001/development-1"):
+        with pytest.raises(ValueError, match=r"key|unpack"):
+            parse(text)
 
 
 # ---- the plan
@@ -119,14 +128,18 @@ def test_a_unit_is_claimed_by_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["smoke", "cpu", "h200"])
 def test_every_plan_is_sound(name: str) -> None:
-    """What a unit needs comes before it; keys are unique; parts name known arms."""
+    """What a unit needs comes before it; keys are unique and say what they are made of; parts name known arms."""
     config = load_config(name)
     units = plan(config)
+    parts = {"rates", *(part.name for part in config.parts)}
     seen: set[str] = set()
     for unit in units:
         assert seen.issuperset(unit.needs), unit.key
         assert unit.key not in seen
         seen.add(unit.key)
+        key = parse(unit.key)
+        assert str(key) == unit.key
+        assert unit.part in parts if key.arm else key.kind == unit.part
     assert {arm for part in config.parts for arm in part.arms} <= ARMS.keys()
     assert config.default_arm in ARMS
     assert [u.key for u in select(units, [])] == [u.key for u in units]
@@ -211,6 +224,9 @@ def test_killed_at_any_point_it_goes_on_and_ends_the_same(finished: Study, tmp_p
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path[1:])}
     wanted = [unit.key for unit in select(plan(finished.config), FEW)]
 
+    def journal() -> Journal:
+        return Journal(tmp_path / "journal.jsonl")
+
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -218,20 +234,20 @@ def test_killed_at_any_point_it_goes_on_and_ends_the_same(finished: Study, tmp_p
 
     def kill_at(count: int, process: subprocess.Popen[bytes]) -> None:
         until = time.monotonic() + 120
-        while len(Journal(tmp_path).records) < count and process.poll() is None and time.monotonic() < until:
+        while len(journal().records) < count and process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
 
     kill_at(2, start())
-    assert len(Journal(tmp_path).records) < len(wanted)
+    assert len(journal().records) < len(wanted)
     other, killed = start(), start()
     kill_at(len(wanted) // 2, killed)
     assert killed.returncode == -signal.SIGKILL
     assert other.wait(timeout=200) == 0
     assert not (tmp_path / "errors.log").exists()
-    assert set(Journal(tmp_path).records) == set(wanted)
-    resumed, whole = numbers(Journal(tmp_path)), numbers(finished.journal)
+    assert set(journal().records) == set(wanted)
+    resumed, whole = numbers(journal()), numbers(finished.journal)
     assert resumed == {key: whole[key] for key in wanted}
 
 
@@ -241,8 +257,8 @@ def test_learning_rates_are_chosen_on_development_tasks_alone(finished: Study) -
         assert scores.keys() == set(finished.config.rates)
         assert scores[finished.rate("digits", arm)] == max(scores.values())
     assert finished.rate_scores("digits", "from scratch").keys() == {*finished.config.rates, 1e-2}
-    point = Point(2, 0.5, 2)
-    chosen = finished.journal.result(arm_key("digits", "mvp", point, "shared", 0, 0))["rate"]
+    factors = Factors(2, 0.5, 2)
+    chosen = finished.journal.result(arm_key("digits", "mvp", factors, "shared", 0, 0))["rate"]
     assert chosen == finished.rate("digits", "mvp")
 
 
@@ -277,7 +293,7 @@ def test_costs_count_everything(finished: Study) -> None:
     """Selection, scoring and the dense pass are in an arm's cost where it uses them; budgets hold."""
     costs = {}
     for arm in ("mvp", "universal", "one-shot taylor", "mvp + score", "iterative 1×", "iterative 10×"):
-        key = arm_key("digits", arm, Point(2, 0.5, 2), "shared", 0, 0)
+        key = arm_key("digits", arm, Factors(2, 0.5, 2), "shared", 0, 0)
         costs[arm] = finished.journal.result(key)["cost"]
     assert costs["mvp"]["similarity_flops"] > 0 == costs["universal"]["similarity_flops"]
     assert costs["mvp + score"]["score_flops"] > 0 == costs["mvp"]["score_flops"]
@@ -300,9 +316,8 @@ def test_results_and_verdicts(finished: Study) -> None:
     json.dumps(results, allow_nan=False)
     table = Table(results)
     made = results["worlds"]["digits"]["made"]["zoo distilled/k0.5"]
-    assert (
-        made["count"] == finished.config.worlds["digits"].zoo_tasks
-    )  # entries of the second seed are no cost
+    # Entries of the second seed are no cost.
+    assert made["count"] == finished.config.worlds["digits"].zoo_tasks
     runs = table.scores("digits", "shared", "mvp")
     assert set(runs) == set(product(range(2), (0, 1)))
     assert table.values("digits", "shared", "mvp", "neighbours") == [1, 2, 4]
@@ -317,9 +332,8 @@ def test_results_and_verdicts(finished: Study) -> None:
     expected = sum(runs[k] - other[k] for k in runs) / len(runs)
     assert h2.paired.difference == pytest.approx(expected)
     cost = table.shared_cost("digits", "elastic + score")
-    assert (
-        cost["steps"] > results["worlds"]["digits"]["made"]["elastic"]["steps"]
-    )  # and the zoo whose masks it is cut by
+    # And the zoo whose masks it is cut by.
+    assert cost["steps"] > results["worlds"]["digits"]["made"]["elastic"]["steps"]
 
 
 def test_a_default_that_loses_is_not_supported(finished: Study) -> None:
@@ -332,6 +346,17 @@ def test_a_default_that_loses_is_not_supported(finished: Study) -> None:
             row[at["accuracy"]] = universal[row[at["task"]], row[at["seed"]]] - 0.1
     goal = next(v for v in judge(Table(results))[0] if v.name == "Goal 2")
     assert goal.verdict == "refuted"
+
+
+def test_a_win_is_one_at_equal_learning_rates_too() -> None:
+    def difference(value: float, adjusted: float) -> Difference:
+        return Difference("a", "b", "here", stats.Paired(value, 0.01, 0.0, 0.0, adjusted, 9, 9), adjusted)
+
+    won, open_, lost = difference(0.1, 0.01), difference(0.1, 0.3), difference(-0.1, 0.01)
+    assert Duel(won, won).won
+    assert Duel(won, None).won
+    assert not any(Duel(won, other).won for other in (open_, lost))
+    assert not any(Duel(other, won).won for other in (open_, lost))
 
 
 def test_learning_rates_beyond_the_grid() -> None:
@@ -388,10 +413,10 @@ def mean_difference(first: stats.Scores, second: stats.Scores) -> float | None:
 def test_what_is_asked_again_is_a_family_of_its_own(finished: Study) -> None:
     questions = Questions(Table(collect(finished, [])))
 
-    def comparison(p: float, again: bool) -> Comparison:
-        return Comparison("a", "b", "here", stats.Paired(0.1, 0.01, 0.05, 0.15, p, 9, 9), again=again)
+    def difference(p: float, again: bool) -> Difference:
+        return Difference("a", "b", "here", stats.Paired(0.1, 0.01, 0.05, 0.15, p, 9, 9), again=again)
 
-    questions.asked = [comparison(0.02, False), comparison(0.03, True), comparison(0.04, False)]
+    questions.asked = [difference(0.02, False), difference(0.03, True), difference(0.04, False)]
     questions.correct()
     assert [c.adjusted for c in questions.asked] == pytest.approx([0.04, 0.03, 0.04])
     assert [c.text.endswith("a family of its own") for c in questions.asked] == [False, True, False]
