@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mvp_ext.ops import pruned_linear
-from mvp_ext.ops.cuda_linear import Plan, has_hopper, linear_by
+from mvp_ext.ops.pruned_linear_plan import Plan, has_hopper, linear_by
 
 EACH_CALL, ONCE = "index_select + linear", "cut once + linear"
 HEAD = 64

@@ -7,7 +7,6 @@
 #include <string>
 
 #include "mvp/ops.h"
-#include "packed_layouts.h"
 #include "tensor_caster.h"
 #ifdef MVP_WITH_CUDA
 #include "cuda_bindings.h"
@@ -59,8 +58,8 @@ bool is_floating(mvp::DType dtype) {
          dtype == mvp::DType::f64;
 }
 
-// See surely_alike in mvp_ext/ops/checks.py.
-bool alike(py::handle tensor, py::handle other, py::handle index, int64_t dim) {
+// See same_kind in mvp_ext/ops/checks.py.
+bool same_kind(py::handle tensor, py::handle other, py::handle index, int64_t dim) {
   mvp::TensorView a, b, list;
   if (!mvp::read_plain(tensor, a) || !mvp::read_plain(other, b)) return false;
   if (!is_floating(a.dtype) || a.dtype != b.dtype || a.ndim != b.ndim || dim < -a.ndim || dim >= a.ndim)
@@ -93,9 +92,7 @@ PYBIND11_MODULE(_C, m) {
   mvp::def_cuda_ops(m);
 #endif
 
-  m.def("alike", &alike);
-  m.def("packed_layouts", &mvp::packed_layouts);
-  m.def("are_packed", &mvp::are_packed);
+  m.def("same_kind", &same_kind);
   m.def("build_info", [isa] {
     py::dict info;
     info["compiler"] = MVP_COMPILER;

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from mvp_ext.ops import cuda
+from mvp_ext.ops.device import is_emulated
 
 
 def on_gpu(device: torch.device) -> bool:
     """The CUDA side of an op runs, be it on a GPU or in the emulator."""
-    return device.type == "cuda" or cuda.stand_in
+    return device.type == "cuda" or is_emulated()
 
 
 def skip_float64_on_gpu(dtype: torch.dtype, device: torch.device) -> None:

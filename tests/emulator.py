@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 
-from mvp_ext.ops import cuda
+from mvp_ext.ops import device
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZE = os.environ.get("MVP_EMULATOR_SANITIZE") == "1"
@@ -80,6 +80,5 @@ def emulated(schedule: int = 0) -> Iterator[ModuleType]:
     """
     emulator = module()
     emulator.set_schedule(schedule)
-    kernels = mock.patch.object(cuda, "kernels", return_value=emulator)
-    with kernels, mock.patch.object(cuda, "stand_in", True):
+    with mock.patch.object(device, "emulator", emulator):
         yield emulator

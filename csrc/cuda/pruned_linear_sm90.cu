@@ -19,7 +19,7 @@
 // W: a row is an input, along 64 outputs, and the next 64 outputs follow 64 rows further down.
 //
 // Proven in the emulator against its twins of wgmma, barriers and boxes, not yet run on a GPU: the op does
-// not choose it by itself (mvp_ext/ops/cuda_linear.py).
+// not choose it by itself (mvp_ext/ops/pruned_linear_plan.py).
 #include "mvp/cuda/pipeline.cuh"
 #include "mvp/cuda/wgmma.cuh"
 #include "pruned_linear.cuh"

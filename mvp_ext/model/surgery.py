@@ -13,7 +13,7 @@ from mvp_ext.model.families import SCOPES, find_structure
 from mvp_ext.model.mask import Mask, RowsCols
 from mvp_ext.model.scatter_block import ScatterBlock
 from mvp_ext.model.structure import Structure, UnsupportedModelError
-from mvp_ext.ops import ops_for
+from mvp_ext.ops import backend_for
 
 
 def prune_model(
@@ -199,7 +199,7 @@ def _pack(tensors: Sequence[Tensor], kept: Sequence[RowsCols]) -> list[Tensor]:
     rows, cols = (
         [None if index is None else moved[id(index)] for index in side] for side in zip(*kept, strict=True)
     )
-    packed = ops_for(tensors[0].device).pack(tensors, rows, cols)
+    packed = backend_for(tensors[0].device).pack(tensors, rows, cols)
     # The kernels keep the format; torch's own indexing (for meta tensors, say) does not.
     return [
         small.contiguous(memory_format=torch.channels_last) if _is_channels_last(tensor) else small
@@ -293,5 +293,5 @@ def expand_state(
         else:
             full[name] = small.new_full(shape, 1.0 if name.endswith("running_var") else 0.0)
         to_device = [None if index is None else index.to(small.device) for index in (rows, cols)]
-        ops_for(small.device).unpack([small], [full[name]], to_device[:1], to_device[1:])
+        backend_for(small.device).unpack([small], [full[name]], to_device[:1], to_device[1:])
     return full

@@ -1,4 +1,4 @@
-"""Kept blocks of a dimension: from block numbers to positions, and putting the gradients of a part back."""
+"""Kept blocks of a dimension: from block numbers to positions, and the gradients of a part back to full size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def positions(index: Tensor, block: int) -> Tensor:
     return (index[:, None] * block + torch.arange(block, device=index.device, dtype=index.dtype)).flatten()
 
 
-def put_back(
+def scatter_back(
     part: Tensor,
     shape: tuple[int, ...],
     out_index: Tensor | None,

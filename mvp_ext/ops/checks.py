@@ -13,6 +13,7 @@ from torch import Tensor
 from mvp_ext.ops._native import native
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INDICES = (torch.int32, torch.int64)
 
 
 def check_tensor(
@@ -44,12 +45,12 @@ def check_tensor(
     return value
 
 
-def surely_alike(tensor: object, other: object, index: object = None, dim: int = 0) -> bool:
+def same_kind(tensor: object, other: object, index: object = None, dim: int = 0) -> bool:
     """Whether both are plain floating CPU tensors of one dtype and of one shape; with ``index``, an integer list, of
     shapes that differ in ``dim``, where ``other`` is as long as the list. One native call, for small ops that take less
     time than their checks. False says nothing: then ask ``check_tensor`` and ``check_shape``, who explain.
     """
-    return not torch.compiler.is_compiling() and bool(native().alike(tensor, other, index, dim))
+    return not torch.compiler.is_compiling() and bool(native().same_kind(tensor, other, index, dim))
 
 
 def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], letters: str) -> None:
@@ -62,3 +63,26 @@ def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | None
     ):
         wanted = tuple("any" if e is None else e for e in expected)
         raise ValueError(f"{op}: {name}: expected shape {letters} = {wanted}, got {shape}".replace("'", ""))
+
+
+def check_index(op: str, name: str, index: Tensor | None, block: int, size: int, device: torch.device) -> int:
+    """How many of ``size`` positions ``index`` keeps. Its values are checked where they are read."""
+    if index is None:
+        return size
+    check_tensor(op, name, index, ndim=1, dtypes=INDICES, device=device)
+    if block < 1 or size % block:
+        raise ValueError(f"{op}: block of {name}: expected a divisor of {size}, got {block}")
+    return index.shape[0] * block
+
+
+def check_bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
+    """None, or a vector with an entry for each output of the weight."""
+    if bias is not None:
+        check_tensor(op, "bias", bias, ndim=1, dtypes=(weight.dtype,), device=weight.device)
+        if bias.shape[0] != weight.shape[0]:
+            check_shape(op, "bias", bias, (weight.shape[0],), "[O]")
+
+
+def autocast_is_on(tensor: Tensor) -> bool:
+    """Whether autocast would cast what is computed from it. On meta tensors torch raises instead of saying no."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)

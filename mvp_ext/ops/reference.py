@@ -1,6 +1,6 @@
 """The ops in plain torch: readable, any device, float64-capable. Every kernel is tested against these.
 
-Same names and signatures as in ``functional.py``.
+Same names and signatures as the ops'.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mvp_ext.model.structure import Structure, UnitLayer
-from mvp_ext.ops import ops_for
+from mvp_ext.ops import backend_for
 from mvp_ext.train.backbone import autocast
 
 # Layer name → f32 [units].
@@ -85,7 +85,7 @@ def _on_activations(
                 loss.backward()
             for item in captured:
                 probe = item.layer.probe
-                score = ops_for(images.device).importance(
+                score = backend_for(images.device).importance(
                     item.activation.detach(),
                     item.activation.grad if needs_gradient else None,
                     kind=kind,

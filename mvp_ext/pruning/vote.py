@@ -18,7 +18,7 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
-from mvp_ext.ops import meta_vote, ops_for
+from mvp_ext.ops import backend_for, meta_vote
 from mvp_ext.pruning.scores import score_units
 from mvp_ext.pruning.settings import VoteOptions
 from mvp_ext.train.backbone import Backbone, extract_features
@@ -231,7 +231,7 @@ def merge_voters(
     def side(of: Mapping[str, tuple[Tensor | None, Tensor | None]], dim: int) -> list[Tensor | None]:
         return [move(of.get(n, everything)[dim]) for n in names]
 
-    merged = ops_for(device).merge(
+    merged = backend_for(device).merge(
         [dense_state[n] for n in names],
         [[state[n].to(device) for n in names] for state in voter_states],
         [side(i, 0) for i in voter_index],

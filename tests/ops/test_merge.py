@@ -302,7 +302,7 @@ ONE = torch.ones(1)
         ({"voter_rows": [[torch.tensor([0, 4])]]}, ValueError, r"merge: voter_rows\[0\]\[0\]: expected indices in \[0, 4\), got 4"),
         ({"voter_rows": [[torch.tensor([1, 1])]]}, ValueError, r"merge: voter_rows\[0\]\[0\]: expected no index twice, got 1 again"),
         ({"rows": [torch.tensor([-1])]}, ValueError, r"merge: rows\[0\]: expected indices in \[0, 4\), got -1"),
-        ({"cols": [torch.tensor([1.0])]}, TypeError, r"merge: cols\[0\]: expected dtype int64 or int32, got float32"),
+        ({"cols": [torch.tensor([1.0])]}, TypeError, r"merge: cols\[0\]: expected dtype int32 or int64, got float32"),
         ({"voters": [[W[:2].to("meta")]]}, ValueError, r"merge: voters\[0\]\[0\]: expected device cpu, got meta"),
     ],
 )  # fmt: skip

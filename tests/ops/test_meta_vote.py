@@ -9,7 +9,8 @@ from emulator import emulated
 from isa import OLDER, run_on
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mvp_ext.ops import kept_units, meta_vote, reference, registry
+from mvp_ext.ops import kept_units, meta_vote, reference
+from mvp_ext.ops.meta_vote import meta_vote_op
 from mvp_ext.ops.philox import gumbel_noise, philox4x32, portable_log
 
 NAN, INF = float("nan"), float("inf")
@@ -168,7 +169,7 @@ def test_alignments(device):
                 moved = {name: value.to(device) for name, value in options.items()}
                 wanted = reference.meta_vote(masks, **arguments, **options)
                 # The op itself: the public function would make the masks contiguous.
-                ours = registry.meta_vote(
+                ours = meta_vote_op(
                     wide[:, start:], moved.get("weights"), moved.get("prior"), layers, wanted.kept, 0.5, 1
                 )
                 for a, b in zip(ours, wanted[:3], strict=True):
@@ -324,8 +325,10 @@ def test_errors(change, error, message):
 def test_opcheck():
     masks, weights, prior = draw([7, 9], 4, 2)
     for temperature in (None, 0.5):
-        torch.library.opcheck(registry.meta_vote_op, (masks, weights, prior, [7, 9], [3, 4], temperature, 1))
-    torch.library.opcheck(registry.meta_vote_op, (masks, None, None, [7, 9], [3, 4], None, 0))
+        torch.library.opcheck(
+            torch.ops.mvp_ext.meta_vote.default, (masks, weights, prior, [7, 9], [3, 4], temperature, 1)
+        )
+    torch.library.opcheck(torch.ops.mvp_ext.meta_vote.default, (masks, None, None, [7, 9], [3, 4], None, 0))
 
 
 def test_modes_see_the_op():

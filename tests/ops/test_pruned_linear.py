@@ -6,7 +6,7 @@ from backends import move, on_gpu
 from isa import OLDER, run_on
 from pruned_helpers import BY_NAME, FLOATS, assert_as_exact_as_torch, draw_index, generator, to
 
-from mvp_ext.ops import pruned_linear, reference, registry
+from mvp_ext.ops import pruned_linear, reference
 from mvp_ext.ops.blocks import positions
 
 NAN, INF, CPU = float("nan"), float("inf"), torch.device("cpu")
@@ -337,9 +337,9 @@ def test_opcheck():
         (x[:, :4], w, b, torch.tensor([1]), torch.tensor([2]), 5, 4, None),
         (x, w, b, out_index, in_index, 1, 1, None, True),
     ):
-        torch.library.opcheck(registry.pruned_linear_op, arguments)
+        torch.library.opcheck(torch.ops.mvp_ext.pruned_linear.default, arguments)
         if arguments[7] is None:
-            torch.library.opcheck(registry.pruned_linear_gelu_op, arguments[:7])
+            torch.library.opcheck(torch.ops.mvp_ext.pruned_linear_gelu.default, arguments[:7])
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])

@@ -16,8 +16,10 @@ from pruned_helpers import assert_as_exact_as_torch, draw_index, generator, to
 from test_pruned_linear import draw, input_major
 from torch import Tensor
 
-from mvp_ext.ops import cuda, cuda_linear, pruned_attention, pruned_linear, reference, registry
-from mvp_ext.ops.cuda_linear import Plan, linear_by
+from mvp_ext.ops import device as where
+from mvp_ext.ops import pruned_attention, pruned_linear, pruned_linear_plan, reference
+from mvp_ext.ops.pruned_linear import pruned_linear_gelu_op
+from mvp_ext.ops.pruned_linear_plan import Plan, linear_by
 
 HALVES = {"f16": torch.float16, "bf16": torch.bfloat16}
 LAYOUTS = ["row-major", "input-major"]
@@ -41,14 +43,14 @@ HOPPER = Plan(3, 1)
 
 def on_hopper(device: torch.device, splits: int = 1) -> tuple[Plan, ...]:
     """Hopper's plan, where its kernel runs: in the emulator, and on that GPU."""
-    return (Plan(HOPPER.tiling, splits),) if cuda_linear.has_hopper(device) else ()
+    return (Plan(HOPPER.tiling, splits),) if pruned_linear_plan.has_hopper(device) else ()
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[list[tuple[Any, ...]]]:
     """The arguments of the kernel's calls."""
     calls: list[tuple[Any, ...]] = []
-    real = cuda.kernels()
+    real = where.cuda_kernels()
 
     def kernel(*arguments: Any) -> None:
         calls.append(arguments)
@@ -56,7 +58,7 @@ def counted() -> Iterator[list[tuple[Any, ...]]]:
 
     spy = mock.Mock(wraps=real)
     spy.pruned_linear_cuda = kernel
-    with mock.patch.object(cuda, "kernels", return_value=spy):
+    with mock.patch.object(where, "emulator", spy):
         yield calls
 
 
@@ -481,7 +483,7 @@ def test_what_gelu_was_applied_to(layout: str, device: torch.device) -> None:
             with linear_by(plan), counted() as calls:
                 plain = pruned_linear(*call, **blocks)
                 curved = pruned_linear(*call, **blocks, activation="gelu")
-                out, before = registry.pruned_linear_gelu(*call, *blocks.values())
+                out, before = pruned_linear_gelu_op(*call, *blocks.values())
                 assert len(calls) == 3
             assert torch.equal(before, plain)
             assert torch.equal(out, curved)
@@ -521,15 +523,15 @@ def test_errors_on_the_device() -> None:
 
 def test_the_rule() -> None:
     """More rows are the library's, sooner or later; more weight per row is ours. And every block of a plan has work."""
-    ways = [cuda_linear._kernel_or_library(rows, 4096, 4096) for rows in (1, 16, 128, 10**4, 10**6)]
+    ways = [pruned_linear_plan._kernel_or_library(rows, 4096, 4096) for rows in (1, 16, 128, 10**4, 10**6)]
     assert ways == sorted(ways)  # "kernel" < "library"
     assert ways[0] == "kernel"
     assert ways[-1] == "library"
     for rows in (0, 1, 16, 17, 64, 65, 200, 5000):
         for outputs in (1, 64, 384, 4096):
             for inputs in (8, 384, 768, 4096, 16384):
-                tiling, splits = cuda_linear._kernel_plan(rows, outputs, inputs, 132)
-                stages = -(-inputs // cuda_linear.TILINGS[tiling][2])
+                tiling, splits = pruned_linear_plan._kernel_plan(rows, outputs, inputs, 132)
+                stages = -(-inputs // pruned_linear_plan.TILINGS[tiling][2])
                 share = -(-stages // splits)
                 assert 1 <= splits <= 16
                 assert (splits - 1) * share < stages

@@ -215,7 +215,7 @@ R, Y, AT = torch.zeros(2, 4, 3, 3), torch.zeros(2, 2, 3, 3), torch.tensor([1, 3]
         ((R.int(), Y, AT), {}, TypeError, "residual: expected dtype float32 or .*, got int32"),
         ((R, Y.half(), AT), {}, TypeError, "y: expected dtype float32, got float16"),
         ((R, Y[0], AT), {}, ValueError, r"y: expected 4 dimensions, got shape \(2, 3, 3\)"),
-        ((R, Y, AT.float()), {}, TypeError, "index: expected dtype int64 or int32, got float32"),
+        ((R, Y, AT.float()), {}, TypeError, "index: expected dtype int32 or int64, got float32"),
         ((R, Y, AT[None]), {}, ValueError, "index: expected 1 dimensions"),
         ((R, Y, None), {}, ValueError, r"y: expected shape \(2, 4, 3, 3\), got \(2, 2, 3, 3\)"),
         ((R, Y, AT[:1]), {}, ValueError, r"y: expected shape \(2, 1, 3, 3\), got \(2, 2, 3, 3\)"),

@@ -1,16 +1,17 @@
-"""Ops on all tensors of a model at once: pack and unpack slices of them, merge the slices of several models."""
+"""Slices of all tensors of a model at once, and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from mvp_ext.ops import registry_packing as registry
-from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor
+from mvp_ext.ops._native import native
+from mvp_ext.ops.checks import INDICES, check_tensor
+from mvp_ext.ops.define import define
+from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda
 
-_INDEX_TYPES = (torch.int64, torch.int32)
 _MOVABLE = frozenset(
     dtype for dtype in vars(torch).values()
     if isinstance(dtype, torch.dtype) and not dtype.is_complex and "q" not in str(dtype) and "bits" not in str(dtype)
@@ -36,14 +37,10 @@ def pack(tensors: Sequence[Tensor], rows: Indices, cols: Indices) -> list[Tensor
             range ends the kernel with a CUDA error, as in torch.
     """
     tensors, rows, cols = list(tensors), list(rows), list(cols)
-    packed = registry.pack_plain(tensors, rows, cols)
-    if packed is not None:
-        return packed
-    _check("pack", "tensors", tensors, rows, cols)
+    check_slices("pack", "tensors", tensors, rows, cols)
     if not tensors:
         return []  # nothing that the dispatcher could choose a device by
-    with torch.no_grad():
-        return registry.pack_op(tensors, rows, cols)
+    return list(pack_op(tensors, rows, cols))
 
 
 def unpack(packed: Sequence[Tensor], out: Sequence[Tensor], rows: Indices, cols: Indices) -> None:
@@ -58,91 +55,19 @@ def unpack(packed: Sequence[Tensor], out: Sequence[Tensor], rows: Indices, cols:
         TypeError, ValueError: as for ``pack``; nothing is written then.
     """
     packed, out, rows, cols = list(packed), list(out), list(rows), list(cols)
-    _check("unpack", "out", out, rows, cols)
+    check_slices("unpack", "out", out, rows, cols)
     if len(packed) != len(out):
         raise ValueError(
             f"unpack: packed: expected {len(out)} tensors, one for each of out, got {len(packed)}"
         )
     for p, (part, full, r, c) in enumerate(zip(packed, out, rows, cols, strict=True)):
         check_tensor("unpack", f"packed[{p}]", part, dtypes=(full.dtype,), device=full.device)
-        _check_shape("unpack", f"packed[{p}]", part, full, r, c)
-    if not out:
-        return
-    with torch.no_grad():
-        registry.unpack(packed, out, rows, cols)
+        check_packed_shape("unpack", f"packed[{p}]", part, full, r, c)
+    if out:
+        _unpack_op(packed, out, rows, cols)
 
 
-def merge(
-    base: Sequence[Tensor],
-    voters: Sequence[Sequence[Tensor]],
-    voter_rows: Sequence[Indices],
-    voter_cols: Sequence[Indices],
-    weights: Tensor,
-    rows: Indices,
-    cols: Indices,
-) -> list[Tensor]:
-    """Weights of a new sub-network from those of N others: the weighted mean over the voters that kept an element.
-
-    merged[p][r, c] = Σ_j w_j · voter_j[r, c] / Σ_j w_j over the voters j that kept row r and column c of tensor p;
-    base[p][r, c] where none did. All tensors of a model in one native call; voters are read in their compact form.
-
-    Args:
-        base: P full tensors [R, C, ...] or [R]: float32, float16, bfloat16 or float64.
-        voters: N lists of P compact tensors, as ``pack`` made them; any of these dtypes.
-        voter_rows, voter_cols: N lists of P index lists: where each voter's rows and columns lie in ``base``; int32 or
-            int64, no repeats; None: all.
-        weights: floating [N], finite and ≥ 0, used as float32. A voter with weight 0 does not count.
-        rows, cols: the wanted rows and columns of each tensor, as for ``pack`` but without repeats.
-
-    Returns:
-        P new tensors [K_rows, K_cols, ...] with the dtypes of ``base``, in its memory format, without gradient.
-
-    Raises:
-        TypeError, ValueError: kinds, dtypes, shapes, ranges, devices. On a GPU float64 in ``base`` is a TypeError, and
-            wrong indices or weights end the kernel with a CUDA error (repeats in rows or cols are not noticed).
-
-    Deterministic: float32 sums (float64 for float64) in the order of the voters, on a GPU the same bits as on the CPU.
-
-    Source: decided here. Meta-Vote Pruning (arXiv 2301.11560) also starts from its voters; its rule could not be read.
-    """
-    base, rows, cols = list(base), list(rows), list(cols)
-    check_tensor("merge", "weights", weights, dtypes=FLOATS)
-    check_shape("merge", "weights", weights, (len(voters),), "[N]")
-    for name, lists in (("voter_rows", voter_rows), ("voter_cols", voter_cols)):
-        if len(lists) != len(voters):
-            raise ValueError(f"merge: {name}: expected {len(voters)} lists, one a voter, got {len(lists)}")
-    if voters and base and isinstance(base[0], Tensor) and base[0].device == weights.device:
-        merged = registry.merge_plain(
-            base, voters, voter_rows, voter_cols, weights.to(torch.float32), rows, cols
-        )
-        if merged is not None:
-            return merged
-    _check("merge", "base", base, rows, cols, dtypes=FLOATS)
-    device = base[0].device if base else None
-    check_tensor("merge", "weights", weights, device=device)
-    all_parts: list[Tensor] = []
-    all_rows: list[Tensor | None] = []
-    all_cols: list[Tensor | None] = []
-    for v in range(len(voters)):
-        parts, r, c = list(voters[v]), list(voter_rows[v]), list(voter_cols[v])
-        name, names = f"voters[{v}]", (f"voter_rows[{v}]", f"voter_cols[{v}]")
-        if len(parts) != len(base):
-            raise ValueError(
-                f"merge: {name}: expected {len(base)} tensors, one for each of base, got {len(parts)}"
-            )
-        _check("merge", name, parts, r, c, dtypes=FLOATS, device=device, lists=names)
-        for p, (part, full) in enumerate(zip(parts, base, strict=True)):
-            _check_shape("merge", f"{name}[{p}]", part, full, r[p], c[p])
-        all_parts += parts
-        all_rows += r
-        all_cols += c
-    if not base:
-        return []
-    with torch.no_grad():
-        return registry.merge_op(base, all_parts, all_rows, all_cols, weights.to(torch.float32), rows, cols)
-
-
-def _check(
+def check_slices(
     op: str,
     name: str,
     tensors: list[Tensor],
@@ -175,7 +100,7 @@ def _check(
         for argument, index in zip(lists, (r, c), strict=True):
             if index is not None and id(index) not in seen:
                 seen.add(id(index))
-                check_tensor(op, f"{argument}[{p}]", index, ndim=1, dtypes=_INDEX_TYPES, device=device)
+                check_tensor(op, f"{argument}[{p}]", index, ndim=1, dtypes=INDICES, device=device)
 
 
 def _explain(
@@ -195,9 +120,110 @@ def _explain(
     raise ValueError(f"{op}: {name}: expected {least} to 6 dimensions, got shape {tuple(tensor.shape)}")
 
 
-def _check_shape(
+def check_packed_shape(
     op: str, name: str, part: Tensor, full: Tensor, rows: Tensor | None, cols: Tensor | None
 ) -> None:
-    expected = registry.packed_shape(full, rows, cols)
+    expected = _packed_shape(full, rows, cols)
     if list(part.shape) != expected:
         raise ValueError(f"{op}: {name}: expected shape {tuple(expected)}, got {tuple(part.shape)}")
+
+
+def _packed_shape(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> list[int]:
+    shape = list(tensor.shape)
+    if rows is not None:
+        shape[0] = rows.shape[0]
+    if cols is not None:
+        shape[1] = cols.shape[0]
+    return shape
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    return (
+        tensor.ndim == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """In one of the two layouts that the kernels of whole models know: contiguous or channels_last."""
+    return tensor if tensor.is_contiguous() or is_channels_last(tensor) else tensor.contiguous()
+
+
+def dense_like(tensors: Sequence[Tensor], others: Iterable[Tensor]) -> list[Tensor]:
+    """``tensors`` in the layouts of dense ``others``."""
+    return [
+        t.contiguous(memory_format=torch.channels_last if is_channels_last(o) else torch.contiguous_format)
+        for t, o in zip(tensors, others, strict=False)
+    ]
+
+
+def empty_packed(
+    tensors: Sequence[Tensor], rows: Sequence[Tensor | None], cols: Sequence[Tensor | None]
+) -> list[Tensor]:
+    packed = []
+    for tensor, r, c in zip(tensors, rows, cols, strict=True):
+        shape = _packed_shape(tensor, r, c)
+        if is_channels_last(tensor):
+            form = torch.channels_last
+            packed.append(torch.empty(shape, dtype=tensor.dtype, device=tensor.device, memory_format=form))
+        else:
+            packed.append(tensor.new_empty(shape))
+    return packed
+
+
+_MOVED_AS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
+_KERNEL_DTYPES = {
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int64, torch.uint8, torch.bool,
+}  # fmt: skip
+
+
+def _as_bits(tensor: Tensor) -> Tensor:
+    """For kernels that only move elements: a dtype that they know, of the same size."""
+    return tensor if tensor.dtype in _KERNEL_DTYPES else tensor.view(_MOVED_AS[tensor.itemsize])
+
+
+def _pack(tensors: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]) -> list[Tensor]:
+    packed = empty_packed(tensors, rows, cols)
+    arguments = ([_as_bits(dense(t)) for t in tensors], rows, cols, [_as_bits(p) for p in packed])
+    if on_cuda(tensors[0]):
+        cuda_kernels().pack_cuda(*arguments, *device_and_stream(tensors[0]))
+    else:
+        native().pack_cpu(*arguments, torch.get_num_threads())
+    return packed
+
+
+pack_op = define(
+    "pack(Tensor[] tensors, Tensor?[] rows, Tensor?[] cols) -> Tensor[]", fake=empty_packed, run=_pack
+)
+
+
+def _unpack_fake(
+    packed: list[Tensor], out: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]
+) -> None:
+    return None
+
+
+def _unpack(
+    packed: list[Tensor], out: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]
+) -> None:
+    full = [dense(t) for t in out]
+    parts = dense_like(packed, full)
+    arguments = ([_as_bits(p) for p in parts], rows, cols, [_as_bits(f) for f in full])
+    if on_cuda(out[0]):
+        cuda_kernels().unpack_cuda(*arguments, *device_and_stream(out[0]))
+    else:
+        native().unpack_cpu(*arguments, torch.get_num_threads())
+    for target, written in zip(out, full, strict=True):
+        if written is not target:
+            with torch.no_grad():
+                target.copy_(written)
+        else:  # the kernel wrote behind autograd's back: whoever saved this tensor must notice
+            torch.autograd.graph.increment_version(target)
+
+
+_unpack_op = define(
+    "unpack(Tensor[] packed, Tensor(a!)[] out, Tensor?[] rows, Tensor?[] cols) -> ()",
+    fake=_unpack_fake,
+    run=_unpack,
+)

@@ -1,4 +1,4 @@
-"""pruned_linear on CUDA tensors: which way a call goes, and the kernel's outputs, workspace and launch."""
+"""Which way a call of pruned_linear goes: by the kernel (and how), or by the library on a weight that is cut first."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mvp_ext.ops import cuda
 from mvp_ext.ops._native import build_info
+from mvp_ext.ops.device import is_emulated
 
 # Rows of x, outputs and inputs of a tile: Small, Medium and Large of csrc/cuda/pruned_linear.cu, and Hopper's.
 TILINGS = ((16, 32, 128), (64, 64, 64), (128, 128, 32), (128, 128, 64))
-_HOPPER = 3
-_VECTOR = 8  # elements of 16 bits in a 16-byte vector
+HOPPER = 3
+# Elements of 16 bits in a 16-byte vector.
+VECTOR = 8
 
 
 class Plan(NamedTuple):
@@ -42,7 +43,26 @@ def linear_by(way: Plan | Literal["kernel", "library"]) -> Iterator[None]:
         _forced = before
 
 
-def plan(
+_NEVER = 1 << 62
+
+
+@functools.cache
+def library_rows(dtype: torch.dtype, pairs: bool) -> int:
+    """From this many rows of x on, cutting the weight and the library's GEMM beat the kernel. Measured.
+
+    ``pairs``: the kernel could take kept inputs two by two.
+    """
+    if dtype is torch.float64:
+        return 0  # the kernel adds in float32
+    info = build_info()
+    if dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        # Like the library, the kernel has the machine's dot product of bf16 pairs, but only for pairs that lie side
+        # by side in the weight; elsewhere it widens to float32.
+        return _NEVER if pairs and info["cpu_bf16_pairs"] else 17
+    return 5 if dtype is torch.float32 and info["cpu_isa"] == "baseline" else _NEVER
+
+
+def cuda_plan(
     x: Tensor,
     weight: Tensor,
     out_index: Tensor | None,
@@ -50,23 +70,23 @@ def plan(
     out_block: int,
     in_block: int,
 ) -> Plan | None:
-    """The kernel's plan; None: cutting the weight and the library's GEMM do this call."""
+    """The CUDA kernel's plan; None: cutting the weight and the library's GEMM do this call."""
     if not _readable(x, weight, out_index, in_index, out_block, in_block):
         return None
     if isinstance(_forced, Plan):
-        if _forced.tiling == _HOPPER and not has_hopper(x.device):
+        if _forced.tiling == HOPPER and not has_hopper(x.device):
             raise RuntimeError(
                 "pruned_linear: Plan(3, 1) needs a GPU of compute capability 9.0, a build with MVP_CUDA_ARCHS for it, "
                 "and not MVP_HOPPER=0"
             )
         return _forced
-    rows, outputs = math.prod(x.shape[:-1]), _outputs(weight, out_index, out_block)
+    rows, outputs = math.prod(x.shape[:-1]), output_count(weight, out_index, out_block)
     if (_forced or _kernel_or_library(rows, outputs, x.shape[-1])) == "library":
         return None
     return _kernel_plan(rows, outputs, x.shape[-1], _multiprocessors(x.device))
 
 
-def _outputs(weight: Tensor, out_index: Tensor | None, out_block: int) -> int:
+def output_count(weight: Tensor, out_index: Tensor | None, out_block: int) -> int:
     return weight.shape[0] if out_index is None else out_index.shape[0] * out_block
 
 
@@ -81,15 +101,15 @@ def _readable(
     """Whether the kernel can read what is kept in 16-byte vectors, on tensor cores' types."""
     if x.dtype not in (torch.float16, torch.bfloat16):
         return False
-    if x.shape[-1] % _VECTOR or x.shape[-1] == 0 or weight.data_ptr() % 16:
+    if x.shape[-1] % VECTOR or x.shape[-1] == 0 or weight.data_ptr() % 16:
         return False
     by_output, by_input = weight.stride()
     if by_input == 1:
-        return by_output % _VECTOR == 0 and (in_index is None or in_block % _VECTOR == 0)
+        return by_output % VECTOR == 0 and (in_index is None or in_block % VECTOR == 0)
     return (
         by_output == 1
-        and by_input % _VECTOR == weight.shape[0] % _VECTOR == 0
-        and (out_index is None or out_block % _VECTOR == 0)
+        and by_input % VECTOR == weight.shape[0] % VECTOR == 0
+        and (out_index is None or out_block % VECTOR == 0)
     )
 
 
@@ -123,7 +143,7 @@ def has_hopper(device: torch.device) -> bool:
     MVP_HOPPER=0 in the environment says no: a kernel that hangs or faults takes everything else in its process with it.
     """
     if device.type != "cuda":
-        return cuda.stand_in
+        return is_emulated()
     if os.environ.get("MVP_HOPPER") == "0":
         return False
     return bool(build_info()["hopper"]) and torch.cuda.get_device_capability(device) == (9, 0)
@@ -141,10 +161,10 @@ def _kernel_plan(rows: int, outputs: int, inputs: int, multiprocessors: int) -> 
         tiling = 2 if rows > TILINGS[1][0] and tiles(2) >= multiprocessors else 1
     stages = math.ceil(inputs / TILINGS[tiling][2])
     splits = min(multiprocessors // max(tiles(tiling), 1), stages // _MIN_STAGES, _MAX_SPLITS)
-    return Plan(tiling, _even(stages, splits))
+    return Plan(tiling, even_splits(stages, splits))
 
 
-def _even(stages: int, splits: int) -> int:
+def even_splits(stages: int, splits: int) -> int:
     """As many splits as have stages when each but the last has the same number of them."""
     return math.ceil(stages / math.ceil(stages / splits)) if splits > 1 else 1
 
@@ -154,54 +174,3 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # the emulator's
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def pruned_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_index: Tensor | None,
-    in_index: Tensor | None,
-    out_block: int,
-    in_block: int,
-    residual: Tensor | None,
-    gelu: bool,
-    plan: Plan,
-    *,
-    before: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The result, and with ``before`` what GELU was applied to."""
-    outputs = _outputs(weight, out_index, out_block)
-    if residual is not None:
-        residual = residual.contiguous()
-        if outputs == 0:
-            return residual.clone(), None
-    out = (x if residual is None else residual).new_empty(
-        (*x.shape[:-1], outputs if residual is None else weight.shape[0])
-    )
-    y = torch.empty_like(out) if before else None
-    rows, inputs = math.prod(x.shape[:-1]), x.shape[-1]
-    x = x.reshape(rows, inputs)
-    # Rows that overlap cannot be read in boxes.
-    overlapping = plan.tiling == _HOPPER and rows > 1 and x.stride(0) < inputs
-    if x.stride(1) != 1 or x.stride(0) % _VECTOR or x.data_ptr() % 16 or overlapping:
-        x = x.clone(memory_format=torch.contiguous_format)
-    # Blocks that get no inputs would leave their part of the workspace unwritten.
-    splits = _even(math.ceil(inputs / TILINGS[plan.tiling][2]), plan.splits)
-    cuda.kernels().pruned_linear_cuda(
-        x,
-        weight,
-        None if bias is None else bias.contiguous(),
-        None if out_index is None else out_index.contiguous(),
-        None if in_index is None else in_index.contiguous(),
-        out_block,
-        in_block,
-        residual,
-        gelu,
-        out,
-        y,
-        plan.tiling,
-        None if splits == 1 else x.new_empty((splits, rows, outputs), dtype=torch.float32),
-        *cuda.queue(x),
-    )
-    return out, y

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mvp_ext.ops import registry
-from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor, surely_alike
-
-_INDEX_TYPES = (torch.int64, torch.int32)
+from mvp_ext.ops._native import native
+from mvp_ext.ops.checks import FLOATS, INDICES, check_shape, check_tensor, same_kind
+from mvp_ext.ops.define import define, needs_gradient
+from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda, reject_float64
+from mvp_ext.ops.pack import is_channels_last
 
 
 def residual_add(
@@ -45,21 +46,16 @@ def residual_add(
 
     Deterministic: each output is one sum, in float32, rounded once.
     """
-    if scale is not None or shift is not None or not surely_alike(residual, y, index, dim):
+    if scale is not None or shift is not None or not same_kind(residual, y, index, dim):
         _check(residual, y, index, scale, shift, dim)
     if dim < 0:
         dim += residual.ndim
     if activation not in (None, "relu"):
         raise ValueError(f'residual_add: activation: expected None or "relu", got {activation!r}')
     relu = activation is not None
-    if torch.is_grad_enabled() and (
-        residual.requires_grad
-        or y.requires_grad
-        or (scale is not None and scale.requires_grad)
-        or (shift is not None and shift.requires_grad)
-    ):
+    if needs_gradient(residual, y, scale, shift):
         return _ResidualAdd.apply(residual, y, index, scale, shift, relu, dim)
-    return registry.residual_add(residual, y, index, scale, shift, relu, dim)
+    return residual_add_op(residual, y, index, scale, shift, relu, dim)
 
 
 def _check(
@@ -74,7 +70,7 @@ def _check(
         )
     expected = list(residual.shape)
     if index is not None:
-        check_tensor("residual_add", "index", index, ndim=1, dtypes=_INDEX_TYPES, device=device)
+        check_tensor("residual_add", "index", index, ndim=1, dtypes=INDICES, device=device)
         expected[dim] = index.shape[0]
     if list(y.shape) != expected:
         raise ValueError(f"residual_add: y: expected shape {tuple(expected)}, got {tuple(y.shape)}")
@@ -98,7 +94,7 @@ class _ResidualAdd(torch.autograd.Function):
         relu: bool,
         dim: int,
     ) -> Tensor:
-        out = registry.residual_add(residual, y, index, scale, shift, relu, dim)
+        out = residual_add_op(residual, y, index, scale, shift, relu, dim)
         ctx.save_for_backward(y if scale is not None else None, index, scale, out if relu else None)
         ctx.dim = dim
         ctx.shift_dtype = None if shift is None else shift.dtype
@@ -124,3 +120,83 @@ class _ResidualAdd(torch.autograd.Function):
             if needs_shift:
                 grad_shift = kept.sum(others).to(ctx.shift_dtype)
         return grad if needs_residual else None, grad_y, None, grad_scale, grad_shift, None, None
+
+
+def _memory_format(residual: Tensor, dim: int) -> torch.memory_format:
+    return torch.channels_last if dim == 1 and is_channels_last(residual) else torch.contiguous_format
+
+
+def _fake(
+    residual: Tensor,
+    y: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    dim: int,
+) -> Tensor:
+    return torch.empty_like(residual, memory_format=_memory_format(residual, dim))
+
+
+def _run(
+    residual: Tensor,
+    y: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    dim: int,
+) -> Tensor:
+    if on_cuda(residual):
+        return _run_cuda(residual, y, index, scale, shift, relu, dim)
+    # The common case first, and every call counts: a small block is done in a microsecond.
+    if residual.is_contiguous():
+        y = y.contiguous()
+    else:
+        form = _memory_format(residual, dim)
+        residual, y = residual.contiguous(memory_format=form), y.contiguous(memory_format=form)
+    out = torch.empty_like(residual)
+    if scale is not None or shift is not None:
+        accumulator = torch.float64 if residual.dtype is torch.float64 else torch.float32
+        scale = None if scale is None else scale.to(accumulator)
+        shift = None if shift is None else shift.to(accumulator)
+    native().residual_add_cpu(residual, y, index, scale, shift, relu, dim, out, torch.get_num_threads())
+    return out
+
+
+def _run_cuda(
+    residual: Tensor,
+    y: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    dim: int,
+) -> Tensor:
+    reject_float64("residual_add", "residual", residual)
+    form = _memory_format(residual, dim)
+    residual = residual.contiguous(memory_format=form)
+    # The kernel reads vectors of 16 bytes; torch allocates at multiples of them, but a slice may start anywhere.
+    if residual.data_ptr() % 16:
+        residual = residual.clone(memory_format=form)
+    out = torch.empty_like(residual, memory_format=form)
+    cuda_kernels().residual_add_cuda(
+        residual,
+        y.contiguous(memory_format=form),
+        None if index is None else index.contiguous(),
+        None if scale is None else scale.float().contiguous(),
+        None if shift is None else shift.float().contiguous(),
+        relu,
+        dim,
+        out,
+        *device_and_stream(residual),
+    )
+    return out
+
+
+residual_add_op = define(
+    "residual_add(Tensor residual, Tensor y, Tensor? index, Tensor? scale, Tensor? shift, bool relu, int dim)"
+    " -> Tensor",
+    fake=_fake,
+    run=_run,
+)

@@ -1,8 +1,4 @@
-"""The public ops: check the arguments, then call the op (through an autograd.Function where a gradient is needed).
-
-Dimension letters: B batch, T target tasks, N voters, L layers, U units of all layers (concatenated), C channels,
-H heads, D head dim, M rows.
-"""
+"""The vote of N pruned models on the units of all layers."""
 
 from __future__ import annotations
 
@@ -11,64 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvp_ext.ops import registry
-from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor, surely_alike
+from mvp_ext.ops._native import native
+from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor
+from mvp_ext.ops.define import define
+from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda
 from mvp_ext.ops.vote import Vote, kept_units
-
-IMPORTANCE_KINDS = ("taylor", "taylor2", "activation")
-
-
-def importance(
-    a: Tensor, grad: Tensor | None = None, *, kind: str, dim: int = 1, heads: int | None = None
-) -> Tensor:
-    """Importance of units (filters, channels, heads) from an activation and the loss's gradient there, in one pass.
-
-    With s[b, u] = Σ a · grad over the positions (and, for heads, the head's dimensions) of example b:
-    ``taylor`` Σ_b |s[b, u]|, ``taylor2`` Σ_b s[b, u]². ``activation``: the mean of |a| over examples and positions.
-    The abs is per example: the gradient of one mask shared by the batch would give |Σ_b s[b, u]| instead.
-
-    Args:
-        a: float [B, ..., C, ...]: NCHW, channels_last, [B, n, H·D], or any other strided tensor; dim 0 is the batch.
-        grad: like ``a`` (another memory layout costs a copy); not used by ``activation``.
-        kind: "taylor", "taylor2" or "activation".
-        dim: the dimension of the units, not 0.
-        heads: the units are this many equal blocks of ``dim``, instead of its single entries.
-
-    Returns:
-        float32 [C] or [heads], summed in float32 and over the batch in float64; float64 for float64 input (slow: for
-        checks). Not differentiable. NaN and inf go through. ``activation`` of no elements is NaN.
-
-    Raises:
-        TypeError, ValueError: kinds, shapes, ranges, devices; on a GPU more than 2^30 positions of an example, or more
-            than 2^30 channels of all examples (B · a.shape[dim]).
-
-    The same bits in every run and with every number of threads. Sources: Molchanov et al., ICLR 2017 and CVPR 2019
-    (taylor, taylor2); Michel et al., NeurIPS 2019 (heads).
-    """
-    if kind not in IMPORTANCE_KINDS:
-        raise ValueError(f"importance: kind: expected one of {', '.join(IMPORTANCE_KINDS)}, got {kind!r}")
-    known = kind != "activation" and surely_alike(a, grad)
-    if not known:
-        check_tensor("importance", "a", a, dtypes=FLOATS)
-    if not -a.ndim < dim < a.ndim or dim == 0:
-        raise ValueError(
-            f"importance: dim: expected a dimension of a after the batch, got {dim} for {a.ndim} dimensions"
-        )
-    dim %= a.ndim
-    channels = a.shape[dim]
-    if heads is not None and (heads < 1 or channels % heads):
-        raise ValueError(f"importance: heads: expected a divisor of a.shape[{dim}] = {channels}, got {heads}")
-    if kind == "activation":
-        grad = None
-    elif grad is None:
-        raise ValueError(f"importance: grad: expected the gradient at a, which {kind} needs, got None")
-    else:
-        if not known:
-            check_tensor("importance", "grad", grad, dtypes=(a.dtype,), device=a.device)
-            check_shape("importance", "grad", grad, a.shape, "like a")
-        grad = grad.detach() if grad.requires_grad else grad
-    a = a.detach() if a.requires_grad else a
-    return registry.importance(a, grad, kind, dim, channels if heads is None else heads)
 
 
 def meta_vote(
@@ -143,11 +86,53 @@ def meta_vote(
             raise ValueError("meta_vote: seed: expected an int where temperature is given, got None")
         if not 0 <= seed < 2**63:
             raise ValueError(f"meta_vote: seed: expected an int in [0, 2**63), got {seed}")
-    mask, index, votes = registry.meta_vote(
-        masks.contiguous(), weights, prior, layers, kept, temperature, seed
-    )
+    mask, index, votes = meta_vote_op(masks.contiguous(), weights, prior, layers, kept, temperature, seed)
     return Vote(mask, index, votes, kept)
 
 
 def _contiguous_f32(x: Tensor) -> Tensor:
     return (x if x.dtype is torch.float32 else x.to(torch.float32)).contiguous()
+
+
+def _fake(
+    masks: Tensor,
+    weights: Tensor | None,
+    prior: Tensor | None,
+    layers: Sequence[int],
+    kept: Sequence[int],
+    temperature: float | None,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead = () if weights is None or weights.ndim == 1 else (weights.shape[0],)
+    units = masks.shape[1]
+    return (
+        masks.new_empty(*lead, units),
+        masks.new_empty(*lead, sum(kept), dtype=torch.int32),
+        masks.new_empty(*lead, units, dtype=torch.float32),
+    )
+
+
+def _run(
+    masks: Tensor,
+    weights: Tensor | None,
+    prior: Tensor | None,
+    layers: Sequence[int],
+    kept: Sequence[int],
+    temperature: float | None,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (masks, weights, prior, layers, kept, temperature, seed)
+    outputs = _fake(*arguments)
+    if on_cuda(masks):
+        cuda_kernels().meta_vote_cuda(*arguments, *outputs, *device_and_stream(masks))
+    else:
+        native().meta_vote_cpu(*arguments, *outputs, torch.get_num_threads())
+    return outputs
+
+
+meta_vote_op = define(
+    "meta_vote(Tensor masks, Tensor? weights, Tensor? prior, int[] layers, int[] kept, float? temperature, int seed)"
+    " -> (Tensor mask, Tensor index, Tensor votes)",
+    fake=_fake,
+    run=_run,
+)
