@@ -12,7 +12,6 @@ parts: progress of each part
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from mvp_ext.app.environment import environment
+from mvp_ext.app.environment import commit, environment
 from mvp_ext.train.cost import Cost
 
 from .arms import ARMS
@@ -106,7 +105,7 @@ def collect(study: Study, units: Sequence[Unit], command: str = "") -> dict[str,
         "machine": config.machine,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
-        "commit": _commit(),
+        "commit": commit(Path(__file__).parents[2]),
         "environment": environment(),
         "default arm": config.default_arm,
         "notes": list(config.notes),
@@ -176,11 +175,3 @@ class Table:
             keys.append(universal_key(world, kind, keep))
         costs = [w["made"].get(parse(key).made, {}) for key in keys]
         return {kind: sum(cost.get(kind, 0.0) for cost in costs) for kind in ("seconds", "flops", "steps")}
-
-
-def _commit() -> str:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

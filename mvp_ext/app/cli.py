@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +19,7 @@ from mvp_ext.app.comparison import NEED_ZOO
 from mvp_ext.app.comparison import compare as run_comparison
 from mvp_ext.app.console import Commands, console, progress_bar, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
+from mvp_ext.app.environment import command
 from mvp_ext.app.report import save_report, summary_table
 from mvp_ext.app.results import count_text, flops_text, load_results, save_results, seconds_text
 from mvp_ext.data.images import load_data
@@ -83,7 +82,7 @@ def demo(
     device = run.begin()
     size = dataclasses.replace(QUICK if quick else FULL, seed=run.seed)
     results = run_demo(size, out, bar=progress_bar, device=device)
-    results["command"] = _command()
+    results["command"] = command()
     _write(results, out)
 
 
@@ -218,7 +217,7 @@ def compare(
             journal=out / "runs.jsonl",
             progress=progress,
         )
-    results["command"] = _command()
+    results["command"] = command()
     _write(results, out)
 
 
@@ -267,7 +266,7 @@ def bench(
             "align": what.align,
             "device": str(device),
             "threads": torch.get_num_threads(),
-            "command": _command(),
+            "command": command(),
         },
     )
     console.print(bench_table(result))
@@ -304,11 +303,6 @@ def _made_by_torch_pruning(
 
 def _has(images: Any, task: dict[str, Any]) -> bool:
     return set(task.get("classes", ())) <= set(images.class_names)
-
-
-def _command() -> str:
-    """The command that repeats this, without the folder that the script happens to lie in."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def _write(results: dict[str, Any], out: Path) -> None:
