@@ -23,18 +23,18 @@ from mvp_ext.pruning.iterative import scoring_batches
 from mvp_ext.pruning.job import Job, find_neighbours, merged_model, score_target, voted_mask
 from mvp_ext.pruning.scores import Scores
 from mvp_ext.pruning.settings import REFINED_WEIGHTING, VoteOptions
-from mvp_ext.pruning.vote import Neighbour, small_model
+from mvp_ext.pruning.vote import small_model
 from mvp_ext.train.backbone import set_head
 from mvp_ext.train.heads import class_mean_head
 from mvp_ext.train.trainer import Trainer
+from mvp_ext.zoo.neighbours import Neighbour
 from mvp_ext.zoo.zoo import Zoo
 
 from .config import Factors
 from .elastic import cut_elastic
+from .similarity import MEASURES
 from .worlds import PreparedWorld
 
-# An arm's similarity → what ``VoteOptions`` takes; those that are not here go by their own names.
-SIMILARITIES: dict[str, Any] = {"nce": "nce", "logme": "logme", "h_score": "h_score"}
 EQUAL_RATE_CONTROL = "universal, refined's rate"
 # Whose cost the iterative arms' budgets are multiples of.
 REFERENCE_ARM = "mvp"
@@ -92,8 +92,10 @@ class Run:
 
     @property
     def vote(self) -> VoteOptions:
-        similarity = SIMILARITIES.get(self.factors.similarity, self.factors.similarity)
-        return VoteOptions(neighbours=self.factors.neighbours, similarity=similarity, **self.arm.vote)
+        name = self.factors.similarity
+        return VoteOptions(
+            neighbours=self.factors.neighbours, similarity=MEASURES.get(name, name), **self.arm.vote
+        )
 
     @property
     def zoo(self) -> Zoo:

@@ -22,11 +22,13 @@ from mvp_ext.model.measure import count_flops, measure
 from mvp_ext.pruning.iterative import round_ratios
 from mvp_ext.pruning.prune import RunOptions, prune
 from mvp_ext.pruning.settings import Schedule
-from mvp_ext.pruning.vote import proxy_leep, small_model
+from mvp_ext.pruning.vote import small_model
 from mvp_ext.storage import write_atomic
 from mvp_ext.train.backbone import extract_features
 from mvp_ext.train.cost import BACKWARD_FACTOR, use_clock
 from mvp_ext.zoo.entry import ZooEntry
+from mvp_ext.zoo.neighbours import proxy_leep
+from mvp_ext.zoo.zoo import Zoo
 
 from .arms import ARMS, REFERENCE_ARM, Run
 from .config import Config, Factors, default_factors, rates_of
@@ -181,7 +183,7 @@ class Study:
         world = self.world(name)
         zoo = world.zoo("distilled", keep)
         entries = [zoo[task.name] for task in world.tasks.zoo]
-        near = self._similarities(world, entries)
+        near = self._similarities(world, zoo, entries)
         layers = list(world.structure.names)
         pairs, ious = [], []
         for j in range(len(entries)):
@@ -195,17 +197,17 @@ class Study:
         kept = [layer.units and entries[0].mask.kept[layer.name] / layer.units for layer in world.structure]
         return {"layers": layers, "kept": kept, "pairs": pairs, "ious": ious, "two seeds": ceiling}
 
-    def _similarities(self, world: PreparedWorld, entries: list[ZooEntry]) -> np.ndarray:
+    def _similarities(self, world: PreparedWorld, zoo: Zoo, entries: list[ZooEntry]) -> np.ndarray:
         """[i, j]: proxy-LEEP of entry i for the task of entry j, on 500 of its training images."""
         near = np.zeros((len(entries), len(entries)))
-        described = [entry.read().extra for entry in entries]
+        known = {k.name: k for k in zoo.class_means(world.structure.fingerprint)}
+        means = [known[entry.name] for entry in entries]
         for j, task in enumerate(world.tasks.zoo):
             data = task.split()
             chosen = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(j))[:500]
             images, labels = data.train_images[chosen], data.train_labels[chosen]
             features = extract_features(world.backbone.model, images, world.backbone.preprocessing)
-            for i, tensors in enumerate(described):
-                near[i, j] = proxy_leep(tensors, features, labels)
+            near[:, j] = proxy_leep(means, features, labels).numpy()
         return near
 
     def run_latency(self, name: str) -> dict[str, Any]:

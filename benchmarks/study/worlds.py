@@ -29,7 +29,7 @@ from mvp_ext.train.evaluate import accuracy_of
 from mvp_ext.train.heads import ridge_head
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.recipe import Recipe
-from mvp_ext.zoo.shared import universal_path
+from mvp_ext.zoo.shared import UNIVERSAL
 from mvp_ext.zoo.zoo import Zoo
 
 from .config import World
@@ -172,11 +172,15 @@ class PreparedWorld:
         schedule = replace(self.schedule("distilled"), distill=kind != "plain")
         settings = self.settings(self.universal_keep(kind, keep), schedule)
         build_universal(self.backbone, self.tasks.zoo, folder, settings, steps=steps)
-        result = load_pruned(universal_path(folder)).extra["result"]
+        made = folder.shared(UNIVERSAL)
+        assert made is not None
+        result = made.extra["result"]
         return {"accuracy": result["accuracy"], "cost": result["cost"]}
 
     def universal(self, kind: str, keep: float) -> PrunedCheckpoint:
-        return load_pruned(universal_path(self.universal_folder(kind, keep)), self.backbone.device)
+        stored = self.universal_folder(kind, keep).shared(UNIVERSAL)
+        assert stored is not None
+        return stored.load(self.backbone.device)
 
     @property
     def elastic_path(self) -> Path:

@@ -22,7 +22,6 @@ from mvp_ext.app.results import FORMAT
 from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
 from mvp_ext.journal import Journal
-from mvp_ext.model.checkpoint import read_pruned
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import measure
@@ -33,10 +32,10 @@ from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import RunOptions, prune
 from mvp_ext.pruning.settings import Settings, VoteOptions
-from mvp_ext.pruning.vote import proxy_leep
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features
 from mvp_ext.train.cost import Cost
-from mvp_ext.zoo.shared import start_path
+from mvp_ext.zoo.neighbours import proxy_leep
+from mvp_ext.zoo.shared import START
 from mvp_ext.zoo.zoo import Zoo, ZooEntry
 
 NAMES = {
@@ -199,16 +198,15 @@ def overlaps(
     entries = [e for e in zoo.entries(structure.fingerprint) if not _foreign(e, data)]
     if len({e.mask for e in entries}) < 2:
         return []
-    tensors = [e.read().extra for e in entries]
+    known = {k.name: k for k in zoo.class_means(structure.fingerprint)}
+    means = [known[e.name] for e in entries]
     near = torch.zeros(len(entries), len(entries), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     for j, entry in enumerate(entries):
         task = Task.from_dict(entry.task, data).split()
         chosen = torch.randperm(len(task.train_labels), generator=generator)[:OVERLAP_IMAGES]
         features = extract_features(backbone.model, task.train_images[chosen], backbone.preprocessing)
-        for i, described in enumerate(tensors):
-            if i != j:
-                near[i, j] = proxy_leep(described, features, task.train_labels[chosen])
+        near[:, j] = proxy_leep(means, features, task.train_labels[chosen])
     half = len(structure) // 2
     points = []
     for j, second in enumerate(entries):
@@ -228,7 +226,8 @@ def zoo_cost(zoo: Zoo, structure: Structure | None = None) -> dict[str, Any]:
     """What the zoo's entries, and the model that they start from, cost together; and the entries' mean accuracy."""
     entries = zoo.entries(None if structure is None else structure.fingerprint)
     costs = [Cost.from_dict(e.cost) for e in entries]
-    if start_path(zoo).exists() and (made := read_pruned(start_path(zoo)).extra.get("result")):
+    start = zoo.shared(START)
+    if start is not None and (made := start.extra.get("result")):
         costs.append(Cost.from_dict(made["cost"]))
     known = [e.accuracy for e in entries if e.accuracy is not None]
     return {

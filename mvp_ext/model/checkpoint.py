@@ -8,11 +8,13 @@ the same shapes, and gives it the file's tensors: every one and no other. No pic
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mvp_ext import storage
@@ -138,7 +140,12 @@ def read_pruned(path: str | os.PathLike[str]) -> PrunedState:
         FileNotFoundError: there is no such file.
         FileFormatError: (a ValueError) it is damaged, truncated, of another kind, or from a newer version.
     """
-    tensors, spec = storage.read(path, kind=_FORMAT, version=_VERSION)
+    return parse_pruned(Path(path).read_bytes(), source=os.fspath(path))
+
+
+def parse_pruned(data: bytes, *, source: str = "these bytes") -> PrunedState:
+    """What :func:`read_pruned` does, from a file's bytes; FileFormatError names ``source``."""
+    tensors, spec = storage.from_bytes(data, kind=_FORMAT, version=_VERSION, source=source)
     try:
         structure = Structure.from_dict(spec["structure"])
         layers = {}
@@ -150,7 +157,21 @@ def read_pruned(path: str | os.PathLike[str]) -> PrunedState:
         state = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
         return PrunedState(state, Mask(layers), structure, extra, spec["recipe"], spec["versions"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise FileFormatError(f"{os.fspath(path)}: its description is damaged ({error})") from error
+        raise FileFormatError(f"{source}: its description is damaged ({error})") from error
+
+
+def read_extra(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Tensor]:
+    """Those of a file's extra tensors that it has, without reading the others, and so without its checksum.
+
+    Raises:
+        FileNotFoundError: there is no such file. FileFormatError: it is no safetensors file, or truncated.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            known = set(file.keys())
+            return {n: file.get_tensor(f"extra/{n}") for n in names if f"extra/{n}" in known}
+    except SafetensorError as error:
+        raise FileFormatError(f"{os.fspath(path)}: damaged, or no safetensors file ({error})") from error
 
 
 def load_pruned(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PrunedCheckpoint:

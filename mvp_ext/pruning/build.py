@@ -6,14 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from mvp_ext.data.tasks import Task
 from mvp_ext.model.budget import kept_counts
-from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, read_pruned, save_pruned
+from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.structure import Structure
 from mvp_ext.pruning.iterative import planned_steps
@@ -22,7 +21,7 @@ from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.settings import Settings
 from mvp_ext.train.backbone import Backbone, BackboneIdentity
 from mvp_ext.zoo.entry import ZooEntry
-from mvp_ext.zoo.shared import start_path, universal_path
+from mvp_ext.zoo.shared import START, UNIVERSAL
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
 # (what is being made, steps done, steps in all)
@@ -62,7 +61,7 @@ def build_zoo(
     _bind_start(zoo, start)
     results = []
     for task in tasks:
-        if task.name in zoo:
+        if zoo.is_sound(task.name):
             _check_same_budget(zoo[task.name], structure, settings)
             continue
         result = prune(
@@ -101,25 +100,26 @@ def build_refined_zoo(
     if not 0.0 < share < 1.0:
         raise ValueError(f"build_refined_zoo: share: expected a value in (0, 1), got {share}")
     backbone, settings = Backbone.wrap(model), settings or Settings.of_zoo(zoo)
-    path = start_path(zoo)
-    if len(zoo) > 0 and not path.exists():
+    start = zoo.shared(START)
+    if len(zoo) > 0 and start is None:
         raise ZooError(
             f"build_refined_zoo: {zoo.path}: its {len(zoo)} entries refine no universal model; use another zoo"
         )
     structure = _bind(backbone, zoo, settings)
     each = planned_steps(structure, settings)
-    if not path.exists():
+    if start is None:
         steps = round(share * each * len(tasks))
-        _build_universal(backbone, tasks, path, "start", settings, steps, progress)
-    start = load_pruned(path)
+        _build_universal(backbone, tasks, zoo, START, settings, steps, progress)
+        start = zoo.shared(START)
+    assert start is not None
     if start.extra.get("keep") != settings.keep:
         raise ZooError(
-            f"build_refined_zoo: {path}: expected a universal model with keep {settings.keep}, got "
+            f"build_refined_zoo: {start.path}: expected a universal model with keep {settings.keep}, got "
             f"{start.extra.get('keep', 'one that build_zoo was given')}; use another zoo"
         )
     refining = replace(settings.schedule, final_steps=max(1, round((1 - share) * each)))
     settings = replace(settings, schedule=refining)
-    return build_zoo(backbone, tasks, zoo, settings, start=start, progress=progress)
+    return build_zoo(backbone, tasks, zoo, settings, start=start.load(), progress=progress)
 
 
 def zoo_steps(zoo: Zoo, tasks: Sequence[Task]) -> int:
@@ -128,9 +128,9 @@ def zoo_steps(zoo: Zoo, tasks: Sequence[Task]) -> int:
     Raises:
         ZooError: the zoo lacks one of the tasks.
     """
-    path = start_path(zoo)
-    start = read_pruned(path).extra.get("result", {}) if path.exists() else {}
-    return sum(zoo[task.name].steps for task in tasks) + int(start.get("cost", {}).get("steps", 0))
+    start = zoo.shared(START)
+    made = {} if start is None else start.extra.get("result", {})
+    return sum(zoo[task.name].steps for task in tasks) + int(made.get("cost", {}).get("steps", 0))
 
 
 def build_universal(
@@ -154,17 +154,17 @@ def build_universal(
     Raises:
         ZooError: ``steps`` is not given and the zoo lacks one of the tasks.
     """
-    settings, path = settings or Settings.of_zoo(zoo), universal_path(zoo)
-    if path.exists() and read_pruned(path).extra.get("keep") == settings.keep:
+    settings, known = settings or Settings.of_zoo(zoo), zoo.shared(UNIVERSAL)
+    if known is not None and known.extra.get("keep") == settings.keep and known.is_sound():
         return None
     steps = steps if steps is not None else zoo_steps(zoo, tasks)
-    return _build_universal(Backbone.wrap(model), tasks, path, "universal", settings, steps, progress)
+    return _build_universal(Backbone.wrap(model), tasks, zoo, UNIVERSAL, settings, steps, progress)
 
 
 def _build_universal(
     backbone: Backbone,
     tasks: Sequence[Task],
-    path: Path,
+    zoo: Zoo,
     name: str,
     settings: Settings,
     steps: int,
@@ -180,10 +180,10 @@ def _build_universal(
         settings=settings,
         method="ifp",
         steps=max(0, steps - planned_steps(structure, removing)),
-        run=RunOptions(on_step=_named(progress, name), resume=path.with_suffix(".partial")),
+        run=RunOptions(on_step=_named(progress, name), resume=zoo.path / f"{name}.partial"),
     )
     extra = {"keep": settings.keep, "classes": list(pooled.classes), "result": result.summary()}
-    save_pruned(result.model, path, mask=result.mask, structure=result.structure, extra=extra)
+    zoo.save_shared(name, result.model, result.mask, result.structure, extra)
     return result
 
 
@@ -203,15 +203,14 @@ def _bind(backbone: Backbone, zoo: Zoo, settings: Settings) -> Structure:
 
 def _bind_start(zoo: Zoo, start: PrunedCheckpoint | None) -> None:
     """Record what the zoo's entries start from, or compare it with what is recorded."""
-    path = start_path(zoo)
-    if not path.exists() and start is not None and len(zoo) == 0:
-        save_pruned(start.model, path, mask=start.mask, structure=start.structure)
+    known = zoo.shared(START)
+    if known is None and start is not None and len(zoo) == 0:
+        zoo.save_shared(START, start.model, start.mask, start.structure)
         return
-    known = load_pruned(path) if path.exists() else None
-    if (known is None) != (start is None) or (known and start and not _same_model(known, start)):
+    if (known is None) != (start is None) or (known and start and not _same_model(known.load(), start)):
         raise ZooError(
             f"build_zoo: {zoo.path}: its entries start from another model than the one given "
-            f"(expected {'the dense model' if known is None else path}); use another zoo"
+            f"(expected {'the dense model' if known is None else known.path}); use another zoo"
         )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from mvp_ext.data.tasks import TaskData, few_of_each
-from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure
@@ -17,9 +16,7 @@ from mvp_ext.pruning.iterative import scoring_batches
 from mvp_ext.pruning.scores import Scores
 from mvp_ext.pruning.settings import Settings, VoteOptions
 from mvp_ext.pruning.vote import (
-    Neighbour,
     merge_voters,
-    nearest_entries,
     normalised_scores,
     small_model,
     vote_mask,
@@ -31,7 +28,8 @@ from mvp_ext.train.cost import Cost
 from mvp_ext.train.heads import class_mean_head
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.train.trainer import Trainer
-from mvp_ext.zoo.shared import start_path
+from mvp_ext.zoo.neighbours import Neighbour, Target, nearest_entries
+from mvp_ext.zoo.shared import START
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
 # Of all classes together, to find neighbours and to score units: a dense pass over 1000 was half of a task's cost.
@@ -121,14 +119,13 @@ def find_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
     features, labels = job.sampled_features("similarity_flops")
     neighbours = nearest_entries(
         zoo,
-        job.structure,
-        job.backbone,
-        job.data,
-        features,
-        job.vote,
-        labels=labels,
-        cost=job.cost,
+        Target(job.backbone, job.structure, job.data, features, labels),
+        job.vote.neighbours,
+        similarity=job.vote.similarity,
+        shortlist=job.vote.shortlist,
+        images=job.vote.images,
         seed=job.settings.seed,
+        cost=job.cost,
         exclude=(job.task_name,),
     )
     job.neighbours = [(n.entry.name, n.similarity) for n in neighbours]
@@ -161,13 +158,15 @@ def merged_model(job: Job, zoo: Zoo, neighbours: Sequence[Neighbour], mask: Mask
     """
     with job.cost.timed():
         base: Mapping[str, Tensor] = job.backbone.model.state_dict()
-        if start_path(zoo).exists():
-            start = load_pruned(start_path(zoo), job.backbone.device)
-            wide = expand_state(start.model.state_dict(), start.structure, start.mask, base)
+        start = zoo.shared(START)
+        if start is not None:
+            stored = start.read()
+            state = {n: t.to(job.backbone.device) for n, t in stored.state.items()}
+            wide = expand_state(state, stored.structure, stored.mask, base)
             # All but the head.
             base = {n: wide[n] if wide[n].shape == t.shape else t for n, t in base.items()}
         weights = voter_weights(neighbours, job.vote.weighting)
-        states = [n.entry.read().state for n in neighbours]
+        states = [n.read().state for n in neighbours]
         merged = merge_voters(base, states, [n.entry.mask for n in neighbours], job.structure, mask, weights)
         return small_model(job.backbone, job.structure, mask, merged)
 

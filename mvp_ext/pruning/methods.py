@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.job import Job, find_neighbours, merged_model, score_target, voted_mask
 from mvp_ext.pruning.vote import small_model
-from mvp_ext.zoo.shared import is_refined, start_path, universal_path
+from mvp_ext.zoo.shared import START, UNIVERSAL, is_refined
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
 Method = Callable[[Job], tuple[nn.Module, Mask]]
@@ -40,22 +39,23 @@ def _refined(job: Job) -> tuple[nn.Module, Mask]:
 
 def _universal(job: Job) -> tuple[nn.Module, Mask]:
     zoo = job.need_zoo("universal")
-    path = start_path(zoo) if is_refined(zoo) and not universal_path(zoo).exists() else universal_path(zoo)
-    if not path.exists():
+    model = zoo.shared(UNIVERSAL) or (zoo.shared(START) if is_refined(zoo) else None)
+    if model is None:
         raise ZooError(
-            f"prune: method 'universal' needs {path}; make it with build_universal or `zoo build --universal`"
+            f"prune: method 'universal' needs a universal model, which {zoo.path} lacks; make it with build_universal "
+            "or `zoo build --universal`"
         )
-    checkpoint: PrunedCheckpoint = load_pruned(path, job.backbone.device)
-    if checkpoint.structure.fingerprint != job.structure.fingerprint:
+    if model.structure_fingerprint != job.structure.fingerprint:
         raise ZooError(
-            f"prune: {path}: expected a model of structure {job.structure.fingerprint}, "
-            f"got {checkpoint.structure.fingerprint}"
+            f"prune: {model.path}: expected a model of structure {job.structure.fingerprint}, "
+            f"got {model.structure_fingerprint}"
         )
     keep = job.settings.keep
-    if checkpoint.extra.get("keep") != keep:
+    if model.extra.get("keep") != keep:
         raise ZooError(
-            f"prune: {path}: expected a model with keep {keep}, got one with keep {checkpoint.extra.get('keep')}"
+            f"prune: {model.path}: expected a model with keep {keep}, got one with keep {model.extra.get('keep')}"
         )
+    checkpoint = model.load(job.backbone.device)
     return checkpoint.model, checkpoint.mask
 
 

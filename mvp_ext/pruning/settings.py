@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import ALIGN
-from mvp_ext.train.heads import LinearHead
 from mvp_ext.train.recipe import Recipe
-from mvp_ext.zoo.similarity import SIMILARITIES
+from mvp_ext.zoo.similarity import SIMILARITIES, Similarity
 from mvp_ext.zoo.zoo import Zoo
 
-# Of one's own: (features f32 [n, F] of an entry's model, its head, labels int64 [n]) → how alike, higher = more.
-Similarity = Callable[[Tensor, LinearHead, Tensor], float]
 # Nats of similarity: voters that refine one model need no company, but should be of the task's kind.
 REFINED_WEIGHTING = 0.1
 

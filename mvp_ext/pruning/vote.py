@@ -1,115 +1,24 @@
 """The vote: a new task's nearest entries of the zoo decide which units stay, and bring the weights to start from.
 
-Each step can be used alone: ``nearest_entries`` → ``vote_mask`` → ``merge_voters`` → ``small_model``.
+Each step can be used alone: ``nearest_entries`` (of the zoo) → ``vote_mask`` → ``merge_voters`` → ``small_model``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.budget import voted_counts
 from mvp_ext.model.mask import Mask
-from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.ops import backend_for, meta_vote
 from mvp_ext.pruning.scores import score_units
-from mvp_ext.pruning.settings import VoteOptions
-from mvp_ext.train.backbone import Backbone, extract_features
-from mvp_ext.train.cost import Cost
-from mvp_ext.train.heads import LinearHead, nearest_mean_head
-from mvp_ext.zoo.similarity import ON_FEATURES, ON_PROBABILITIES, leep
-from mvp_ext.zoo.zoo import Zoo, ZooEntry, ZooError
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """One entry of the zoo and how near it is (higher = nearer, in the unit of the similarity that was used)."""
-
-    entry: ZooEntry
-    similarity: float
-
-
-def proxy_leep(entry_tensors: Mapping[str, Tensor], features: Tensor, labels: Tensor) -> float:
-    """LEEP of a zoo entry without running its model.
-
-    θ comes from the class means of the entry's task under the SHARED dense backbone (stored when the entry was made),
-    so one dense pass over the target serves the whole zoo.
-
-    Args:
-        entry_tensors: "class_means" f32 [k, F] and "temperature" f32 scalar of the entry.
-        features: the dense backbone's features of the target's training images, f32 [n, F]. labels: int64 [n].
-    """
-    head = nearest_mean_head(entry_tensors["class_means"], float(entry_tensors["temperature"]))
-    return leep(torch.softmax(head(features), 1), labels)
-
-
-def nearest_entries(
-    zoo: Zoo,
-    structure: Structure,
-    backbone: Backbone,
-    data: TaskData,
-    features: Tensor,
-    options: VoteOptions,
-    *,
-    labels: Tensor | None = None,
-    cost: Cost | None = None,
-    seed: int = 0,
-    exclude: Sequence[str] = (),
-) -> list[Neighbour]:
-    """The zoo's entries nearest to a task, nearest first; ties by name.
-
-    Args:
-        features: the dense backbone's features on ``data.train_images``, f32 [n, F]; or on some images of the task,
-            whose ``labels``, int64 [n], are then given too.
-        exclude: names of entries that must not vote (the task's own, say).
-
-    Raises:
-        ZooError: the zoo has no usable entry for this backbone.
-    """
-    cost = cost if cost is not None else Cost()
-    with cost.timed():
-        entries = [e for e in zoo.entries(structure.fingerprint) if e.name not in exclude]
-        if not entries:
-            raise ZooError(
-                f"zoo {zoo.path}: expected at least one entry to vote, got none (after excluding {list(exclude)})"
-            )
-        labels = data.train_labels if labels is None else labels
-        ranked = [Neighbour(e, proxy_leep(e.read().extra, features, labels)) for e in entries]
-        ranked.sort(key=lambda n: (-n.similarity, n.entry.name))
-        if options.similarity != "proxy_leep":
-            shortlist = ranked[: max(options.shortlist, options.neighbours)]
-            ranked = [_rerank(n.entry, backbone, data, options, cost, seed) for n in shortlist]
-            ranked.sort(key=lambda n: (-n.similarity, n.entry.name))
-    return ranked[: options.neighbours]
-
-
-def _rerank(
-    entry: ZooEntry, backbone: Backbone, data: TaskData, options: VoteOptions, cost: Cost, seed: int
-) -> Neighbour:
-    """Run the entry's own model on some of the task's images and measure its outputs (or features)."""
-    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))[
-        : options.images
-    ]
-    labels = data.train_labels[order]
-    stored = entry.read()
-    model = stored.build().to(backbone.device)
-    features = extract_features(model, data.train_images[order], backbone.preprocessing)
-    size = backbone.preprocessing.size
-    cost.similarity_flops += len(order) * count_flops(model, (3, size, size))
-    assert isinstance(options.similarity, str)
-    if options.similarity in ON_FEATURES:
-        return Neighbour(entry, ON_FEATURES[options.similarity](features, labels))
-    head = LinearHead(
-        stored.extra["head_weight"], stored.extra["head_bias"]
-    )  # the trained one: ridge gives no probabilities
-    return Neighbour(entry, ON_PROBABILITIES[options.similarity](torch.softmax(head(features), 1), labels))
+from mvp_ext.train.backbone import Backbone
+from mvp_ext.zoo.neighbours import Neighbour
 
 
 def voter_weights(neighbours: Sequence[Neighbour], weighting: float | Literal["auto"] | None) -> Tensor:

@@ -1,43 +1,69 @@
-"""The zoo's index: one SQLite file, one row an entry. It knows rows and transactions, no model and no weights.
+"""The zoo's index: one SQLite file with a row for each model. It knows rows and transactions, no model and no weights.
 
 Every operation opens its own connection, so an index can be used from any thread and after a fork. Write-ahead
-logging lets readers go on while somebody writes; writers wait for each other.
+logging lets readers go on while somebody writes; writers wait for each other. An index that may not be written is read
+as it lies. Older schemas are read, and brought up to date by the next transaction that writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
 # Writers hold the index for milliseconds (weights are written before), so this only runs out where one hangs.
 BUSY_TIMEOUT_SECONDS = 60.0
 
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE entries (
-    name TEXT PRIMARY KEY,
-    file TEXT NOT NULL UNIQUE,          -- below the folder of entries
-    sha256 TEXT NOT NULL,               -- of that file
-    bytes INTEGER NOT NULL,
-    architecture TEXT,
-    structure_fingerprint TEXT NOT NULL,
-    mask BLOB NOT NULL,                 -- Mask.to_bytes
-    task TEXT NOT NULL,                 -- JSON
-    keep REAL NOT NULL,
-    accuracy REAL,
-    steps INTEGER NOT NULL,
-    cost TEXT NOT NULL,                 -- JSON
-    created TEXT NOT NULL               -- ISO 8601, UTC
-) WITHOUT ROWID;
-"""
-COLUMNS = (
-    *("name", "file", "sha256", "bytes", "architecture", "structure_fingerprint", "mask"),
-    *("task", "keep", "accuracy", "steps", "cost", "created"),
+# What leads from each version of the schema to the next; all of them make a new index.
+_MIGRATIONS = (
+    (
+        "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+        """
+        CREATE TABLE entries (
+            name TEXT PRIMARY KEY,
+            file TEXT NOT NULL UNIQUE,          -- below the folder of entries
+            sha256 TEXT NOT NULL,               -- of that file
+            bytes INTEGER NOT NULL,
+            architecture TEXT,
+            structure_fingerprint TEXT NOT NULL,
+            mask BLOB NOT NULL,                 -- Mask.to_bytes
+            task TEXT NOT NULL,                 -- JSON
+            keep REAL NOT NULL,
+            accuracy REAL,
+            steps INTEGER NOT NULL,
+            cost TEXT NOT NULL,                 -- JSON
+            created TEXT NOT NULL               -- ISO 8601, UTC
+        ) WITHOUT ROWID
+        """,
+    ),
+    (
+        # NULL: not known, the entry's file says it; 0: the entry has no class means and cannot vote
+        "ALTER TABLE entries ADD COLUMN class_count INTEGER",
+        "ALTER TABLE entries ADD COLUMN class_means BLOB",  # little-endian f32 [class_count, F]
+        "ALTER TABLE entries ADD COLUMN temperature REAL",
+        """
+        CREATE TABLE models (
+            name TEXT PRIMARY KEY,
+            file TEXT NOT NULL UNIQUE,          -- below the zoo's directory
+            sha256 TEXT NOT NULL,
+            bytes INTEGER NOT NULL,
+            structure_fingerprint TEXT NOT NULL,
+            extra TEXT NOT NULL,                -- JSON
+            created TEXT NOT NULL
+        ) WITHOUT ROWID
+        """,
+        "CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",  # JSON
+    ),
 )
+SCHEMA_VERSION = len(_MIGRATIONS)
+FILE_COLUMNS = ("name", "file", "sha256", "bytes", "structure_fingerprint", "created")
+ENTRY_COLUMNS = (*FILE_COLUMNS, "architecture", "mask", "task", "keep", "accuracy", "steps", "cost")
+MEANS_COLUMNS = ("class_count", "class_means", "temperature")
+MODEL_COLUMNS = (*FILE_COLUMNS, "extra")
 
 
 class ZooError(RuntimeError):
@@ -58,7 +84,7 @@ class Index:
         if not self.path.exists():
             return 0
         with self._connect() as connection:
-            version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+            version = _version(connection)
             if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise ZooError(f"{self.path}: a database, but not of a zoo")
         if version > SCHEMA_VERSION:
@@ -67,20 +93,26 @@ class Index:
             )
         return version
 
+    def writable(self) -> bool:
+        """Whether this process may write: the index, and beside it, where SQLite keeps its log."""
+        return os.access(self.path.parent, os.W_OK) and (
+            not self.path.exists() or os.access(self.path, os.W_OK)
+        )
+
     def create(self) -> None:
         """Make the tables. The caller sees to it that only one process does."""
         with self._connect() as connection:
             connection.execute("PRAGMA journal_mode = WAL")
+        with self._write():
             # Tables and version come in one transaction: a kill leaves an index of version 0, which is made again.
-            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+            pass
+
+    # ---- the zoo's own values
 
     def meta(self) -> dict[str, str]:
+        """The backbone's recorded values."""
         with self._connect() as connection:
             return dict(connection.execute("SELECT key, value FROM meta").fetchall())
-
-    def put_meta(self, key: str, value: str) -> None:
-        with self._write() as connection:
-            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def check(self, values: Mapping[str, str]) -> None:
         """ZooError where a value of the backbone's contradicts a recorded one; what is unknown contradicts nothing."""
@@ -104,17 +136,35 @@ class Index:
                     f"{expected}, got {got}"
                 )
 
-    def rows(self) -> list[dict[str, Any]]:
-        """All entries, by name: the order does not depend on which of several builders was faster."""
+    def facts(self) -> dict[str, str]:
+        """What else is recorded of the zoo: key → JSON."""
         with self._connect() as connection:
-            found = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM entries ORDER BY name").fetchall()
-        return [dict(zip(COLUMNS, row, strict=True)) for row in found]
+            if _version(connection) < 2:
+                return {}
+            return dict(connection.execute("SELECT key, value FROM facts").fetchall())
 
-    def row(self, name: str) -> dict[str, Any] | None:
+    def record_facts(self, facts: Mapping[str, str]) -> None:
+        """Record these, each in place of what its key had."""
+        with self._write() as connection:
+            connection.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))
+
+    # ---- entries
+
+    def rows(
+        self, columns: Sequence[str] = ENTRY_COLUMNS, *, names: Sequence[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """All entries, or those of these names, by name: the order does not depend on which builder was faster."""
         with self._connect() as connection:
-            query = f"SELECT {', '.join(COLUMNS)} FROM entries WHERE name = ?"
-            found = connection.execute(query, (name,)).fetchone()
-        return dict(zip(COLUMNS, found, strict=True)) if found else None
+            if names is None:
+                return _select(connection, "entries", columns, "ORDER BY name")
+            chosen = "WHERE name IN (SELECT value FROM json_each(?)) ORDER BY name"
+            return _select(connection, "entries", columns, chosen, (json.dumps(list(names)),))
+
+    def without_means(self) -> list[dict[str, Any]]:
+        """Name and file of the entries whose class means the index does not know."""
+        with self._connect() as connection:
+            unknown = "WHERE class_count IS NULL" if _version(connection) >= 2 else ""
+            return _select(connection, "entries", ("name", "file"), unknown)
 
     def insert(self, row: Mapping[str, Any], backbone: Mapping[str, str], *, replacing: str | None) -> bool:
         """Record the backbone and insert a row, in place of the one whose file is ``replacing``, in one transaction.
@@ -126,16 +176,47 @@ class Index:
             if replacing is not None:
                 query = "DELETE FROM entries WHERE name = ? AND file = ?"
                 connection.execute(query, (row["name"], replacing))
-            values = [row[column] for column in COLUMNS]
-            marks = ", ".join("?" * len(COLUMNS))
-            query = f"INSERT OR IGNORE INTO entries ({', '.join(COLUMNS)}) VALUES ({marks})"
-            return connection.execute(query, values).rowcount == 1
+            return _insert(connection, "entries", row)
 
-    def delete(self, name: str, file: str) -> bool:
+    def delete(self, name: str, file: str, table: str = "entries") -> bool:
         """Delete the row of that name and file; False if there is none."""
         with self._write() as connection:
-            query = "DELETE FROM entries WHERE name = ? AND file = ?"
+            query = f"DELETE FROM {table} WHERE name = ? AND file = ?"
             return connection.execute(query, (name, file)).rowcount == 1
+
+    # ---- models that the entries share
+
+    def models(self) -> list[dict[str, Any]]:
+        """All of them, by name."""
+        with self._connect() as connection:
+            if _version(connection) < 2:
+                return []
+            return _select(connection, "models", MODEL_COLUMNS, "ORDER BY name")
+
+    def put_model(self, row: Mapping[str, Any], backbone: Mapping[str, str]) -> str | None:
+        """Record the backbone and put a row in place of the one of its name; returns the file of that one."""
+        with self._write() as connection:
+            self._record(connection, backbone)
+            old = _select(connection, "models", ("file",), "WHERE name = ?", (row["name"],))
+            connection.execute("DELETE FROM models WHERE name = ?", (row["name"],))
+            _insert(connection, "models", row)
+            return old[0]["file"] if old else None
+
+    def adopt(self, means: Iterable[Mapping[str, Any]], models: Iterable[Mapping[str, Any]]) -> None:
+        """What an older schema had no room for, in one transaction.
+
+        Args:
+            means: ``MEANS_COLUMNS`` with the name and file of the entry whose they are.
+            models: rows of models; one whose name has a row by now is passed over.
+        """
+        with self._write() as connection:
+            assignments = ", ".join(f"{column} = :{column}" for column in MEANS_COLUMNS)
+            query = f"UPDATE entries SET {assignments} WHERE name = :name AND file = :file"
+            connection.executemany(query, list(means))
+            for row in models:
+                _insert(connection, "models", row)
+
+    # ---- SQLite
 
     def problems(self) -> list[str]:
         """What SQLite finds wrong in its own file; empty when it is sound."""
@@ -147,7 +228,9 @@ class Index:
     def _connect(self) -> Iterator[sqlite3.Connection]:
         try:
             # Autocommit: transactions are begun where they are needed, not where Python guesses.
-            connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None)
+            connection = sqlite3.connect(
+                self._uri(), uri=True, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None
+            )
             try:
                 connection.execute("PRAGMA synchronous = FULL")  # a commit outlives a power cut
                 yield connection
@@ -156,15 +239,49 @@ class Index:
         except sqlite3.Error as error:
             raise ZooError(f"{self.path}: {error}") from error
 
+    def _uri(self) -> str:
+        uri = self.path.absolute().as_uri()
+        if self.writable():
+            return uri
+        # SQLite wants to make files beside a database with a log, unless told that nobody writes it.
+        log = self.path.with_name(f"{self.path.name}-wal")
+        return f"{uri}?mode=ro" if log.exists() else f"{uri}?immutable=1"
+
     @contextlib.contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: all of it, or on any exception nothing."""
+        """One transaction on the newest schema: all of it, or on any exception nothing."""
         with self._connect() as connection:
             connection.execute("BEGIN IMMEDIATE")  # wait for other writers here, not halfway
             try:
+                missing = _MIGRATIONS[_version(connection) :]
+                for statement in (line for migration in missing for line in migration):
+                    connection.execute(statement)
+                if missing:
+                    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+
+
+def _version(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _select(
+    connection: sqlite3.Connection, table: str, columns: Sequence[str], rest: str, values: Sequence[Any] = ()
+) -> list[dict[str, Any]]:
+    """Rows as dicts; a column that an older schema lacks is None."""
+    known = {column for _, column, *_ in connection.execute(f"PRAGMA table_info({table})")}
+    wanted = ", ".join(column if column in known else "NULL" for column in columns)
+    found = connection.execute(f"SELECT {wanted} FROM {table} {rest}", values).fetchall()
+    return [dict(zip(columns, row, strict=True)) for row in found]
+
+
+def _insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> bool:
+    """False where there is a row of that name."""
+    marks = ", ".join("?" * len(row))
+    query = f"INSERT OR IGNORE INTO {table} ({', '.join(row)}) VALUES ({marks})"
+    return connection.execute(query, list(row.values())).rowcount == 1

@@ -1,43 +1,54 @@
 """The zoo: pruned models of earlier tasks, kept in one directory.
 
-    zoo/index.sqlite                        what there is: masks, tasks, accuracies, checksums
+    zoo/index.sqlite                        what there is: masks, tasks, class means, accuracies, checksums, facts
     zoo/entries/<name>-<token>.safetensors  weights, normalisation statistics, head, class means, scores
-    zoo/.lock                               held shared while an entry is added, exclusive while strays are removed
+    zoo/shared/<name>-<token>.safetensors   models of all tasks: what the entries started from, controls
+    zoo/.lock                               held shared while a model is added, exclusive while strays are removed
 
-An entry's file is written whole under a name of its own before the one transaction that makes it an entry. So a kill,
+Questions are answered from the index; a model's file is read, and its checksum compared, once its weights are wanted.
+
+A file is written whole under a name of its own before the one transaction that makes it a model of the zoo. So a kill,
 a full disk or a power cut at any moment leaves a readable zoo, at worst with a stray file that `verify` names, and any
-number of processes can add at once. Nothing is used whose bytes are not those that were written.
+number of processes can add at once. No weights are used whose bytes are not those that were written.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import difflib
-import fcntl
 import json
-import math
 import os
-import re
-import secrets
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mvp_ext.model.checkpoint import save_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure
 from mvp_ext.train.backbone import BackboneIdentity
-from mvp_ext.zoo.entry import ZooEntry, ZooProblem, file_problem, file_sha256
-from mvp_ext.zoo.index import Index, ZooError
+from mvp_ext.zoo.entry import ClassMeans, NewEntry, SharedModel, ZooEntry, ZooProblem
+from mvp_ext.zoo.files import BadFile, check_size
+from mvp_ext.zoo.index import FILE_COLUMNS, MEANS_COLUMNS, Index, ZooError
+from mvp_ext.zoo.layout import Layout, remove_file
+from mvp_ext.zoo.rowless import ROWLESS_MODELS, adopt, model_row, rowless_models
+from mvp_ext.zoo.rows import (
+    DAMAGED_ROW,
+    entry_of,
+    entry_row,
+    file_name,
+    means_of,
+    model_of,
+    timestamp,
+    to_json,
+)
+from mvp_ext.zoo.verify import find_problems
 
-__all__ = ["BackboneIdentity", "Zoo", "ZooEntry", "ZooError", "ZooProblem"]
+__all__ = ["BackboneIdentity", "NewEntry", "SharedModel", "Zoo", "ZooEntry", "ZooError", "ZooProblem"]
+
+T = TypeVar("T")
 
 
 class Zoo:
@@ -45,7 +56,8 @@ class Zoo:
 
     Args:
         path: the directory.
-        create: make it where there is none; an existing directory must be empty or a zoo.
+        create: make it where there is none; an existing directory must be empty or a zoo. A zoo of an older version is
+            then brought up to date, if it may be written; otherwise it is read as it is.
         backbone: the dense model's identity; recorded in a zoo that has none, otherwise compared.
 
     Raises:
@@ -57,38 +69,28 @@ class Zoo:
         self, path: str | os.PathLike[str], *, create: bool = True, backbone: BackboneIdentity | None = None
     ) -> None:
         self.path = Path(path).expanduser()
-        self._folder = self.path / "entries"
-        self._index = Index(self.path / "index.sqlite")
-        # Files whose content was checked: path → (size, modified, inode, sha256). Reading hundreds of files again for
-        # every question would make each take seconds.
-        self._checked: dict[Path, tuple[int, int, int, str]] = {}
-        if self._index.version() == 0:
+        self._layout = Layout(self.path)
+        self._index = Index(self._layout.index)
+        version = self._index.version()
+        if version == 0:
             if not create:
                 raise ZooError(f"no zoo at {self.path}; build one first (mvp-ext zoo build)")
             self._create()
+        elif create and self._index.writable():
+            adopt(self._layout, self._index, version)
         if backbone is not None:
             self.bind(backbone)
 
     def _create(self) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            ours = {
-                self._folder.name,
-                *(f"{self._index.path.name}{end}" for end in ("", "-wal", "-shm", "-journal")),
-            }
-            others = sorted(p.name for p in self.path.iterdir() if p.name not in ours and p.name[0] != ".")
-            if others:
-                raise ZooError(
-                    f"{self.path} is not a zoo and not empty (it has {others[0]!r}); name another directory"
-                )
-            with self._lock(exclusive=True):
-                self._folder.mkdir(exist_ok=True)
+            self._layout.create()
+            with self._layout.lock(exclusive=True):
                 if self._index.version() == 0:  # another process may have been first
                     self._index.create()
         except OSError as error:
             raise ZooError(f"{self.path}: no zoo can be made here ({error})") from error
 
-    # ---- what there is
+    # ---- of the zoo as a whole
 
     @property
     def backbone(self) -> BackboneIdentity | None:
@@ -107,59 +109,71 @@ class Zoo:
         self._index.check(backbone.to_meta())
 
     def facts(self) -> dict[str, Any]:
-        """JSON values that were recorded of the zoo as a whole, by name."""
-        return dict(json.loads(self._index.meta().get("facts", "{}")))
+        """What :meth:`record_facts` recorded."""
+        return {key: json.loads(value) for key, value in self._index.facts().items()}
 
     def record_facts(self, **facts: Any) -> None:
-        """Record JSON values of the zoo as a whole; a name that is there is overwritten."""
-        self._index.put_meta("facts", _to_json({**self.facts(), **facts}, "facts"))
+        """Record JSON values (or dataclasses of them) of the zoo, each in place of what its key had.
 
-    def entries(self, fingerprint: str | None = None) -> list[ZooEntry]:
-        """All usable entries, by name. Damaged and missing ones are left out, each with a warning.
+        Raises:
+            ValueError: a value is not JSON; nothing is recorded then.
+        """
+        self._index.record_facts({key: to_json(value, f"fact {key!r}") for key, value in facts.items()})
+
+    def __repr__(self) -> str:
+        return f"Zoo({str(self.path)!r})"
+
+    # ---- entries
+
+    def entries(self, fingerprint: str | None = None, names: Sequence[str] | None = None) -> list[ZooEntry]:
+        """All usable entries, by name. Those whose file is missing or cut short are left out, each with a warning.
+
+        No file is read: that a file's bytes are not those that were added is found by ``ZooEntry.read``.
 
         Args:
             fingerprint: the structure that the entries must have; ZooError (expected, got) where one has another.
+            names: only those of these entries that there are.
         """
-        found = []
-        for row in self._index.rows():
-            entry = self._entry(row)
-            if isinstance(entry, ZooProblem):
-                warnings.warn(f"zoo {self.path}: skipped {entry}", stacklevel=2)
-                continue
-            if fingerprint is not None and entry.structure_fingerprint != fingerprint:
-                raise ZooError(
-                    f"zoo {self.path}: entry {entry.name!r} is of another backbone: expected structure fingerprint "
-                    f"{fingerprint}, got {entry.structure_fingerprint} ({entry.architecture})"
-                )
-            found.append(entry)
-        return found
+        return list(self._usable(self._index.rows(names=names), fingerprint, entry_of))
+
+    def class_means(self, fingerprint: str | None = None) -> list[ClassMeans]:
+        """What is known of the usable entries' tasks, by name: all that finding a task's neighbours takes.
+
+        Entries that were added without class means are not among them.
+        """
+        rows = self._index.rows((*FILE_COLUMNS, "architecture", *MEANS_COLUMNS))
+        return [known for known in self._usable(rows, fingerprint, means_of) if known is not None]
 
     def __getitem__(self, name: str) -> ZooEntry:
-        """The entry of that name; ZooError where there is none or it is damaged."""
-        row = self._index.row(name)
-        if row is None:
-            near = difflib.get_close_matches(name, [row["name"] for row in self._index.rows()], n=3)
+        """The entry of that name; ZooError where there is none or it is not usable."""
+        rows = self._index.rows(names=[name])
+        if not rows:
+            near = difflib.get_close_matches(name, [row["name"] for row in self._index.rows(("name",))], n=3)
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
             raise ZooError(f"zoo {self.path}: no entry {name!r}{hint}")
-        entry = self._entry(row)
+        entry = self._described(rows[0], entry_of)
         if isinstance(entry, ZooProblem):
             raise ZooError(f"zoo {self.path}: {entry}")
         return entry
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is a usable entry of that name. A damaged one does not count: it is to be built again."""
-        row = self._index.row(name) if isinstance(name, str) else None
-        return row is not None and isinstance(self._entry(row), ZooEntry)
+        """Whether there is a usable entry of that name, as far as can be seen without reading its file."""
+        rows = self._index.rows(names=[name]) if isinstance(name, str) else []
+        return any(isinstance(self._described(row, entry_of), ZooEntry) for row in rows)
+
+    def is_sound(self, name: str) -> bool:
+        """Whether there is such an entry and its file has the bytes that were added; that is read once a process.
+
+        For builders: what is damaged is to be built again.
+        """
+        return name in self and self[name].is_sound()
 
     def __len__(self) -> int:
         """The number of usable entries."""
-        return sum(isinstance(self._entry(row), ZooEntry) for row in self._index.rows())
+        return sum(isinstance(self._described(row, entry_of), ZooEntry) for row in self._index.rows())
 
     def __iter__(self) -> Iterator[ZooEntry]:
         return iter(self.entries())
-
-    def __repr__(self) -> str:
-        return f"Zoo({str(self.path)!r})"
 
     def masks(self, entries: Sequence[ZooEntry] | None = None) -> Tensor:
         """bool [N, U]: the entries' masks, a row each, as ``meta_vote`` takes them. ZooError where N would be 0."""
@@ -174,143 +188,138 @@ class Zoo:
                 )
         return torch.stack([entry.mask.to_vector() for entry in chosen])
 
-    def _entry(self, row: Mapping[str, Any]) -> ZooEntry | ZooProblem:
-        path = self._folder / row["file"]
-        problem = self._check_file(path, row["sha256"])
-        if problem:
-            kind: Literal["missing", "damaged"] = "damaged" if path.exists() else "missing"
-            return ZooProblem(kind, path, problem, row["name"])
-        described = {key: value for key, value in row.items() if key not in ("file", "bytes")}
-        try:
-            for key in ("task", "cost"):
-                described[key] = json.loads(row[key])
-            described["mask"] = Mask.from_bytes(row["mask"])
-        except (ValueError, TypeError) as error:
-            return ZooProblem("damaged", self._index.path, f"its row cannot be read ({error})", row["name"])
-        return ZooEntry(path=path, **described)
+    def _usable(
+        self, rows: list[dict[str, Any]], fingerprint: str | None, of: Callable[[Mapping[str, Any], Path], T]
+    ) -> Iterator[T]:
+        for row in rows:
+            described = self._described(row, of)
+            if isinstance(described, ZooProblem):
+                warnings.warn(f"zoo {self.path}: skipped {described}", stacklevel=4)
+                continue
+            if fingerprint is not None and row["structure_fingerprint"] != fingerprint:
+                raise ZooError(
+                    f"zoo {self.path}: entry {row['name']!r} is of another backbone: expected structure fingerprint "
+                    f"{fingerprint}, got {row['structure_fingerprint']} ({row['architecture']})"
+                )
+            yield described
 
-    def _check_file(self, path: Path, sha256: str) -> str | None:
+    def _described(
+        self, row: Mapping[str, Any], of: Callable[[Mapping[str, Any], Path], T]
+    ) -> T | ZooProblem:
+        """What ``of`` makes of an entry's row, if its file is there."""
+        path = self._layout.of_entry(row)
         try:
-            stat = path.stat()
-        except OSError:
-            return "the file is gone"
-        seen = (stat.st_size, stat.st_mtime_ns, stat.st_ino, sha256)
-        if self._checked.get(path) == seen:
-            return None
-        problem = file_problem(path, sha256)
-        if problem is None:
-            self._checked[path] = seen
-        return problem
+            check_size(path, row["bytes"])
+            return of(row, path)
+        except BadFile as problem:
+            return ZooProblem(problem.kind, path, str(problem), row["name"])
+        except DAMAGED_ROW as error:
+            message = f"its row cannot be read ({error})"
+            return ZooProblem("damaged", self._index.path, message, row["name"])
 
     # ---- adding and removing
 
-    def add(
-        self,
-        entry: Any,
-        model: nn.Module | None = None,
-        mask: Mask | None = None,
-        structure: Structure | None = None,
-        task: Any = None,
-        *,
-        accuracy: float | None = None,
-        steps: int = 0,
-        cost: Any = None,
-        tensors: Mapping[str, Tensor] | None = None,
-        replace: bool = False,
-        if_absent: bool = False,
-    ) -> ZooEntry:
+    def add(self, result: Any, *, replace: bool = False, if_absent: bool = False) -> ZooEntry:
+        """Add a result of pruning under its task's name (see ``NewEntry.of``); otherwise as :meth:`add_model`."""
+        return self.add_model(NewEntry.of(result), replace=replace, if_absent=if_absent)
+
+    def add_model(self, new: NewEntry, *, replace: bool = False, if_absent: bool = False) -> ZooEntry:
         """Add a pruned model; when this returns, it is on the disk and every reader sees it.
 
-        ``zoo.add(result)`` takes a result of pruning: an object with ``model``, ``mask``, ``structure``, ``task``,
-        ``accuracy``, ``cost`` and, where it has them, ``steps`` and ``tensors``; the entry is named after the task.
-        Otherwise:
-
         Args:
-            entry: name of the entry.
-            model: the pruned model, at its real, small shapes.
-            mask, structure: what was kept, of which dense model.
-            task: the ``Task``, or its ``to_dict()``.
-            accuracy: on the task's test images, in [0, 1].
-            steps: fine-tuning steps spent.
-            cost: a dict of JSON values, or a dataclass of them.
-            tensors: extra tensors to keep beside the weights (class means, scores).
             replace: whether an entry of that name is replaced. A damaged one always is.
             if_absent: keep and return an existing entry of that name, for builds that are resumed or shared.
 
         Raises:
             ZooError: the name is taken, the structure is another than the zoo's, the disk is full. The zoo is then
                 as it was before.
-            ValueError: no name, an accuracy outside [0, 1], a mask that does not fit the structure.
+            ValueError: the task or the cost are no JSON values, or the model is not what the mask leaves.
         """
-        if not isinstance(entry, str):
-            name = entry.task["name"] if isinstance(entry.task, Mapping) else entry.task.name
-            model, mask, structure, task = entry.model, entry.mask, entry.structure, entry.task
-            accuracy = getattr(entry, "accuracy", accuracy) if accuracy is None else accuracy
-            steps = getattr(entry, "steps", None) or getattr(entry.cost, "steps", None) or steps
-            cost = entry.cost if cost is None else cost
-            tensors = getattr(entry, "tensors", None) if tensors is None else tensors
-        else:
-            name = entry
-        if model is None or mask is None or structure is None or task is None:
-            raise ValueError("zoo.add: expected a result, or name, model, mask, structure and task")
-        if not name or len(name) > 200:
-            raise ValueError(f"zoo.add: an entry's name has 1 to 200 characters, got {name!r}")
-        if accuracy is not None and not 0 <= accuracy <= 1:  # also catches NaN
-            raise ValueError(f"zoo.add: {name!r}: accuracy must be in [0, 1], got {accuracy}")
-        mask.check(structure)
-        old = self._index.row(name)
-        if old is not None and not replace and isinstance(existing := self._entry(old), ZooEntry):
+        name = new.name
+        old = next(iter(self._index.rows(("file",), names=[name])), None)
+        if old is not None and not replace and self.is_sound(name):
             if if_absent:
-                return existing
+                return self[name]
             raise ZooError(f"zoo {self.path}: there already is an entry {name!r}; replace=True replaces it")
-
-        row = {
-            "name": name,
-            "file": f"{_slug(name)}-{secrets.token_hex(6)}.safetensors",
-            "architecture": structure.architecture,
-            "structure_fingerprint": structure.fingerprint,
-            "mask": mask.to_bytes(),
-            "task": _to_json(task.to_dict() if hasattr(task, "to_dict") else task, "task"),
-            "keep": mask.keep,
-            "accuracy": None if accuracy is None else float(accuracy),
-            "steps": int(steps),
-            "cost": _to_json({} if cost is None else cost, "cost"),
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        backbone = BackboneIdentity(structure.architecture, structure.fingerprint).to_meta()
+        row = entry_row(new)
+        extra = {key: value.detach() for key, value in (new.tensors or {}).items()}
+        backbone = _backbone_of(new.structure)
         self._index.check(backbone)  # before the work of writing weights; again when the row goes in
-        path = self._folder / str(row["file"])
-        extra = {key: value.detach() for key, value in (tensors or {}).items()}
-        with self._lock(exclusive=False):
-            added = False
-            try:
-                save_pruned(model, path, mask=mask, structure=structure, extra=extra)
-                row["sha256"], row["bytes"] = file_sha256(path), path.stat().st_size
-                added = self._index.insert(row, backbone, replacing=old["file"] if old else None)
-            except (OSError, SafetensorError) as error:
-                raise ZooError(
-                    f"zoo {self.path}: entry {name!r} could not be written, the zoo is unchanged ({error})"
-                ) from error
-            finally:
-                if not added:
-                    with contextlib.suppress(OSError):
-                        path.unlink(missing_ok=True)
-        if not added:  # another process took the name while this one was writing
+        replacing = old["file"] if old else None
+        with self._layout.writing(self._layout.of_entry(row), f"entry {name!r}") as file:
+            save_pruned(new.model, file.path, mask=new.mask, structure=new.structure, extra=extra)
+            file.used = self._index.insert({**row, **file.facts()}, backbone, replacing=replacing)
+        if not file.used:  # another process took the name while this one was writing
             if if_absent:
                 return self[name]
             raise ZooError(f"zoo {self.path}: another process just added an entry {name!r}")
         if old is not None:
-            with contextlib.suppress(OSError):
-                (self._folder / old["file"]).unlink(missing_ok=True)
+            remove_file(self._layout.of_entry(old))
         return self[name]
 
     def remove(self, name: str) -> None:
         """Remove an entry, usable or not; ZooError where there is none of that name."""
-        row = self._index.row(name)
-        if row is None or not self._index.delete(name, row["file"]):
+        rows = self._index.rows(("file",), names=[name])
+        if not rows or not self._index.delete(name, rows[0]["file"]):
             raise ZooError(f"zoo {self.path}: no entry {name!r}")
-        with contextlib.suppress(OSError):  # what stays is a stray file, which verify names
-            (self._folder / row["file"]).unlink(missing_ok=True)
+        remove_file(self._layout.of_entry(rows[0]))
+
+    # ---- models that the entries share
+
+    def shared(self, name: str) -> SharedModel | None:
+        """The shared model of that name, described without reading its file; None where there is none.
+
+        Raises:
+            ZooError: its description is damaged.
+        """
+        rows = [row for row in self._index.models() if row["name"] == name]
+        if not rows and name in rowless_models(self._layout, self._index):
+            rows = [model_row(self._layout, name)]
+        return self._shared_of(rows[0]) if rows else None
+
+    def save_shared(
+        self,
+        name: str,
+        model: nn.Module,
+        mask: Mask,
+        structure: Structure,
+        extra: Mapping[str, Any] | None = None,
+    ) -> SharedModel:
+        """Keep a model beside the entries, in place of the one of that name; when this returns, it is on the disk.
+
+        Args:
+            name: "start" is what the zoo's entries started from; others are controls. ``extra``: JSON values.
+
+        Raises:
+            ZooError: the structure is another than the zoo's, the disk is full. The zoo is then as it was before.
+            ValueError: ``extra`` is not JSON, or the model is not what the mask leaves.
+        """
+        backbone = _backbone_of(structure)
+        row = {
+            "name": name,
+            "file": f"{self._layout.shared.name}/{file_name(name)}",
+            "structure_fingerprint": structure.fingerprint,
+            "extra": to_json(dict(extra or {}), f"shared model {name!r}: extra"),
+            "created": timestamp(),
+        }
+        self._index.check(backbone)
+        with self._layout.writing(self._layout.of_model(row), f"model {name!r}") as file:
+            save_pruned(model, file.path, mask=mask, structure=structure, extra=extra)
+            old = self._index.put_model({**row, **file.facts()}, backbone)
+            file.used = True
+        if old is not None:
+            remove_file(self._layout.of_model({"file": old}))
+        if name in ROWLESS_MODELS:
+            remove_file(self.path / f"{name}.safetensors")
+        return self._shared_of({**row, **file.facts()})
+
+    def _shared_of(self, row: Mapping[str, Any]) -> SharedModel:
+        try:
+            return model_of(row, self._layout.of_model(row))
+        except DAMAGED_ROW as error:
+            raise ZooError(
+                f"{self._index.path}: model {row['name']!r}: its row cannot be read ({error})"
+            ) from error
 
     # ---- soundness
 
@@ -318,66 +327,13 @@ class Zoo:
         """Check the index and read every file; returns what is wrong (empty: sound).
 
         Args:
-            repair: also remove what is wrong: stray files, and entries whose file is damaged or gone, so that a build
-                makes them again. Waits for entries that are just being added.
+            repair: also remove what is wrong: stray files, and models whose file is damaged or gone, so that a build
+                makes them again. Waits for models that are just being added.
 
-        Files of entries that another process is adding at this moment are not called stray.
+        Files of models that another process is adding at this moment are not called stray.
         """
-        problems = [ZooProblem("index", self._index.path, line) for line in self._index.problems()]
-        self._checked.clear()  # somebody asks because they doubt: read everything again
-        for row in self._index.rows():
-            entry = self._entry(row)
-            if isinstance(entry, ZooProblem):
-                problems.append(entry)
-                if repair:
-                    self._index.delete(row["name"], row["file"])
-                    with contextlib.suppress(OSError):
-                        (self._folder / row["file"]).unlink(missing_ok=True)
-        with self._lock(exclusive=True, wait=repair) as alone:
-            if alone:  # no writer is between its file and its row, so a file without a row is nobody's
-                known = {row["file"] for row in self._index.rows()}
-                for path in sorted(self._folder.iterdir()):
-                    if path.name not in known and path.is_file():
-                        problems.append(
-                            ZooProblem("stray", path, "no entry's file, left by a stopped writer")
-                        )
-                        if repair:
-                            path.unlink(missing_ok=True)
-        return problems
-
-    @contextlib.contextmanager
-    def _lock(self, *, exclusive: bool, wait: bool = True) -> Iterator[bool]:
-        """Hold the zoo's lock; yields whether it was had. The kernel releases it when a process dies."""
-        with open(self.path / ".lock", "a") as file:
-            mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-            try:
-                fcntl.flock(file, mode if wait else mode | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True  # closing the file releases the lock
+        return find_problems(self._layout, self._index, repair=repair)
 
 
-def _slug(name: str) -> str:
-    """A part of a file name that still says which entry it is, on any file system."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".")[:80] or "entry"
-
-
-def _to_json(value: Any, what: str) -> str:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    try:
-        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"zoo.add: {what} must be JSON values ({error})") from error
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with NaN and infinities as None: a cost that was not measured must not keep a model out."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        return value
-    return [_finite(item) for item in value]
+def _backbone_of(structure: Structure) -> dict[str, str]:
+    return BackboneIdentity(structure.architecture, structure.fingerprint).to_meta()

@@ -57,7 +57,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "test images of 10 classes" in said.output
     said = run(f"zoo build --universal --zoo {home}/zoo --model {backbone} {BUILD}")
     assert "3 entries, mean accuracy" in said.output
-    assert (home / "zoo" / "universal.safetensors").exists()
+    assert Zoo(home / "zoo").shared("universal") is not None
     return home
 
 
@@ -74,7 +74,8 @@ def test_zoo_build_goes_on_where_it_was(home: Path) -> None:
 def test_zoo_build_from_the_dense_model(home: Path, tmp_path: Path) -> None:
     run(f"zoo build --no-refine --zoo {tmp_path}/zoo --model {home}/backbone.safetensors {BUILD}")
     assert method_for(Zoo(tmp_path / "zoo")) == "mvp"
-    assert (tmp_path / "zoo" / "universal.safetensors").exists()  # the control, there by default
+    # the control, there by default
+    assert Zoo(tmp_path / "zoo").shared("universal") is not None
     run(
         f"compare --zoo {tmp_path}/zoo --model {home}/backbone.safetensors --out {tmp_path}/runs --tasks 1 "
         "--max-train 12 --classes-per-task 3 --steps 1 --neighbours 2 --arm mvp --seconds 0"

@@ -1,34 +1,24 @@
-"""Neighbours, votes and merged weights: by hand count and by brute force."""
+"""Votes and merged weights: by hand count and by brute force."""
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-from digits import digits_task, tiny_backbone
+from digits import tiny_backbone
 
 from mvp_ext.model.budget import kept_counts, voted_counts
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import expand_state, prune_model
-from mvp_ext.pruning.prune import prune
-from mvp_ext.pruning.settings import Settings, VoteOptions
+from mvp_ext.pruning.settings import VoteOptions
 from mvp_ext.pruning.vote import (
-    Neighbour,
     merge_voters,
-    nearest_entries,
-    proxy_leep,
     small_model,
     vote_mask,
     voter_weights,
     weight_prior,
 )
-from mvp_ext.train.backbone import extract_features
-from mvp_ext.train.cost import Cost
-from mvp_ext.train.recipe import Recipe
-from mvp_ext.zoo.similarity import SIMILARITIES, leep
-from mvp_ext.zoo.zoo import Zoo, ZooError
+from mvp_ext.zoo.neighbours import Neighbour
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SCOPES = [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads"), ("test_vit", "heads+mlp")]
@@ -173,7 +163,7 @@ def test_voter_weights():
     ("options", "message"),
     [
         ({"neighbours": 0}, "neighbours: expected at least 1, got 0"),
-        ({"similarity": "wup"}, "similarity: expected one of proxy_leep, leep, .*, got 'wup'"),
+        ({"similarity": "wup"}, "similarity: expected one of proxy_leep, leep, got 'wup'"),
         ({"rule": "best"}, "rule: expected topk or sample, got 'best'"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"weighting": float("nan")}, "weighting: expected a positive number, got nan"),
@@ -280,94 +270,3 @@ def test_small_model_refuses_weights_of_another_shape(case):
         small_model(backbone, structure, mask, {cut: backbone.model.state_dict()[cut]})
     with pytest.raises(ValueError, match="no such tensor"):
         small_model(backbone, structure, mask, {"nothing": torch.zeros(1)})
-
-
-# ---- neighbours
-
-TASKS = {"low": (0, 1, 2), "middle": (3, 4, 5), "high": (6, 7, 8)}
-
-
-@pytest.fixture(scope="module")
-def neighbourhood(tmp_path_factory):
-    """A backbone, its structure, and a zoo of one entry for each of three disjoint tasks."""
-    torch.manual_seed(0)
-    backbone = tiny_backbone()
-    zoo = Zoo(tmp_path_factory.mktemp("neighbours") / "zoo")
-    recipe = Recipe(precision="float32")
-    for name, classes in TASKS.items():
-        zoo.add(
-            prune(
-                backbone,
-                digits_task(classes, name),
-                settings=Settings(keep=0.5, recipe=recipe),
-                steps=0,
-                method="random",
-            )
-        )
-    return backbone, find_structure(backbone.model), zoo
-
-
-def nearest(neighbourhood, classes, options, **kwargs):
-    backbone, structure, zoo = neighbourhood
-    data = digits_task(classes, "target").split()
-    features = extract_features(backbone.model, data.train_images, backbone.preprocessing, "float32")
-    return nearest_entries(zoo, structure, backbone, data, features, options, **kwargs)
-
-
-def test_proxy_leep_is_leep_of_the_nearest_mean_classifier():
-    means, temperature = torch.randn(3, 5), torch.tensor(1.7)
-    features, labels = torch.randn(12, 5), torch.arange(12) % 2
-    distances = (features[:, None] - means[None]).square().sum(2)
-    expected = leep(torch.softmax(-distances / 1.7, 1), labels)
-    got = proxy_leep({"class_means": means, "temperature": temperature}, features, labels)
-    assert got == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("similarity", ["proxy_leep", "leep", "nce"])
-@pytest.mark.parametrize("name", TASKS)
-def test_the_entry_of_the_same_classes_is_nearest(neighbourhood, similarity, name):
-    found = nearest(neighbourhood, TASKS[name], VoteOptions(neighbours=3, similarity=similarity))
-    assert found[0].entry.name == name
-    values = [n.similarity for n in found]
-    assert values == sorted(values, reverse=True)
-    assert len(found) == 3
-
-
-@pytest.mark.parametrize("similarity", SIMILARITIES)
-def test_every_similarity_ranks(neighbourhood, similarity):
-    cost = Cost()
-    options = VoteOptions(neighbours=2, similarity=similarity, shortlist=3, images=9)
-    first = nearest(neighbourhood, (0, 1, 5), options, cost=cost)
-    again = nearest(neighbourhood, (0, 1, 5), options)
-    assert [(n.entry.name, n.similarity) for n in first] == [(n.entry.name, n.similarity) for n in again]
-    assert len(first) == 2
-    assert cost.seconds > 0
-    assert (cost.similarity_flops > 0) == (similarity != "proxy_leep")
-
-
-def test_only_the_shortlist_is_run(neighbourhood):
-    costs = {shortlist: Cost() for shortlist in (1, 3)}
-    for shortlist, cost in costs.items():
-        options = VoteOptions(neighbours=1, similarity="leep", shortlist=shortlist, images=6)
-        nearest(neighbourhood, (0, 1, 2), options, cost=cost)
-    assert costs[3].similarity_flops == pytest.approx(3 * costs[1].similarity_flops, rel=0.2)
-
-
-def test_ties_go_by_name(neighbourhood, monkeypatch):
-    monkeypatch.setattr("mvp_ext.pruning.vote.proxy_leep", lambda *args: -1.0)
-    found = nearest(neighbourhood, (0, 1, 2), VoteOptions(similarity="proxy_leep"))
-    assert [n.entry.name for n in found] == ["high", "low", "middle"]
-
-
-def test_excluded_entries_do_not_vote(neighbourhood):
-    found = nearest(neighbourhood, (0, 1, 2), VoteOptions(), exclude=["low"])
-    assert {n.entry.name for n in found} == {"middle", "high"}
-    with pytest.raises(ZooError, match="expected at least one entry to vote, got none"):
-        nearest(neighbourhood, (0, 1, 2), VoteOptions(), exclude=list(TASKS))
-
-
-def test_entries_of_another_structure_are_refused(neighbourhood):
-    backbone, structure, zoo = neighbourhood
-    other = dataclasses.replace(structure, scope="all")
-    with pytest.raises(ZooError, match="of another backbone: expected structure fingerprint"):
-        nearest((backbone, other, zoo), (0, 1, 2), VoteOptions())

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mvp_ext.zoo.similarity import ON_FEATURES, ON_PROBABILITIES, SIMILARITIES, h_score, leep, logme, nce
+from mvp_ext.zoo.similarity import leep
 
 
 def entropy(labels) -> float:
@@ -37,34 +37,24 @@ def test_leep_by_hand():
     assert leep(theta, labels) == pytest.approx(expected, abs=1e-7)
 
 
-def test_nce_by_hand():
-    """argmax: z = 0, 0, 1, 1, 1 of labels 0, 0, 0, 1, 1 → H(Y|Z) = 3/5 · H(1/3)."""
-    theta = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]])
-    labels = torch.tensor([0, 0, 0, 1, 1])
-    expected = 0.6 * (math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
-    assert nce(theta, labels) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("measure", [leep, nce])
 @pytest.mark.parametrize("balanced", [True, False])
-def test_range(measure, balanced):
+def test_range(balanced):
     """In [−H(y), 0]; so for ten balanced classes at least −ln 10."""
     labels = torch.arange(200) % 10 if balanced else torch.randint(0, 10, (200,)) % 7
     for sources in (2, 5, 20):
-        value = measure(softmax(200, sources), labels)
+        value = leep(softmax(200, sources), labels)
         assert -entropy(labels) - 1e-9 <= value <= 1e-9
     if balanced:
-        assert measure(softmax(200, 5), labels) >= -math.log(10) - 1e-9
+        assert leep(softmax(200, 5), labels) >= -math.log(10) - 1e-9
 
 
-@pytest.mark.parametrize("measure", [leep, nce])
-def test_ends_of_the_range(measure):
+def test_ends_of_the_range():
     """A source that tells the classes apart under other names: 0. One that always says the same: −H(y)."""
     labels = torch.tensor([0, 1, 2, 2, 1, 0, 2])
     perfect = torch.nn.functional.one_hot((labels + 1) % 3, 4).float()
-    assert measure(perfect, labels) == pytest.approx(0, abs=1e-12)
+    assert leep(perfect, labels) == pytest.approx(0, abs=1e-12)
     same = torch.tensor([[0.7, 0.2, 0.1]]).expand(7, 3)
-    assert measure(same, labels) == pytest.approx(-entropy(labels), abs=1e-6)  # float32 rows
+    assert leep(same, labels) == pytest.approx(-entropy(labels), abs=1e-6)  # float32 rows
 
 
 def test_leep_prefers_the_more_informative_source():
@@ -83,95 +73,19 @@ def test_labels_may_skip_a_class():
     )
 
 
-def test_h_score_against_the_explicit_inverse():
-    labels = torch.arange(90) % 3
-    features = torch.randn(90, 6).double() + torch.randn(3, 6).double()[labels]
-    centred = features - features.mean(0)
-    means = torch.stack([centred[labels == c].mean(0) for c in range(3)])[labels]
-    expected = torch.trace(torch.linalg.inv(centred.T @ centred / 90) @ (means.T @ means / 90))
-    assert h_score(features, labels) == pytest.approx(float(expected), rel=1e-9)
-    assert 0 <= h_score(features, labels) <= 2  # at most classes − 1
-
-
-def test_h_score_ends_and_singular_features():
-    labels = torch.arange(30) % 3
-    separable = torch.nn.functional.one_hot(labels, 3).float()
-    doubled = torch.cat(
-        [separable, separable, torch.ones(30, 2)], 1
-    )  # singular: repeated and constant features
-    assert h_score(separable, labels) == pytest.approx(2, abs=1e-6)
-    assert h_score(doubled, labels) == pytest.approx(2, abs=1e-6)
-    assert h_score(torch.ones(30, 2), labels) == pytest.approx(0, abs=1e-9)
-
-
-def log_evidence(features, y, alpha, beta) -> float:
-    """log N(y; 0, I/β + F Fᵀ/α): the evidence of y = F w + noise with w ~ N(0, 1/α), noise ~ N(0, 1/β)."""
-    n = len(y)
-    covariance = torch.eye(n, dtype=torch.float64) / beta + features @ features.T / alpha
-    return float(
-        torch.distributions.MultivariateNormal(torch.zeros(n, dtype=torch.float64), covariance).log_prob(y)
-    )
-
-
-@pytest.mark.parametrize(("n", "width"), [(40, 4), (12, 20)])
-def test_logme_against_brute_force(n, width):
-    """The evidence, maximised over a fine grid of (α, β), per image and averaged over the classes."""
-    labels = torch.arange(n) % 2
-    features = torch.randn(n, width).double() + 0.7 * torch.randn(2, width).double()[labels]
-    best = []
-    for label in range(2):
-        y = (labels == label).double()
-        best.append(
-            max(
-                log_evidence(features, y, 10 ** (a / 8), 10 ** (b / 8))
-                for a in range(-8, 33)
-                for b in range(-8, 25)
-            )
-        )
-    expected = sum(best) / len(best) / n
-    # The fixed point of the iteration is a stationary point of the evidence; the grid's best is at most a little lower.
-    assert logme(features, labels) == pytest.approx(expected, abs=5e-3)
-    assert logme(features, labels) >= expected - 1e-3
-
-
-def test_logme_prefers_features_that_predict():
-    labels = torch.arange(60) % 3
-    noise = torch.randn(60, 5)
-    informative = noise + 3 * torch.randn(3, 5)[labels]
-    assert logme(informative, labels) > logme(noise, labels)
-
-
-def test_logme_of_perfect_and_of_constant_features_is_finite():
-    labels = torch.arange(12) % 2
-    assert math.isfinite(logme(torch.nn.functional.one_hot(labels, 2).float(), labels))
-    assert math.isfinite(logme(torch.ones(12, 3), labels))
-    assert math.isfinite(logme(torch.zeros(12, 3), labels))
-
-
-MEASURES = {**ON_PROBABILITIES, **ON_FEATURES}
-
-
-@pytest.mark.parametrize("name", MEASURES)
-def test_errors(name):
-    measure, labels = MEASURES[name], torch.tensor([0, 1, 1])
+def test_errors():
+    labels = torch.tensor([0, 1, 1])
     good = softmax(3, 2)
-    with pytest.raises(ValueError, match=rf"{name}: expected finite values"):
-        measure(torch.tensor([[0.5, 0.5], [float("nan"), 0.5], [1.0, 0.0]]), labels)
+    with pytest.raises(ValueError, match="leep: expected finite values"):
+        leep(torch.tensor([[0.5, 0.5], [float("nan"), 0.5], [1.0, 0.0]]), labels)
     for values, wrong in ((good[0], labels), (good, labels[:2]), (good[:0], labels[:0]), (good, good)):
-        with pytest.raises(ValueError, match=rf"{name}: expected \[n, width\] and labels \[n\]"):
-            measure(values, wrong)
+        with pytest.raises(ValueError, match=r"leep: expected \[n, width\] and labels \[n\]"):
+            leep(values, wrong)
 
 
-@pytest.mark.parametrize("name", MEASURES)
-def test_order_and_dtype_do_not_matter(name):
+def test_order_and_dtype_do_not_matter():
     labels = torch.arange(40) % 4
     values = softmax(40, 6)
     order = torch.randperm(40)
-    assert MEASURES[name](values[order], labels[order]) == pytest.approx(
-        MEASURES[name](values, labels), rel=1e-6
-    )
-    assert MEASURES[name](values.double(), labels) == pytest.approx(MEASURES[name](values, labels), rel=1e-6)
-
-
-def test_every_measure_is_listed():
-    assert set(SIMILARITIES) == {"proxy_leep", *MEASURES}
+    assert leep(values[order], labels[order]) == pytest.approx(leep(values, labels), rel=1e-6)
+    assert leep(values.double(), labels) == pytest.approx(leep(values, labels), rel=1e-6)

@@ -24,7 +24,7 @@ from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.train.backbone import BackboneIdentity
-from mvp_ext.zoo.zoo import Zoo, ZooError
+from mvp_ext.zoo.zoo import NewEntry, Zoo, ZooError
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,9 @@ def add(pruned, structure):
 
     def add_to(zoo, name, which=0, **options):
         model, mask = pruned[which]
+        how = {key: options.pop(key) for key in ("replace", "if_absent") if key in options}
         options = {"task": {"name": name, "classes": ["a", "b"]}, **options}
-        return zoo.add(name, model, mask, structure, **options)
+        return zoo.add_model(NewEntry(name, model, mask, structure, **options), **how)
 
     return add_to
 
@@ -83,12 +84,14 @@ def test_add_and_load(zoo, pruned, structure):
     model, mask = pruned[0]
     task = Task("digits-1", load_data("digits"), (1, 4, 6))
     means = torch.randn(3, 8)
-    made = zoo.add(
-        *("one", model, mask, structure, task),
-        accuracy=0.75,
-        steps=12,
-        cost={"train_flops": 10**15, "seconds": 1.5, "unmeasured": float("nan")},
-        tensors={"class_means": means},
+    made = zoo.add_model(
+        NewEntry(
+            *("one", model, mask, structure, task),
+            accuracy=0.75,
+            steps=12,
+            cost={"train_flops": 10**15, "seconds": 1.5, "unmeasured": float("nan")},
+            tensors={"class_means": means},
+        )
     )
     (entry,) = Zoo(zoo.path, create=False).entries()
     assert entry.name == made.name == "one"
@@ -186,7 +189,7 @@ def test_any_name_is_a_safe_file_name(zoo, add):
         ({"accuracy": 1.5}, r"accuracy must be in \[0, 1\], got 1.5"),
         ({"accuracy": float("nan")}, "accuracy"),
         ({"cost": {"x": object()}}, "cost must be JSON"),
-        ({"task": None}, "expected a result, or name, model, mask, structure and task"),
+        ({"task": None}, r"expected a task or its to_dict\(\), got None"),
     ],
 )
 def test_bad_arguments_change_nothing(zoo, add, arguments, message):
@@ -199,9 +202,9 @@ def test_bad_arguments_change_nothing(zoo, add, arguments, message):
 def test_mask_of_another_model_changes_nothing(zoo, pruned, structure):
     wrong = Mask({"conv": torch.ones(3, dtype=torch.bool)})
     with pytest.raises(ValueError, match="mask"):
-        zoo.add("x", pruned[0][0], wrong, structure, {"name": "x"})
+        zoo.add_model(NewEntry("x", pruned[0][0], wrong, structure, {"name": "x"}))
     with pytest.raises(ValueError, match="the mask leaves shape"):  # found when the file is written
-        zoo.add("x", pruned[0][0], Mask.full(structure), structure, {"name": "x"})
+        zoo.add_model(NewEntry("x", pruned[0][0], Mask.full(structure), structure, {"name": "x"}))
     assert files(zoo) == []
     assert zoo.backbone is None  # what failed does not decide whose zoo it is
 
@@ -282,7 +285,7 @@ def test_entries_of_another_backbone_are_refused(zoo, add, structure):
     mask = Mask.random(heads, 0.5, seed=0)
     model = prune_model(create_model("test_vit", num_classes=3), mask, structure=heads)
     with pytest.raises(ZooError, match="expected architecture test_resnet, got test_vit"):
-        zoo.add("vit", model, mask, heads, {"name": "vit"})
+        zoo.add_model(NewEntry("vit", model, mask, heads, {"name": "vit"}))
     assert [entry.name for entry in zoo.entries(structure.fingerprint)] == ["x"]
     with pytest.raises(ZooError, match=f"expected structure fingerprint 0123, got {structure.fingerprint}"):
         zoo.entries("0123")
@@ -308,12 +311,11 @@ def damage_while_nothing_else_changes(path: Path) -> None:
     ("damage", "kind"),
     [
         (Path.unlink, "missing"),
-        (flip_a_bit, "damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:-7]), "damaged"),
         (lambda path: path.write_bytes(b""), "damaged"),
     ],
 )
-def test_damaged_entries_are_named_skipped_and_replaced(zoo, add, damage, kind):
+def test_missing_and_cut_entries_are_named_skipped_and_replaced(zoo, add, damage, kind):
     entries = {name: add(zoo, name, which) for which, name in enumerate("ab")}
     damage(entries["a"].path)
     with pytest.warns(UserWarning, match=f"skipped {kind}: entry 'a': .*{entries['a'].path.name}"):
@@ -322,12 +324,33 @@ def test_damaged_entries_are_named_skipped_and_replaced(zoo, add, damage, kind):
         with pytest.raises(ZooError, match="entry 'a'"):
             use()
     assert "a" not in zoo
+    assert not zoo.is_sound("a")
     assert len(zoo) == 1
     (problem,) = zoo.verify()
     assert (problem.kind, problem.entry, problem.path) == (kind, "a", entries["a"].path)
     add(zoo, "a")  # no replace=True needed: nothing usable is lost
     assert zoo.verify() == []
     assert len(zoo) == 2
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, damage_while_nothing_else_changes])
+def test_another_byte_is_found_when_the_file_is_read(zoo, add, damage):
+    """The index answers without reading files; nothing that is read is used unless it is what was added."""
+    entries = {name: add(zoo, name, which) for which, name in enumerate("ab")}
+    damage(entries["a"].path)
+    for use in (entries["a"].load, entries["a"].read, zoo["a"].read):
+        with pytest.raises(ZooError, match=r"entry 'a': .*the file is damaged: expected SHA-256"):
+            use()
+    assert not zoo.is_sound("a")
+    assert zoo.is_sound("b")
+    (problem,) = zoo.verify()
+    assert (problem.kind, problem.entry, problem.path) == ("damaged", "a", entries["a"].path)
+    add(zoo, "a")  # no replace=True needed: nothing usable is lost
+    assert zoo.is_sound("a")
+    assert zoo.verify() == []
+    damage(zoo["a"].path)
+    assert zoo.verify(repair=True)[0].entry == "a"
+    assert "a" not in zoo
 
 
 def test_verify_does_not_trust_size_and_time(zoo, add):
@@ -369,7 +392,7 @@ def test_verify_names_and_repairs(zoo, add):
 def test_a_working_writers_file_is_no_stray(zoo, add):
     add(zoo, "a")
     (zoo.path / "entries" / "b-1.safetensors").write_bytes(b"not yet in the index")
-    with zoo._lock(exclusive=False):
+    with zoo._layout.lock(exclusive=False):
         assert zoo.verify() == []
     assert [problem.kind for problem in zoo.verify()] == ["stray"]
 
@@ -411,7 +434,7 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.model.create import create_model
-from mvp_ext.zoo.zoo import Zoo, ZooError
+from mvp_ext.zoo.zoo import NewEntry, Zoo, ZooError
 
 torch.set_num_threads(1)  # no OpenMP pool: it would not survive the forks
 path = sys.argv[1]
@@ -421,7 +444,7 @@ mask = Mask.random(structure, 0.5, 0, align=1)
 model = prune_model(model, mask, structure=structure)
 
 def add(name, **options):
-    return Zoo(path).add(name, model, mask, structure, {"name": name}, **options)
+    return Zoo(path).add_model(NewEntry(name, model, mask, structure, {"name": name}), **options)
 """
 
 
