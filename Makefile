@@ -90,7 +90,8 @@ lint: $(VENV)/.dependencies
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/typos
-	$(BIN)/python scripts/readme_tables.py --check
+	$(BIN)/python scripts/result_pages.py --check
+	$(BIN)/python scripts/cli_page.py --check
 
 # Needs no network once its tools are there.
 docs: $(VENV)/.docs

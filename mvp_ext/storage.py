@@ -114,5 +114,5 @@ def _umask() -> int:
 def read(
     path: str | os.PathLike[str], *, kind: str, version: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A file that :func:`to_bytes` and :func:`write_atomic` made; FileNotFoundError or FileFormatError otherwise."""
+    """A file that ``to_bytes`` and ``write_atomic`` made; FileNotFoundError or FileFormatError otherwise."""
     return from_bytes(Path(path).read_bytes(), kind=kind, version=version, source=os.fspath(path))

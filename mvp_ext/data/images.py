@@ -1,6 +1,6 @@
 """Images with labels, from wherever a user keeps them, as uint8 tensors.
 
-One representation leaves this module: :class:`ImageData`, RGB bytes [n, H, W, 3] (a quarter of the memory of
+One representation leaves this module: ``ImageData``, RGB bytes [n, H, W, 3] (a quarter of the memory of
 floats, and what augmentation works on fastest). Everything later (tasks, batches) only slices it.
 """
 

@@ -1,7 +1,7 @@
 """Reading images from files: each reader returns the fields of ``ImageData`` as NumPy arrays.
 
 ``test_images`` and ``test_labels`` are None where the source has no test split. A reader returns everything
-or raises :class:`DataError`; nothing is left out silently.
+or raises ``DataError``; nothing is left out silently.
 """
 
 from __future__ import annotations

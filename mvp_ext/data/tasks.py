@@ -192,7 +192,7 @@ class Task:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], data: ImageData) -> Task:
-        """Read a task saved by :meth:`save` and check that ``data`` still has its images."""
+        """Read a task saved by ``save`` and check that ``data`` still has its images."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

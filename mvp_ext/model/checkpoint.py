@@ -101,11 +101,11 @@ def save_pruned(
     """Write a pruned model to one file, whole or not at all.
 
     Args:
-        model: a timm model from :func:`~mvp_ext.model.create.create_model` (or ``timm.create_model``), pruned.
+        model: a timm model from ``create_model`` (or ``timm.create_model``), pruned.
         path: of the file; its folder must exist.
         mask: of the dense model (composed, if it was pruned more than once).
         structure: of the dense model.
-        extra: name → JSON value or tensor, given back by :func:`load_pruned`.
+        extra: name → JSON value or tensor, given back by ``load_pruned``.
 
     Raises:
         ValueError: the model could not be built again from what would be written: it is not timm's, has parts of its
@@ -134,7 +134,7 @@ def save_pruned(
 
 
 def read_pruned(path: str | os.PathLike[str]) -> PrunedState:
-    """Read a file of :func:`save_pruned` without building its model.
+    """Read a file of ``save_pruned`` without building its model.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -175,7 +175,7 @@ def read_extra(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, 
 
 
 def load_pruned(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> PrunedCheckpoint:
-    """Read a file of :func:`save_pruned`; its model computes exactly what the saved one did.
+    """Read a file of ``save_pruned``; its model computes exactly what the saved one did.
 
     Args:
         path: of the file.

@@ -67,7 +67,7 @@ class Mask:
 
     @classmethod
     def random(cls, structure: Structure, keep: Keep, seed: int, align: int = ALIGN) -> Mask:
-        """A seeded draw without replacement; ``keep`` and ``align`` as in :meth:`from_scores`."""
+        """A seeded draw without replacement; ``keep`` and ``align`` as in ``from_scores``."""
         generator = torch.Generator().manual_seed(seed)
         scores = {layer.name: torch.rand(layer.units, generator=generator) for layer in structure}
         return cls.from_scores(structure, scores, keep, align)
@@ -282,7 +282,7 @@ class Mask:
 
     @classmethod
     def from_bytes(cls, data: bytes, *, source: str = "these bytes") -> Mask:
-        """The inverse of :meth:`to_bytes`; FileFormatError (a ValueError) if the bytes are not a whole mask."""
+        """The inverse of ``to_bytes``; FileFormatError (a ValueError) if the bytes are not a whole mask."""
         tensors, spec = storage.from_bytes(data, kind=_FORMAT, version=_VERSION, source=source)
         try:
             names, sizes = zip(*((str(name), int(units)) for name, units in spec["layers"]), strict=True)
@@ -299,7 +299,7 @@ class Mask:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Mask:
-        """Read a file that :meth:`save` wrote; FileNotFoundError, or FileFormatError naming the file."""
+        """Read a file that ``save`` wrote; FileNotFoundError, or FileFormatError naming the file."""
         with open(path, "rb") as file:
             return cls.from_bytes(file.read(), source=os.fspath(path))
 

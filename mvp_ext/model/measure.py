@@ -147,7 +147,7 @@ def measure(
     channels_last: bool = False,
     autocast: torch.dtype | None = None,
 ) -> dict[str, Measurement]:
-    """Size and speed of several models, timed in turn. Arguments as of :func:`latency`."""
+    """Size and speed of several models, timed in turn. Arguments as of ``latency``."""
     timed = [
         latency(
             models,
@@ -195,7 +195,7 @@ def latency(
         autocast: torch.bfloat16 or torch.float16 to time under autocast.
 
     Returns:
-        name → :class:`Latency`. On CUDA a pass is timed to its end on the device.
+        name → ``Latency``. On CUDA a pass is timed to its end on the device.
 
     Raises:
         ValueError: no model, models on different devices, batch < 1.

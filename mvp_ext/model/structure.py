@@ -179,12 +179,12 @@ class Structure:
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; :meth:`from_dict` reads them back."""
+        """Plain JSON values; ``from_dict`` reads them back."""
         return asdict(self)
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Structure:
-        """The inverse of :meth:`to_dict`; ValueError if a field is missing, unknown or of another kind."""
+        """The inverse of ``to_dict``; ValueError if a field is missing, unknown or of another kind."""
         try:
             layers = tuple(
                 UnitLayer(

@@ -26,9 +26,9 @@ def prune_model(
 ) -> nn.Module:
     """Remove, in place, every unit that ``mask`` does not keep: the tensors really become smaller.
 
-    The result is a plain timm module (scope `all`: with :class:`~mvp_ext.model.scatter_block.ScatterBlock` for the
+    The result is a plain timm module (scope `all`: with ``ScatterBlock`` for the
     blocks whose last convolution was cut). It can be pruned again, with the structure found anew and
-    :meth:`Mask.compose` to say what is left of the first model.
+    ``Mask.compose`` to say what is left of the first model.
 
     Parameters that shrink are NEW ``nn.Parameter`` objects. They take the old ones' place in the optimizer's
     groups, with their gradient and every state tensor of the parameter's shape (momentum, exp_avg, …) cut
@@ -259,7 +259,7 @@ def expand_state(
         structure: of the dense model.
         mask: of the dense model (composed, if it was pruned more than once).
         base: a dense state dict whose values stand at the removed places; None puts zeros there (ones for
-            running variances), as in :func:`masked_model`.
+            running variances), as in ``masked_model``.
 
     Returns:
         New tensors on ``state``'s devices; names as in the dense model.

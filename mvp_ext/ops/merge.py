@@ -28,8 +28,8 @@ def merge(
 ) -> list[Tensor]:
     """Weights of a new sub-network from those of N others: the weighted mean over the voters that kept an element.
 
-    merged[p][r, c] = Σ_j w_j · voter_j[r, c] / Σ_j w_j over the voters j that kept row r and column c of tensor p;
-    base[p][r, c] where none did. All tensors of a model in one native call; voters are read in their compact form.
+    `merged[p][r, c] = Σ_j w_j · voter_j[r, c] / Σ_j w_j` over the voters j that kept row r and column c of tensor p;
+    `base[p][r, c]` where none did. All tensors of a model in one native call; voters are read in their compact form.
 
     Args:
         base: P full tensors [R, C, ...] or [R]: float32, float16, bfloat16 or float64.

@@ -25,7 +25,7 @@ def pruned_conv2d(
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
 ) -> Tensor:
-    """A convolution's kept filters and input channels, from its full weight: conv2d(x, W[out][:, in], b[out]).
+    """A convolution's kept filters and input channels, from its full weight: `conv2d(x, W[out][:, in], b[out])`.
 
     Args:
         x: float [B, K, height, width], the kept channels only; any memory format.

@@ -44,7 +44,7 @@ def pruned_linear(
     residual: Tensor | None = None,
     activation: Literal["gelu"] | None = None,
 ) -> Tensor:
-    """A linear layer's kept rows and columns, from its full weight: x · W[out][:, in]ᵀ + b[out].
+    """A linear layer's kept rows and columns, from its full weight: `x · W[out][:, in]ᵀ + b[out]`.
 
     Args:
         x: float [..., K], the kept inputs only.

@@ -167,7 +167,7 @@ def round_ratios(structure: Structure, settings: Settings, first: Mask | None = 
 
 
 def planned_steps(structure: Structure, settings: Settings, first: Mask | None = None) -> int:
-    """All optimizer steps of one iterative run; ``first`` as for :func:`round_ratios`."""
+    """All optimizer steps of one iterative run; ``first`` as for ``round_ratios``."""
     rounds = len(round_ratios(structure, settings, first))
     return rounds * settings.schedule.steps_per_round + settings.schedule.final_steps
 

@@ -81,7 +81,7 @@ def prune(
             the more), "mvp" (equal voters: vote, merge, fine-tune), "auto" ("refined" where the zoo is such a one,
             else "mvp"), "universal" (one pruned model of all tasks, fine-tuned), "one_shot" (score once, cut once),
             "random" (control), "ifp" (iterative pruning from scratch; for heads it is IHP), "dense" (nothing cut). Or
-            a function of the :class:`Job` that returns a small model and its mask: it then goes the same way as the
+            a function of the ``Job`` that returns a small model and its mask: it then goes the same way as the
             others.
         steps: fine-tuning steps J. For "ifp": the steps after the last removal.
         vote: how many neighbours vote, and how they are found and weighted.

@@ -77,7 +77,7 @@ class Result:
         return measure({"pruned": self.model}, self.input_shape, batches=batches, **options)["pruned"]
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file: weights, mask, shape specification, and what :meth:`summary` says. No pickle."""
+        """One safetensors file: weights, mask, shape specification, and what ``summary`` says. No pickle."""
         extra = {
             "preprocessing": asdict(self.preprocessing),
             "result": self.summary(),

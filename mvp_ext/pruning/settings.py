@@ -92,12 +92,12 @@ class Settings:
         return replace(self, scope=find_structure(model, self.scope).scope, recipe=self.recipe_for(model))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; :meth:`from_dict` reads them back."""
+        """JSON values; ``from_dict`` reads them back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Settings:
-        """The inverse of :meth:`to_dict`; ValueError where a name or a value is none of settings."""
+        """The inverse of ``to_dict``; ValueError where a name or a value is none of settings."""
         try:
             recipe = data.get("recipe")
             parts = {

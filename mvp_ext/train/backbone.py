@@ -293,7 +293,7 @@ class BackboneIdentity:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, str]) -> BackboneIdentity | None:
-        """The inverse of :meth:`to_meta`; None where nothing is recorded."""
+        """The inverse of ``to_meta``; None where nothing is recorded."""
         if "structure_fingerprint" not in meta:
             return None
         return cls(meta.get("architecture"), meta["structure_fingerprint"], meta.get("weights_sha256"))

@@ -67,7 +67,7 @@ class Cost:
 
     @classmethod
     def from_dict(cls, values: dict[str, float]) -> Cost:
-        """The inverse of :meth:`to_dict`; what ``values`` does not have is 0."""
+        """The inverse of ``to_dict``; what ``values`` does not have is 0."""
         return cls(**{name: values[name] for name in asdict(cls()) if name in values})  # type: ignore[arg-type]
 
     @contextmanager

@@ -20,7 +20,7 @@ from mvp_ext.zoo.index import ZooError
 
 @dataclass(frozen=True, eq=False)
 class StoredModel:
-    """A pruned model in a zoo. The description is in memory; weights come with :meth:`read` or :meth:`load`.
+    """A pruned model in a zoo. The description is in memory; weights come with ``read`` or ``load``.
 
     Attributes:
         name: unique among those of its kind in its zoo.
@@ -61,7 +61,7 @@ class StoredModel:
         """Read the model, in eval mode, and its extra values.
 
         Raises:
-            ZooError: as :meth:`read`, or this timm builds another model than the one that was added.
+            ZooError: as ``read``, or this timm builds another model than the one that was added.
         """
         stored = self.read()
         try:

@@ -8,7 +8,7 @@
 | `mlp`       | ViT: hidden neurons of the MLPs.                                                               |
 | `heads+mlp` | ViT: both.                                                                                     |
 
-A new family is a file here that makes a :class:`~mvp_ext.model.families.parts.Family`, and its place in ``FAMILIES``.
+A new family is a file here that makes a ``Family``, and its place in ``FAMILIES``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,352 @@
+"""Writes what is measured into the README's table and docs/results/, or checks (``--check``) that they agree.
+
+Everything comes from committed files. Each folder of benchmarks/results/ is a device; docs/results/<device>/ gets
+
+    study.md          from study_*.json          claims, verdicts, tables, figures
+    comparisons.md    from compare_*.json, demo_*.json
+    speed.md          from latency_*.json and each op's file
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.results import Promise, Results, Row, read_results  # noqa: E402
+from mvp_ext.app.report import summary_table  # noqa: E402
+from mvp_ext.app.results import count_text, load_results  # noqa: E402
+from mvp_ext.app.tables import Table  # noqa: E402
+
+RESULTS, FIGURES, PAGES = (
+    ROOT / "benchmarks" / "results",
+    ROOT / "docs" / "figures",
+    ROOT / "docs" / "results",
+)
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+# The README's table and the list of verdicts show this study.
+SHOWN = RESULTS / "cpu" / "study_cpu.json"
+OURS, CONTROL = "mvp refined, weighted", "universal"
+README_ARMS = {
+    "dense, ridge head": "dense model, a new head",
+    CONTROL: "**one universal pruned model**, the control to beat",
+    OURS: "**our default**: nearest entries vote",
+    "iterative, full": "pruned from scratch for the task",
+    "one-shot taylor": "pruned in one shot",
+    "random sub-network": "random sub-network",
+}
+PAGE_TITLES = {
+    "study": "every claim of the method beside the controls that could beat it",
+    "comparisons": "single runs of `mvp-ext compare` and `mvp-ext demo`",
+    "speed": "latency of pruned models, and every op against what a user would write",
+}
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of numbers stand right."""
+    cells = [[row[i] for row in rows if row[i]] for i in range(len(columns))]
+    sides = ["right" if all(text[0] in "+-0123456789" for text in column) else "left" for column in cells]
+    return Table(list(zip(columns, sides, strict=True)), rows).markdown()
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def link(path: Path, page: Path) -> str:
+    """A path under docs/ as ``page`` has to write it."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """The hardware and the versions that say most, of whichever are recorded."""
+    gpu = str(environment.get("gpu", "none"))
+    hardware = str(environment.get("cpu", "")) if gpu.startswith("none") else gpu
+    threads = (
+        f"{environment['threads']} threads" if "threads" in environment else environment.get("cpu cores")
+    )
+    return ", ".join(str(part) for part in (hardware, threads, f"torch {environment['torch']}") if part)
+
+
+# ---- the study
+
+
+def summary(study: Mapping[str, Any]) -> str:
+    """The README's table: two worlds of one study, and what its rows do not say."""
+    tables = {
+        world: {row[0]: row for row in study["tables"][f"{world}, shared"]} for world in ("cifar", "domains")
+    }
+    made = study["worlds"]["cifar"]["latency"]
+    rows = []
+    for arm, title in README_ARMS.items():
+        one, several = tables["cifar"][arm], tables["domains"].get(arm)
+        model = made["dense" if arm.startswith("dense") else "keep 0.1"]
+        latency = next(timed["median_ms"] for timed in model["latency"] if timed["batch"] == 1)
+        rows.append(
+            (
+                title if one[5] in ("", str(study["config"]["steps"])) else f"{title}, {one[5]} steps",
+                one[1],
+                several[1] if several else "",
+                f"{latency:.1f} ms",
+                one[7],
+                count_text(model["parameters"]),
+            )
+        )
+    columns = (
+        "",
+        "accuracy (%), one distribution",
+        "several domains",
+        "latency",
+        "time a task",
+        "parameters",
+    )
+    smaller = next(row for row in study["factors"]["domains"] if row[:2] == ["keep 0.05", OURS])
+    fresh = next(row for row in study["tables"]["domains, fresh"] if row[0] == OURS)
+    made_once = {arm: tables["cifar"][arm][8] for arm in (CONTROL, OURS)}
+    return "\n\n".join(
+        (
+            table(columns, rows),
+            f"ResNet-18 at 64 pixels, scope `inner`, keep {study['worlds']['cifar']['keep']:g}, "
+            f"{study['config']['steps']} steps a task, one CPU core, latency of one image; mean ± standard error over "
+            "tasks of CIFAR-100, and of CIFAR-100's groups, digits and clothes. Time is for the first column's tasks, "
+            f"and without what is made once: {made_once[CONTROL]} (universal), {made_once[OURS]} (ours).",
+            "Our default minus the universal model, in points: on one distribution it is level "
+            f"({tables['cifar'][OURS][2]}) and costs more, so take `method=\"universal\"` there; on several domains "
+            f"{tables['domains'][OURS][2]}, on fresh tasks of them {fresh[2]}, at keep 0.05 {smaller[3]}.",
+        )
+    )  # fmt: skip
+
+
+def verdicts(study: Mapping[str, Any]) -> str:
+    return table(("", "claim", "verdict"), [(v["name"], v["claim"], v["verdict"]) for v in study["verdicts"]])
+
+
+def study_page(path: Path, page: Path) -> str:
+    study = read(path)
+    config, columns = study["config"], study["table columns"]
+    parts = [
+        "# The study",
+        f"{study['title']}. Made by scripts/result_pages.py from `{name_of(path)}`, which `{study['command']}` "
+        f"made from the run's journal at commit {study['commit']}, {study['created'][:10]} "
+        f"({machine(study['environment'])}). `benchmarks/README.md` says how to repeat it.",
+        "## Verdicts",
+    ]
+    for v in study["verdicts"]:
+        parts.append(f"**{v['name']}: {v['claim']}: {v['verdict']}.**")
+        parts += ["\n".join(f"- {sentence}" for sentence in v["sentences"])] if v["sentences"] else []
+    parts += [
+        "## Tables",
+        f"All at J = {config['steps']} steps and the world's own keep ratio; best arm first, by the paired difference: "
+        "arms that ran on fewer tasks have means of other tasks. p is corrected (Holm) within a table; in the verdicts "
+        "above over all questions that they ask.",
+    ]
+    for name, rows in study["tables"].items():
+        if rows:
+            world = study["worlds"][name.partition(",")[0]]
+            parts += [f"**{name}** ({world['model']}, keep {world['keep']:g})", table(columns["arms"], rows)]
+    if study["time to accuracy"]:
+        parts += [
+            "## Cost to reach full iterative pruning's accuracy",
+            study["table notes"]["time"],
+            table(columns["time"], study["time to accuracy"]),
+        ]
+    parts += ["## One factor at a time", study["table notes"]["factors"]]
+    for world, rows in study["factors"].items():
+        if rows:
+            parts += [f"**{world}, shared**", table(columns["factors"], rows)]
+    parts.append("## Figures")
+    for figure in sorted((FIGURES / "study").glob(f"{study['name']}_*.png")):
+        parts.append(f"![{figure.stem}]({link(figure, page)})")
+    parts += ["## Read this before quoting it", "\n".join(f"- {sentence}" for sentence in study["limits"])]
+    done = ", ".join(f"{p['part']} {p['done']}/{p['total']}" for p in study["parts"])
+    return "\n\n".join([*parts, f"Units of work done, by part: {done}."]) + "\n"
+
+
+# ---- comparisons
+
+
+def comparisons_page(paths: Sequence[Path], page: Path) -> str:
+    parts = [
+        "# Comparisons",
+        "Each is one run of one command, with one seed and one learning rate for all arms: read differences of a point "
+        "or two accordingly. The [study](study.md) tests the claims; the first two tables are of the plain method, "
+        "and the demo's digits are too easy to tell much.",
+    ]
+    for path in paths:
+        results = load_results(path)
+        entries = results.get("zoo", {}).get("entries", "?")
+        parts += [
+            f"## {results['title']}",
+            f"Keep {results['keep']:g}, {len(results['arms'][0]['tasks'])} held-out tasks, a zoo of {entries}. "
+            f"`{name_of(path)}`, {machine(results['environment'])}:",
+            f"```text\n{results.get('command', '')}\n```",
+            summary_table(results).markdown(),
+        ]
+        figures = sorted((FIGURES / path.stem).glob("*.png"))
+        parts += [f"![{results['title']}: {figure.stem}]({link(figure, page)})" for figure in figures]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- speed
+
+
+def speed_page(latencies: Sequence[Path], ops: Sequence[Results], page: Path) -> str:
+    parts = [
+        "# Speed",
+        f"Measured on `{page.parent.name}`; every number's file is named, and slow cases stay.",
+    ]
+    if latencies:
+        parts += ["## Pruned models", _latency(latencies)]
+    if ops:
+        parts += ["## Ops", *_ops(ops, RESULTS / page.parent.name)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _latency(paths: Sequence[Path]) -> str:
+    rows = []
+    for path in paths:
+        result = read(path)
+        models = result["models"]
+        for name, model in models.items():
+            if name == "dense" or "torch-pruning" in name:
+                continue
+            peer = {
+                x["batch"]: x["median_ms"]
+                for x in models.get(f"{name}, torch-pruning", {}).get("latency", ())
+            }
+            for timed in model["latency"]:
+                other = peer.get(timed["batch"])
+                rows.append(
+                    (
+                        f"{result['setting']['model']} ({result['setting']['scope']}), {name}",
+                        str(timed["batch"]),
+                        f"{models['dense']['flops'] / model['flops']:.2f}×",
+                        f"{timed['median_ms']:.1f} ms",
+                        f"{timed['speed_up']:.2f}×",
+                        "" if timed["share_of_saving"] is None else f"{timed['share_of_saving']:.0%}",
+                        "" if other is None else f"{other / timed['median_ms']:.2f}×",
+                    )
+                )
+    columns = (
+        *("model", "batch", "fewer FLOPs", "median latency", "against dense", "saving that became time"),
+        "against Torch-Pruning's same shapes",
+    )
+    made = read(paths[0])
+    side = made["input_shape"][-1]
+    sources = ", ".join(f"`{name_of(path)}`" for path in paths)
+    where = machine({**made["environment"], "threads": made["setting"]["threads"]})
+    return f"At {side} × {side} pixels, timed in turn ({where}; {sources}).\n\n" + table(columns, rows)
+
+
+def _ops(ops: Sequence[Results], folder: Path) -> Iterator[str]:
+    """What was promised of the ops' speed, how much of it is kept, every promise that is not, and every case."""
+    summary, missed = [], []
+    for result in ops:
+        promises = [promise for row in result.rows for promise in row.promises()]
+        kept = sum(promise.kept for promise in promises)
+        summary.append((f"[{result.op}](#{result.op})", *map(str, (len(result.rows), len(promises), kept))))
+        missed += [(result.op, p.case, *_measured(p)) for p in promises if not p.kept]
+    yield (
+        "Each op against what a user would write, in turn in one run. A promise is a least ratio of a peer's time to "
+        "ours, a least share of the memory bandwidth, or a longest time; the files have p10 and p90, too."
+    )
+    yield table(("op", "cases", "promises", "kept"), summary)
+    if missed:
+        yield "### Promises that are not kept"
+        yield table(("op", "case", "measured", "promised"), missed)
+    for result in ops:
+        yield from _op(result, folder)
+
+
+def _measured(promise: Promise) -> tuple[str, str]:
+    unit = f"{promise.unit} bandwidth" if promise.kind == "share" else promise.unit
+    return f"{promise.value:.3g} {unit}", f"{promise.wanted:g}"
+
+
+def _op(result: Results, folder: Path) -> Iterator[str]:
+    """Every case of one op."""
+    path = folder / f"{result.op}.json"
+    yield f"### {result.op}"
+    yield (
+        f"`{result.command}` at commit {result.commit[:9]} ({machine(result.environment)}; `{name_of(path)}`). Times "
+        "are medians in µs, the columns with × a peer's time over ours."
+    )
+    peers = list(dict.fromkeys(peer for row in result.rows for peer in row.ratios))
+    columns: dict[str, Callable[[Row], str]] = {
+        "case": lambda row: row.case,
+        "ours": lambda row: f"{row.times_us['ours']['median']:.1f}",
+        "with the call": lambda row: f"{row.call_us['ours']:.1f}" if row.call_us else "",
+        **{f"× {peer}": partial(_ratio, peer) for peer in peers},
+        "bandwidth": lambda row: f"{row.limit.share:.0%} of {row.limit.name}" if row.limit else "",
+        "of the peak": lambda row: "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}",
+    }
+    cells = {name: [cell(row) for row in result.rows] for name, cell in columns.items()}
+    filled = {name: column for name, column in cells.items() if any(column)}
+    yield table(list(filled), list(zip(*filled.values(), strict=True)))
+    for word, cases in (("Failed", list(result.failed)), ("Left out", result.left_out)):
+        if cases:
+            yield f"{word}: {', '.join(cases)}."
+
+
+def _ratio(peer: str, row: Row) -> str:
+    return f"{row.ratios[peer]:.2f}" if peer in row.ratios else ""
+
+
+# ---- the pages
+
+
+def render() -> dict[Path, str]:
+    """Every page that is written from result files, and its text."""
+    pages = {}
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        here = PAGES / folder.name
+        for path in sorted(folder.glob("study_*.json")):
+            pages[here / "study.md"] = study_page(path, here / "study.md")
+        compared = [*sorted(folder.glob("compare_*.json")), *sorted(folder.glob("demo_*.json"))]
+        if compared:
+            pages[here / "comparisons.md"] = comparisons_page(compared, here / "comparisons.md")
+        latencies = sorted(folder.glob("latency_*.json"))
+        ops = [result for result in read_results(folder) if not result.dry_run]
+        if latencies or ops:
+            pages[here / "speed.md"] = speed_page(latencies, ops, here / "speed.md")
+    index, readme, study = PAGES / "index.md", ROOT / "README.md", read(SHOWN)
+    listed = [
+        f"- [{page.parent.name}: {page.stem}]({link(page, index)}): {PAGE_TITLES[page.stem]}"
+        for page in pages
+    ]
+    pages[index] = _between(index, "\n".join(listed) + "\n\n" + verdicts(study))
+    pages[readme] = _between(readme, summary(study))
+    return pages
+
+
+def _between(page: Path, new: str) -> str:
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN, 1)
+    return f"{head}{BEGIN}\n{new}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main() -> int:
+    pages = render()
+    if "--check" not in sys.argv[1:]:
+        for page, new in pages.items():
+            page.parent.mkdir(parents=True, exist_ok=True)
+            page.write_text(new, encoding="utf-8")
+        return 0
+    stale = [page for page, new in pages.items() if not page.exists() or page.read_text("utf-8") != new]
+    for page in stale:
+        print(f"{name_of(page)}: not what the result files say; run python scripts/result_pages.py")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
