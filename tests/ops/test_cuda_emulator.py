@@ -14,7 +14,7 @@ from torch import Tensor
 
 SCHEDULES = range(6)
 N = 64
-TESTS = str(Path(__file__).parent)
+TESTS = Path(__file__).parent
 
 
 def run(name: str, schedule: int = 0) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def sanitized(*code: str) -> subprocess.CompletedProcess[str]:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "MVP_EMULATOR_SANITIZE": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(emulator.ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     }
     # It starts where this process did, so it imports the same mvp_ext.
     return subprocess.run(
@@ -199,7 +199,7 @@ def test_the_kernels_under_the_sanitizers() -> None:
     """The tests of the ops that carry the mark `sanitize`, again."""
     emulator.build(sanitize=True)
     # By name: some of what other tests import does not start under AddressSanitizer.
-    files = [str(f) for f in Path(TESTS).glob("test_*.py") if "@pytest.mark.sanitize" in f.read_text()]
+    files = [str(f) for f in TESTS.glob("test_*.py") if "@pytest.mark.sanitize" in f.read_text()]
     assert files
     done = sanitized(
         *("-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-m", "sanitize", "-k", "emulator"), *files
