@@ -25,7 +25,7 @@ Positions = tuple[Tensor, Tensor] | None  # (in the result, in the voter); None:
 
 
 @dataclass
-class Task:
+class MergeCase:
     target: Cut
     voters: list[Cut]
     compact: list[list[Tensor]]
@@ -40,11 +40,11 @@ class Task:
 
 def make_task(
     model: str, scope: str, keep: float, voters: int, *, only_cut: bool, device: torch.device
-) -> Task:
+) -> MergeCase:
     cuts = [cut_model(model, scope, keep, only_cut=only_cut, seed=seed) for seed in range(voters + 1)]
     weights = torch.rand(voters, generator=torch.Generator().manual_seed(0)) + 0.5
     cuts, weights = [c.to(device) for c in cuts], weights.to(device)
-    return Task(
+    return MergeCase(
         cuts[0], cuts[1:], [pack(c.tensors, c.rows, c.cols) for c in cuts[1:]], weights, weights.tolist()
     )
 
@@ -58,7 +58,7 @@ def common(wanted: Tensor | None, kept: Tensor | None) -> Positions:
     return inside.nonzero()[:, 0], torch.searchsorted(kept, wanted[inside])
 
 
-def find_positions(task: Task) -> list[list[tuple[Positions, Positions]]]:
+def find_positions(task: MergeCase) -> list[list[tuple[Positions, Positions]]]:
     return [
         [
             (common(task.target.rows[p], v.rows[p]), common(task.target.cols[p], v.cols[p]))
@@ -68,7 +68,7 @@ def find_positions(task: Task) -> list[list[tuple[Positions, Positions]]]:
     ]
 
 
-def moved_bytes(task: Task, positions: list[list[tuple[Positions, Positions]]]) -> int:
+def moved_bytes(task: MergeCase, positions: list[list[tuple[Positions, Positions]]]) -> int:
     """What merge must read and write: of each voter what it has in common with the result, the base where no voter has
     anything, and the result. The voters' other rows and columns are read by nobody."""
     moved = 0
@@ -89,7 +89,7 @@ def moved_bytes(task: Task, positions: list[list[tuple[Positions, Positions]]]) 
     return moved
 
 
-def in_place(task: Task, positions: list[list[tuple[Positions, Positions]]]) -> list[Tensor]:
+def in_place(task: MergeCase, positions: list[list[tuple[Positions, Positions]]]) -> list[Tensor]:
     merged = []
     for p, base in enumerate(task.target.tensors):
         rows, cols = task.target.rows[p], task.target.cols[p]
