@@ -144,7 +144,7 @@ def read_pruned(path: str | os.PathLike[str]) -> PrunedState:
 
 
 def parse_pruned(data: bytes, *, source: str = "these bytes") -> PrunedState:
-    """What :func:`read_pruned` does, from a file's bytes; FileFormatError names ``source``."""
+    """What ``read_pruned`` does, from a file's bytes; FileFormatError names ``source``."""
     tensors, spec = storage.from_bytes(data, kind=_FORMAT, version=_VERSION, source=source)
     try:
         structure = Structure.from_dict(spec["structure"])

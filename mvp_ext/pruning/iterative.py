@@ -137,9 +137,12 @@ def prune_iteratively(
                 mask = Mask.compose(mask, inner)
             trainer.run(schedule.steps_per_round, "constant", stepped)
 
+    # The same at every final step, and dear to make.
+    final_mask = mask.to_bytes().hex()
+
     def stepped_finally(final: int) -> None:
         stepped(final)
-        run.save_if_due(trainer, final, steps=done, mask=mask.to_bytes().hex())
+        run.save_if_due(trainer, final, steps=done, mask=final_mask)
 
     trainer.run(schedule.final_steps, "cosine", stepped_finally, done=final_done)
     run.remove()

@@ -47,7 +47,7 @@ def read_sound(path: Path, sha256: str) -> bytes:
 
 
 def check_sound(path: Path, sha256: str) -> None:
-    """As :func:`read_sound`; reads nothing where that was done, and the file is as it was."""
+    """As ``read_sound``; reads nothing where that was done, and the file is as it was."""
     try:
         stat = path.stat()
     except OSError as error:

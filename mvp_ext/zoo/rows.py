@@ -48,7 +48,7 @@ def entry_row(new: NewEntry) -> dict[str, Any]:
 
 
 def entry_of(row: Mapping[str, Any], path: Path) -> ZooEntry:
-    """The inverse of :func:`entry_row`; one of ``DAMAGED_ROW`` where the row is not what was written."""
+    """The inverse of ``entry_row``; one of ``DAMAGED_ROW`` where the row is not what was written."""
     described = {key: row[key] for key in ENTRY_COLUMNS if key not in ("file", "bytes")}
     for key in ("task", "cost"):
         described[key] = json.loads(row[key])
@@ -78,7 +78,7 @@ def means_row(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def means_of(row: Mapping[str, Any], path: Path) -> ClassMeans | None:
-    """The inverse of :func:`means_row`; None for an entry without class means.
+    """The inverse of ``means_row``; None for an entry without class means.
 
     A row of an older schema does not say: then two tensors are read from the file.
     """
@@ -90,7 +90,7 @@ def means_of(row: Mapping[str, Any], path: Path) -> ClassMeans | None:
 
 
 def read_means(path: Path) -> dict[str, Tensor]:
-    """The tensors that :func:`means_row` takes, from an entry's file, without reading its weights."""
+    """The tensors that ``means_row`` takes, from an entry's file, without reading its weights."""
     return read_extra(path, ("class_means", "temperature"))
 
 

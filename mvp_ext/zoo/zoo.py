@@ -109,7 +109,7 @@ class Zoo:
         self._index.check(backbone.to_meta())
 
     def facts(self) -> dict[str, Any]:
-        """What :meth:`record_facts` recorded."""
+        """What ``record_facts`` recorded."""
         return {key: json.loads(value) for key, value in self._index.facts().items()}
 
     def record_facts(self, **facts: Any) -> None:
@@ -220,7 +220,7 @@ class Zoo:
     # ---- adding and removing
 
     def add(self, result: Any, *, replace: bool = False, if_absent: bool = False) -> ZooEntry:
-        """Add a result of pruning under its task's name (see ``NewEntry.of``); otherwise as :meth:`add_model`."""
+        """Add a result of pruning under its task's name (see ``NewEntry.of``); otherwise as ``add_model``."""
         return self.add_model(NewEntry.of(result), replace=replace, if_absent=if_absent)
 
     def add_model(self, new: NewEntry, *, replace: bool = False, if_absent: bool = False) -> ZooEntry:
