@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import harness  # noqa: E402
-from bench_merge import Task, find_positions, moved_bytes  # noqa: E402
+from bench_merge import MergeCase, find_positions, moved_bytes  # noqa: E402
 from models import Cut  # noqa: E402
 from results import read_results, summary  # noqa: E402
 
@@ -173,7 +173,7 @@ def test_what_merge_moves() -> None:
         return Cut([torch.zeros(4, 3, 2, 1), torch.zeros(4)], [index, index], [torch.tensor(columns), None])
 
     weights = torch.ones(2)
-    task = Task(
+    task = MergeCase(
         cut([0, 1, 3], [0, 2]), [cut([0, 3], [1, 2]), cut([1, 2], [0, 2])], [[], []], weights, [1.0, 1.0]
     )
     # Of the weight: 2 and 2 words of the voters, 2 of the base, 6 of the result; of the bias 2, 1, none and 3.
