@@ -68,9 +68,8 @@ def test_h_score_against_the_explicit_inverse():
 def test_h_score_ends_and_singular_features():
     labels = torch.arange(30) % 3
     separable = torch.nn.functional.one_hot(labels, 3).float()
-    doubled = torch.cat(
-        [separable, separable, torch.ones(30, 2)], 1
-    )  # singular: repeated and constant features
+    # Singular: repeated and constant features.
+    doubled = torch.cat([separable, separable, torch.ones(30, 2)], 1)
     assert h_score(separable, labels) == pytest.approx(2, abs=1e-6)
     assert h_score(doubled, labels) == pytest.approx(2, abs=1e-6)
     assert h_score(torch.ones(30, 2), labels) == pytest.approx(0, abs=1e-9)

@@ -144,9 +144,8 @@ def test_tracers_see_every_op(name: str) -> None:
     graph = make_fx(op)(x())
     assert any(f"mvp_ext.{name}" in str(node.target) for node in graph.graph.nodes)
     if name in ("pack", "unpack", "merge"):
-        with pytest.raises(
-            RuntimeError, match="unsupported input list type"
-        ):  # of this tracer: lists with None
+        # What this tracer does not take: lists with None.
+        with pytest.raises(RuntimeError, match="unsupported input list type"):
             torch.jit.trace(op, (x(),), check_trace=False)
     elif name != "pruned_linear_gelu":  # whose gradient is asked for inside, which this tracer does not know
         traced = torch.jit.trace(op, (x(),), check_trace=False)

@@ -184,10 +184,8 @@ def test_by_hand(device):
     a = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[-1.0, 1.0], [1.0, 1.0]]])  # [B = 2, C = 2, P = 2]
     grad = torch.tensor([[[1.0, -1.0], [1.0, 0.0]], [[1.0, -1.0], [-5.0, 1.0]]])
     a, grad = move(device, a, grad)
-    assert importance(a, grad, kind="taylor").tolist() == [
-        1 + 2,
-        3 + 4,
-    ]  # abs of each example, not of their sum
+    # The abs of each example, not of their sum.
+    assert importance(a, grad, kind="taylor").tolist() == [1 + 2, 3 + 4]
     assert importance(a, grad, kind="taylor2").tolist() == [1 + 4, 9 + 16]
     assert importance(a, kind="activation").tolist() == [1.25, 2.25]
     assert importance(a, grad, kind="taylor", heads=1).tolist() == [2 + 6]
