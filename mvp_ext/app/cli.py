@@ -42,8 +42,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(zoo_commands.app, name="zoo")
-Out = Annotated[Path, Option(help="Where the result goes.", rich_help_panel=options.RUN)]
-ZooPath = Annotated[Path, Option("--zoo", help="Directory of the zoo.")]
 
 
 def main() -> None:
@@ -72,7 +70,7 @@ def _common(
 @options.grouped
 def demo(
     run: options.RunOptions,
-    out: Out = Path("runs/demo"),
+    out: options.Out = Path("runs/demo"),
     quick: Annotated[bool, Option(help="A small one: it shows that everything works, not how well.")] = False,
 ) -> None:
     """The main job on scikit-learn's digits: pre-train, build a zoo, compare on held-out tasks, write a page.
@@ -90,7 +88,7 @@ def demo(
 @options.grouped
 def pretrain(
     run: options.RunOptions,
-    out: Out = Path("backbone.safetensors"),
+    out: options.Out = Path("backbone.safetensors"),
     model: Annotated[
         str, Option(help="timm's name of a ResNet, ViT or DeiT.", rich_help_panel=options.MODEL)
     ] = "resnet18",
@@ -147,8 +145,8 @@ def prune(
     how: options.MethodOptions,
     voters: options.NeighbourOptions,
     run: options.RunOptions,
-    out: Out = Path("small.safetensors"),
-    zoo: ZooPath = Path("zoo"),
+    out: options.Out = Path("small.safetensors"),
+    zoo: options.ZooPath = Path("zoo"),
     add: Annotated[bool, Option(help="Add the result to the zoo.")] = False,
 ) -> None:
     """Make a small model for one task by a vote of the zoo's nearest entries."""
@@ -193,8 +191,8 @@ def compare(
     voters: options.NeighbourOptions,
     what: options.CompareOptions,
     run: options.RunOptions,
-    out: Out = Path("runs/compare"),
-    zoo: ZooPath = Path("zoo"),
+    out: options.Out = Path("runs/compare"),
+    zoo: options.ZooPath = Path("zoo"),
 ) -> None:
     """Compare methods on held-out tasks at equal shapes and head refit; write results.json and report.html.
 

@@ -33,6 +33,9 @@ from mvp_ext.zoo.zoo import Zoo
 
 MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
 
+Out = Annotated[Path, Option(help="Where the result goes.", rich_help_panel=RUN)]
+ZooPath = Annotated[Path, Option("--zoo", help="Directory of the zoo.")]
+
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """A command for typer whose parameters that are dataclasses are replaced by the fields of these."""

@@ -7,19 +7,22 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from mvp_ext.app import options
 from mvp_ext.app.comparison import zoo_cost
 from mvp_ext.app.console import Commands, console, progress_bar, say
 from mvp_ext.app.results import count_text, flops_text, seconds_text
+from mvp_ext.app.tables import Side, Table
 from mvp_ext.model.measure import count_parameters
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
 from mvp_ext.train.cost import Cost
 from mvp_ext.zoo.zoo import Zoo
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Pruned models of earlier tasks.")
-ZooPath = Annotated[Path, typer.Option("--zoo", help="Directory of the zoo.")]
+LISTED: tuple[tuple[str, Side], ...] = (
+    *(("entry", "left"), ("classes", "left"), ("keep", "right"), ("accuracy (%)", "right")),
+    *(("steps", "right"), ("FLOPs", "right"), ("time", "right")),
+)
 ZooArgument = Annotated[
     Path | None, typer.Argument(metavar="[ZOO]", help="The same, without --zoo.", show_default=False)
 ]
@@ -35,7 +38,7 @@ def build(
     schedule: options.ScheduleOptions,
     what: options.BuildOptions,
     run: options.RunOptions,
-    zoo: ZooPath = Path("zoo"),
+    zoo: options.ZooPath = Path("zoo"),
 ) -> None:
     """Prune the model for many tasks, with distillation, and keep the results.
 
@@ -67,36 +70,34 @@ def build(
 
 
 @app.command("list")
-def list_(folder: ZooArgument = None, zoo: ZooPath = Path("zoo")) -> None:
+def list_(folder: ZooArgument = None, zoo: options.ZooPath = Path("zoo")) -> None:
     """The zoo's entries, one line each."""
     opened = Zoo(folder or zoo, create=False)
-    table = Table()
-    table.add_column("entry")
-    table.add_column("classes")
-    for name in ("keep", "accuracy (%)", "steps", "FLOPs", "time"):
-        table.add_column(name, justify="right")
+    rows = []
     for entry in opened.entries():
         cost = Cost.from_dict(entry.cost)
-        table.add_row(
-            escape(entry.name),
-            escape(", ".join(map(str, entry.task.get("classes", ())))),
-            f"{entry.keep:.2f}",
-            "" if entry.accuracy is None else f"{100 * entry.accuracy:.1f}",
-            str(entry.steps),
-            flops_text(cost.flops),
-            seconds_text(cost.seconds),
+        rows.append(
+            (
+                entry.name,
+                ", ".join(map(str, entry.task.get("classes", ()))),
+                f"{entry.keep:.2f}",
+                "" if entry.accuracy is None else f"{100 * entry.accuracy:.1f}",
+                str(entry.steps),
+                flops_text(cost.flops),
+                seconds_text(cost.seconds),
+            )
         )
-    console.print(table)
+    console.print(Table(LISTED, rows))
     known = opened.backbone
     if known is not None:
-        say(f"{table.row_count} entries of {known.architecture}, structure {known.structure_fingerprint}")
+        say(f"{len(rows)} entries of {known.architecture}, structure {known.structure_fingerprint}")
 
 
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="The entry.")],
     folder: ZooArgument = None,
-    zoo: ZooPath = Path("zoo"),
+    zoo: options.ZooPath = Path("zoo"),
 ) -> None:
     """One entry: its task, what it keeps of each layer, what it cost."""
     entry = Zoo(folder or zoo, create=False)[name]
@@ -115,17 +116,17 @@ def show(
     }
     for key, value in facts.items():
         console.print(f"[bold]{key:<11}[/]{escape(str(value))}", soft_wrap=True)
-    table = Table("layer", "kept", "of", "")
+    rows = []
     for layer, bits in entry.mask.layers.items():
         kept, units = int(bits.sum()), bits.numel()
-        table.add_row(layer, str(kept), str(units), "█" * round(20 * kept / units))
-    console.print(table)
+        rows.append((layer, str(kept), str(units), "█" * round(20 * kept / units)))
+    console.print(Table([("layer", "left"), ("kept", "right"), ("of", "right"), ("", "left")], rows))
 
 
 @app.command()
 def verify(
     folder: ZooArgument = None,
-    zoo: ZooPath = Path("zoo"),
+    zoo: options.ZooPath = Path("zoo"),
     repair: Annotated[
         bool, typer.Option(help="Remove what is damaged, so that `zoo build` makes it again.")
     ] = False,
