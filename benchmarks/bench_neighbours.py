@@ -80,11 +80,10 @@ class Case:
         return leep(torch.softmax(head(self.target.features.double()), 1), self.target.labels)
 
 
-def make_case(folder: Path, count: int, real_files: bool) -> Case:
+def make_case(path: Path, count: int, real_files: bool) -> Case:
     generator = torch.Generator().manual_seed(0)
     model = create_model("resnet18", num_classes=CLASSES)
     structure = find_structure(model)
-    path = folder / f"zoo-{count}"
     zoo = Zoo(path)
     means = torch.rand(count, CLASSES, WIDTH, generator=generator)
     masks = [Mask.random(structure, 0.3, seed) for seed in range(count)]
@@ -123,14 +122,14 @@ def _add_rows(path: Path, masks: list[Mask], means: torch.Tensor) -> None:
 def main() -> None:
     bench = Bench("neighbours")
     with tempfile.TemporaryDirectory() as folder:
-        few = make_case(Path(folder), 24, real_files=True)
-        many = make_case(Path(folder), 1000, real_files=False)
+        few = make_case(Path(folder) / "few", bench.size(24), real_files=True)
+        many = make_case(Path(folder) / "many", bench.size(1000), real_files=False)
         peers: dict[str, Callable[[], object]] = {PEER: few.every_file}
-        bench.case("24 entries, opened", few.opened, peers, floors={PEER: 10}, check=few.check)
-        bench.case("24 entries, fresh", few.fresh, peers, floors={PEER: 10})
+        bench.case("24 entries, opened", few.opened, peers, floors={PEER: 10}, most_us=15e3, check=few.check)
+        bench.case("24 entries, fresh", few.fresh, peers, floors={PEER: 10}, most_us=15e3)
         bench.case("24 entries, fresh, weights read", few.with_weights, peers)
-        bench.case("1000 entries, opened", many.opened, {}, check=many.check)
-        bench.case("1000 entries, fresh", many.fresh, {})
+        bench.case("1000 entries, opened", many.opened, {}, most_us=500e3, check=many.check)
+        bench.case("1000 entries, fresh", many.fresh, {}, most_us=500e3)
     bench.finish()
 
 
