@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -22,6 +23,10 @@ from mvp_ext.zoo.index import ENTRY_COLUMNS, MODEL_COLUMNS
 
 # What a row that was tampered with, or hit by a failing disk, can raise
 DAMAGED_ROW = (ValueError, TypeError, RuntimeError, OSError)
+
+
+# Masks are values: entries that refine one model share theirs, and a process asks for the same ones again and again.
+_mask_of = functools.lru_cache(maxsize=64)(Mask.from_bytes)
 
 
 def entry_row(new: NewEntry) -> dict[str, Any]:
@@ -57,7 +62,7 @@ def entry_of(row: Mapping[str, Any], path: Path) -> ZooEntry:
     for key in ("keep", "accuracy"):
         if not isinstance(row[key], (float, type(None))):
             raise TypeError(f"{key}: expected a number, got {row[key]!r}")
-    described["mask"] = Mask.from_bytes(row["mask"])
+    described["mask"] = _mask_of(row["mask"])
     return ZooEntry(path=path, **described)
 
 
