@@ -263,12 +263,13 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(backbone, tmp_path):
     assert_same_zoo(whole, reversed_zoo)
 
 
-def test_a_damaged_entry_is_built_again(backbone, tmp_path):
+@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
+def test_a_damaged_entry_is_built_again(backbone, tmp_path, damage):
     zoo = Zoo(tmp_path / "zoo")
     build_zoo(backbone, TASKS, zoo, BUILD)
     before = contents(zoo)["a"]
     path = zoo["a"].path
-    path.write_bytes(path.read_bytes()[:-7])
+    path.write_bytes(damage(path.read_bytes()))
     assert [result.task.name for result in build_zoo(backbone, TASKS, zoo, BUILD)] == ["a"]
     assert states_equal(contents(zoo)["a"][-2], before[-2])
 
