@@ -12,23 +12,23 @@ from mvp_ext.app.plots import MARKERS, Theme, add_legend, dense_line, new_figure
 from mvp_ext.app.results import flops_text, seconds_text
 
 from .stats import Scores, mean_of
-from .summary import Table
+from .summary import Answers
 from .verdicts import layer_overlaps
 
 Draw = Callable[[Theme], Figure]
 LINES = 7  # arms a figure can show and still be read
 
 
-def figures(table: Table) -> dict[str, tuple[str, Draw, str]]:
+def figures(answers: Answers) -> dict[str, tuple[str, Draw, str]]:
     """File name → (title, what draws it, caption), for each figure that there are data for."""
     drawn: dict[str, tuple[str, Draw, str]] = {}
-    for world, about in table.worlds.items():
+    for world, about in answers.worlds.items():
         for factor, label, log in (
             ("steps", "fine-tuning steps J of the target task", True),
             ("neighbours", "neighbours N", False),
             ("keep", "share of units kept", True),
         ):
-            lines, ceiling = _lines(table, world, factor)
+            lines, ceiling = _lines(answers, world, factor)
             if lines:
                 drawn[f"{world}_{factor}"] = (
                     f"{world}: accuracy against {label}",
@@ -39,7 +39,7 @@ def figures(table: Table) -> dict[str, tuple[str, Draw, str]]:
                     "The dense model has a ridge head and is not fine-tuned.",
                 )
         for which, label in (("seconds", "time a task (s)"), ("flops", "FLOPs a task")):
-            points, ceiling = _points(table, world, which)
+            points, ceiling = _points(answers, world, which)
             if len(points) > 1:
                 drawn[f"{world}_{which}"] = (
                     f"{world}: accuracy against {label}",
@@ -65,7 +65,7 @@ def figures(table: Table) -> dict[str, tuple[str, Draw, str]]:
         if latency := about.get("latency"):
             drawn[f"{world}_latency"] = (
                 f"{world}: latency against accuracy",
-                lambda theme, world=world, m=latency: _pareto(theme, table, world, m),
+                lambda theme, world=world, m=latency: _pareto(theme, answers, world, m),
                 "Median latency of one forward pass at batch 1; equal shapes share one measurement; timed in turn.",
             )
     return drawn
@@ -74,15 +74,15 @@ def figures(table: Table) -> dict[str, tuple[str, Draw, str]]:
 Points = dict[str, list[tuple[float, float, float]]]  # arm → (value, mean, error)
 
 
-def _lines(table: Table, world: str, factor: str) -> tuple[Points, float | None]:
+def _lines(answers: Answers, world: str, factor: str) -> tuple[Points, float | None]:
     """Accuracy at each value of a factor, over the runs that all arms and values share, and the dense model's there.
 
     Lines of different tasks could not be compared.
     """
     scores: dict[str, dict[float, Scores]] = {}
-    for arm in table.arms(world, "shared"):
-        values = [v for v in table.values(world, "shared", arm, factor) if not isinstance(v, str)]
-        found = {float(v): table.scores(world, "shared", arm, **{factor: v}) for v in values}
+    for arm in answers.arms(world, "shared"):
+        values = [v for v in answers.values(world, "shared", arm, factor) if not isinstance(v, str)]
+        found = {float(v): answers.scores(world, "shared", arm, **{factor: v}) for v in values}
         if len(found) > 1 and any(s != found[float(values[0])] for s in found.values()):
             scores[arm] = found
     scores = dict(list(scores.items())[:LINES])
@@ -93,16 +93,16 @@ def _lines(table: Table, world: str, factor: str) -> tuple[Points, float | None]
         arm: [(value, *_percent(score, common)) for value, score in found.items()]
         for arm, found in scores.items()
     }
-    return lines, _dense(table, world, common)
+    return lines, _dense(answers, world, common)
 
 
 def _shared(scores: Sequence[Scores]) -> set[Any]:
     return set.intersection(*(set(s) for s in scores)) if scores else set()
 
 
-def _dense(table: Table, world: str, runs: set[Any]) -> float | None:
+def _dense(answers: Answers, world: str, runs: set[Any]) -> float | None:
     """Mean accuracy of the dense model on the tasks of these runs."""
-    known = table.worlds[world]["dense"].get("shared", [])
+    known = answers.worlds[world]["dense"].get("shared", [])
     tasks = {task for task, _ in runs if task < len(known)}
     return sum(known[task] for task in tasks) / len(tasks) if tasks else None
 
@@ -134,12 +134,14 @@ def _curves(theme: Theme, lines: Any, label: str, log: bool, ceiling: float | No
     return figure
 
 
-def _points(table: Table, world: str, which: str) -> tuple[Points, float | None]:
+def _points(answers: Answers, world: str, which: str) -> tuple[Points, float | None]:
     """Cost and accuracy at each number of steps, most accurate arms first, over the runs that all share, and the dense
     model's there."""
     found = {
-        arm: [table.runs(world, "shared", arm, steps=j) for j in table.values(world, "shared", arm, "steps")]
-        for arm in table.arms(world, "shared")
+        arm: [
+            answers.runs(world, "shared", arm, steps=j) for j in answers.values(world, "shared", arm, "steps")
+        ]
+        for arm in answers.arms(world, "shared")
     }
     common = _shared([runs for several in found.values() for runs in several])
     points: Points = {}
@@ -150,7 +152,7 @@ def _points(table: Table, world: str, which: str) -> tuple[Points, float | None]
             if point not in points.setdefault(arm, []):
                 points[arm].append(point)
     ranked = sorted(points.items(), key=lambda item: -max(y for _, y, _ in item[1]))
-    return dict(ranked[: 2 * LINES]), _dense(table, world, common)
+    return dict(ranked[: 2 * LINES]), _dense(answers, world, common)
 
 
 def _scatter(theme: Theme, points: Any, label: str, which: str, ceiling: float | None) -> Figure:
@@ -214,25 +216,25 @@ def _similarity(theme: Theme, overlap: Any) -> Figure:
     return figure
 
 
-def _pareto(theme: Theme, table: Table, world: str, latency: Any) -> Figure:
+def _pareto(theme: Theme, answers: Answers, world: str, latency: Any) -> Figure:
     figure, axes = new_figure(theme, 7.2, 3.8)
 
     def at_one(name: str) -> float:
         return next(t["median_ms"] for t in latency[name]["latency"] if t["batch"] == 1)
 
-    default = table.results["default arm"]
+    default = answers.results["default arm"]
     arms = [a for a in (default, "mvp", "universal", "one-shot taylor", "Torch-Pruning Taylor") if a]
     for position, arm in enumerate(dict.fromkeys(arms)):
         points = []
-        for keep in table.values(world, "shared", arm, "keep"):
+        for keep in answers.values(world, "shared", arm, "keep"):
             name = f"Torch-Pruning, keep {keep:g}" if arm.startswith("Torch") else f"keep {keep:g}"
-            scores = table.scores(world, "shared", arm, keep=keep)
+            scores = answers.scores(world, "shared", arm, keep=keep)
             if name in latency and scores:
                 points.append((at_one(name), 100 * mean_of(scores).value))
         if points:
             x, y = zip(*sorted(points), strict=True)
             axes.plot(x, y, color=theme.colour(position), marker=MARKERS[position], lw=1.5, ms=6, label=arm)
-    dense = table.worlds[world]["dense"].get("shared")
+    dense = answers.worlds[world]["dense"].get("shared")
     if dense:
         axes.plot(
             at_one("dense"),

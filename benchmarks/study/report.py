@@ -11,13 +11,13 @@ from typing import Any
 from mvp_ext.app import plots
 from mvp_ext.app.report import PROVENANCE, bullets, facts, figure, page
 from mvp_ext.app.results import flops_text, seconds_text
-from mvp_ext.app.tables import Table as TextTable
+from mvp_ext.app.tables import Table
 from mvp_ext.storage import write_atomic
 
 from .arms import ARMS
 from .figures import figures
 from .study import Study
-from .summary import Table, collect
+from .summary import Answers, collect
 from .tables import (
     COLUMNS,
     FACTOR_COLUMNS,
@@ -43,7 +43,7 @@ def write_report(
     ``publish``: root of a checkout that gets the figures (docs/figures/study) and the results too.
     """
     results = collect(study, units, command)
-    answers = Table(results)
+    answers = Answers(results)
     verdicts, _ = judge(answers)
     results["verdicts"] = [vars(verdict) for verdict in verdicts]
     results["limits"] = limits(results)
@@ -75,7 +75,7 @@ def write_report(
     return path
 
 
-def render(results: dict[str, Any], answers: Table, verdicts: Sequence[Verdict], drawn: Any) -> str:
+def render(results: dict[str, Any], answers: Answers, verdicts: Sequence[Verdict], drawn: Any) -> str:
     """The page as text."""
     done, total = (sum(part[key] for part in results["parts"]) for key in ("done", "total"))
     state = (
@@ -147,7 +147,7 @@ def limits(results: dict[str, Any]) -> list[str]:
 def _section(title: str, columns: Columns, rows: list[list[str]], note: str = "") -> list[str]:
     if not rows:
         return []
-    text = f"<h2>{escape(title)}</h2><div class='wide'>{TextTable(columns, rows).html()}</div>"
+    text = f"<h2>{escape(title)}</h2><div class='wide'>{Table(columns, rows).html()}</div>"
     return [text, f'<p class="note">{escape(note)}</p>'] if note else [text]
 
 

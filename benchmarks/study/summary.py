@@ -117,7 +117,7 @@ def collect(study: Study, units: Sequence[Unit], command: str = "") -> dict[str,
     }
 
 
-class Table:
+class Answers:
     """Questions to a results document."""
 
     def __init__(self, results: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from mvp_ext.app.results import Mean, flops_text, seconds_text
 
 from .arms import ARMS
 from .stats import mean_of
-from .summary import Table
+from .summary import Answers
 from .verdicts import Difference, Questions
 
 CONTROL = "universal"
@@ -41,7 +41,7 @@ NOTE = (
 )
 
 
-def arm_rows(answers: Table, world: str, split: str) -> list[list[str]]:
+def arm_rows(answers: Answers, world: str, split: str) -> list[list[str]]:
     """One row an arm at the default point, best first, and the dense model."""
     questions = Questions(answers)
     about = answers.worlds[world]
@@ -96,7 +96,7 @@ FACTOR_NOTE = (
 )
 
 
-def factor_rows(answers: Table, world: str) -> list[list[str]]:
+def factor_rows(answers: Answers, world: str) -> list[list[str]]:
     """One row an arm and a value of a factor that is not the default, on tasks that share classes with the zoo."""
     questions, asked = Questions(answers), []
     for factor, name in FACTORS.items():
@@ -145,7 +145,7 @@ TIME_COLUMNS = (
 )
 
 
-def time_rows(answers: Table) -> list[list[str]]:
+def time_rows(answers: Answers) -> list[list[str]]:
     """What each arm needs to reach full iterative pruning's mean accuracy on the tasks that both have."""
     rows = []
     for world in answers.worlds:

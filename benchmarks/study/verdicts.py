@@ -18,7 +18,7 @@ from mvp_ext.app.results import Mean, chance_overlap
 
 from .arms import EQUAL_RATE_CONTROL
 from .stats import Paired, Scores, holm, mantel, paired
-from .summary import Table
+from .summary import Answers
 
 LEVEL = 0.05
 # "Matches": the 95 % interval of the difference lies above −1 point.
@@ -57,8 +57,8 @@ class Difference:
 class Questions:
     """The comparisons of one family."""
 
-    def __init__(self, table: Table) -> None:
-        self.table = table
+    def __init__(self, answers: Answers) -> None:
+        self.answers = answers
         self.asked: list[Difference] = []
 
     def ask(
@@ -66,9 +66,9 @@ class Questions:
     ) -> Difference | None:
         """Two arms at two points (the default where None); None where they share no run."""
         a, b = a or {}, b or {}
-        scores = self.table.scores(world, split, first, **a), self.table.scores(world, split, second, **b)
+        scores = self.answers.scores(world, split, first, **a), self.answers.scores(world, split, second, **b)
         names = [name + _point_words(p) for name, p in ((first, a), (second, b))]
-        again = split in self.table.worlds[world].get("again", ())
+        again = split in self.answers.worlds[world].get("again", ())
         return self.ask_scores(*names, where or f"{world}, {split}", *scores, again=again)
 
     def ask_scores(
@@ -104,9 +104,9 @@ class Verdict:
 Later = Callable[[], Verdict]
 
 
-def judge(table: Table) -> tuple[list[Verdict], Questions]:
+def judge(answers: Answers) -> tuple[list[Verdict], Questions]:
     """All verdicts. H1 to H6 are judged in the first world."""
-    questions, world = Questions(table), next(iter(table.worlds))
+    questions, world = Questions(answers), next(iter(answers.worlds))
     makers = (_h1, _h2, _h3, _h4, _h5, _h6)
     later = [maker(questions, world) for maker in makers]
     later += [_h7(questions), *(goal(questions, world) for goal in (_goal1, _goal2, _goal3))]
@@ -138,7 +138,7 @@ def _h1(questions: Questions, world: str) -> Later:
     claim = "Overlap of masks rises with similarity; the gap grows with depth; all above chance"
 
     def make() -> Verdict:
-        overlap = questions.table.worlds[world].get("overlap")
+        overlap = questions.answers.worlds[world].get("overlap")
         if not overlap or len(overlap["pairs"]) < 3:
             return Verdict("H1", claim, NO_DATA)
         layers = layer_overlaps(overlap)
@@ -210,7 +210,7 @@ def _h3(questions: Questions, world: str) -> Later:
     claim = "MVP at small J matches or beats iterative pruning at 10 × its cost and more"
     arms = ("iterative 10×", "iterative, full")
     asked = [c for arm in arms if (c := questions.ask(world, "shared", "mvp", arm))]
-    default = questions.table.results["default arm"]
+    default = questions.answers.results["default arm"]
     ours = [] if default == "mvp" else [c for a in arms if (c := questions.ask(world, "shared", default, a))]
 
     def make() -> Verdict:
@@ -233,7 +233,7 @@ def _h4(questions: Questions, world: str) -> Later:
     ends = questions.ask(world, "shared", "mvp", "mvp", None, {"pick": "farthest"})
     others = [
         c
-        for name in questions.table.worlds
+        for name in questions.answers.worlds
         if name != world
         for pick in ("random", "farthest")
         if (c := questions.ask(name, "shared", "mvp", "mvp", None, {"pick": pick}))
@@ -248,8 +248,8 @@ def _h4(questions: Questions, world: str) -> Later:
 
 def _h5(questions: Questions, world: str) -> Later:
     claim = "Accuracy against N has a best or a saturating point"
-    table = questions.table
-    values = table.values(world, "shared", "mvp", "neighbours")
+    answers = questions.answers
+    values = answers.values(world, "shared", "mvp", "neighbours")
     asked = [
         questions.ask(world, "shared", "mvp", "mvp", {"neighbours": b}, {"neighbours": a})
         for a, b in pairwise(values)
@@ -275,7 +275,7 @@ def _h6(questions: Questions, world: str) -> Later:
         ("voted", "pre-trained"): "voted mask, pre-trained",
         ("random", "pre-trained"): "random sub-network",
     }
-    scores = {key: questions.table.scores(world, "shared", arm) for key, arm in arms.items()}
+    scores = {key: questions.answers.scores(world, "shared", arm) for key, arm in arms.items()}
     common = set.intersection(*(set(s) for s in scores.values()))
 
     def half(*keys: tuple[str, str]) -> dict[tuple[Hashable, int], float]:
@@ -297,10 +297,10 @@ def _h6(questions: Questions, world: str) -> Later:
 
 def _h7(questions: Questions) -> Later:
     claim = "It transfers to classes, and to a data set, that neither zoo nor backbone saw"
-    table, asked, beside = questions.table, [], []
-    for world in table.worlds:
-        for split in table.splits(world, ("hidden", "other")):
-            unseen = table.worlds[world]["pretrained here"] or split != "hidden"
+    answers, asked, beside = questions.answers, [], []
+    for world in answers.worlds:
+        for split in answers.splits(world, ("hidden", "other")):
+            unseen = answers.worlds[world]["pretrained here"] or split != "hidden"
             where = f"{world}, {split}" + ("" if unseen else ", backbone saw the classes")
             if c := questions.ask(world, split, "mvp", "one-shot taylor", where=where):
                 (asked if unseen else beside).append(c)
@@ -314,7 +314,7 @@ def _h7(questions: Questions) -> Later:
 
 
 def _goal1(questions: Questions, world: str) -> Later:
-    default = questions.table.results["default arm"]
+    default = questions.answers.results["default arm"]
     claim = f"Our default ({default}) beats plain MVP by at least 5 points at keep 0.1, J ≤ 20"
     plain = questions.ask(world, "shared", default, "mvp plain")
     # Beside it the voters that are distilled, for as many steps.
@@ -345,27 +345,27 @@ class Duel:
 
 def _duels(questions: Questions, world: str, split: str, **factors: Any) -> list[Duel]:
     """None or one."""
-    default = questions.table.results["default arm"]
+    default = questions.answers.results["default arm"]
     plain = questions.ask(world, split, default, "universal", factors, factors)
     equal_rate = questions.ask(world, split, default, EQUAL_RATE_CONTROL, factors, factors)
     return [] if plain is None else [Duel(plain, equal_rate)]
 
 
 def _goal2(questions: Questions, _: str) -> Later:
-    table = questions.table
-    default = table.results["default arm"]
+    answers = questions.answers
+    default = answers.results["default arm"]
     claim = (
         f"{default} is never significantly worse than universal of equal total cost on one distribution, and beats "
         "it on several domains, at very small keep, or on unseen classes or data"
     )
     same: list[Duel] = []
     elsewhere: list[Duel] = []
-    for world, about in table.worlds.items():
+    for world, about in answers.worlds.items():
         (elsewhere if about["domains"] else same).extend(_duels(questions, world, "shared"))
-        for split in table.splits(world):
+        for split in answers.splits(world):
             if split != "shared":
                 elsewhere += _duels(questions, world, split)
-        for keep in table.values(world, "shared", default, "keep"):
+        for keep in answers.values(world, "shared", default, "keep"):
             if keep <= about["keep"] / 2:
                 elsewhere += _duels(questions, world, "shared", keep=keep)
     duels = [*same, *elsewhere]
@@ -382,13 +382,13 @@ def _goal2(questions: Questions, _: str) -> Later:
 
 
 def _goal3(questions: Questions, world: str) -> Later:
-    table = questions.table
-    default = table.results["default arm"]
+    answers = questions.answers
+    default = answers.results["default arm"]
     claim = f"{default} reaches full iterative pruning's accuracy at 1/10 of its cost and wall-clock per task"
     full = questions.ask(world, "shared", default, "iterative, full")
 
     def mean(arm: str, cost: str) -> float:
-        return Mean.of([run[cost] for run in table.runs(world, "shared", arm).values()]).value
+        return Mean.of([run[cost] for run in answers.runs(world, "shared", arm).values()]).value
 
     def make() -> Verdict:
         if full is None:

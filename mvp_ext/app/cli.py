@@ -69,7 +69,7 @@ def _common(
 @app.command()
 @options.grouped
 def demo(
-    run: options.RunOptions,
+    run: options.ExecutionOptions,
     out: options.Out = Path("runs/demo"),
     quick: Annotated[bool, Option(help="A small one: it shows that everything works, not how well.")] = False,
 ) -> None:
@@ -87,7 +87,7 @@ def demo(
 @app.command()
 @options.grouped
 def pretrain(
-    run: options.RunOptions,
+    run: options.ExecutionOptions,
     out: options.Out = Path("backbone.safetensors"),
     model: Annotated[
         str, Option(help="timm's name of a ResNet, ViT or DeiT.", rich_help_panel=options.MODEL)
@@ -144,7 +144,7 @@ def prune(
     cut: options.CutOptions,
     how: options.MethodOptions,
     voters: options.NeighbourOptions,
-    run: options.RunOptions,
+    run: options.ExecutionOptions,
     out: options.Out = Path("small.safetensors"),
     zoo: options.ZooPath = Path("zoo"),
     add: Annotated[bool, Option(help="Add the result to the zoo.")] = False,
@@ -190,7 +190,7 @@ def compare(
     schedule: options.ScheduleOptions,
     voters: options.NeighbourOptions,
     what: options.CompareOptions,
-    run: options.RunOptions,
+    run: options.ExecutionOptions,
     out: options.Out = Path("runs/compare"),
     zoo: options.ZooPath = Path("zoo"),
 ) -> None:
@@ -237,7 +237,7 @@ def report(
 def bench(
     model: options.ModelOptions,
     what: options.BenchOptions,
-    run: options.RunOptions,
+    run: options.ExecutionOptions,
     out: Annotated[Path | None, Option(help="Save as JSON.", rich_help_panel=options.RUN)] = None,
 ) -> None:
     """Dense against pruned: latency and throughput per batch size, FLOPs, parameters, saving that became time."""

@@ -71,7 +71,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class ExecutionOptions:
     """Where and how a command runs."""
 
     seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=RUN)] = Settings.seed

@@ -37,7 +37,7 @@ def build(
     cut: options.CutOptions,
     schedule: options.ScheduleOptions,
     what: options.BuildOptions,
-    run: options.RunOptions,
+    run: options.ExecutionOptions,
     zoo: options.ZooPath = Path("zoo"),
 ) -> None:
     """Prune the model for many tasks, with distillation, and keep the results.

@@ -20,7 +20,7 @@ class BadFile(Exception):
 
 
 def check_size(path: Path, size: int) -> None:
-    """A glance, in microseconds: BadFile where the file is gone or has another size."""
+    """In microseconds: BadFile where the file is gone or has another size."""
     try:
         got = path.stat().st_size
     except OSError as error:

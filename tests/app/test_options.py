@@ -70,6 +70,6 @@ def test_what_is_given_takes_the_place_of_the_zoos() -> None:
 
 
 def test_a_device_that_is_not_there() -> None:
-    assert options.RunOptions(device="cpu").begin() == torch.device("cpu")
+    assert options.ExecutionOptions(device="cpu").begin() == torch.device("cpu")
     with pytest.raises(ValueError, match="--device: expected cpu, cuda, cuda:N or auto, got 'abacus'"):
-        options.RunOptions(device="abacus").begin()
+        options.ExecutionOptions(device="abacus").begin()

@@ -26,7 +26,7 @@ from study.config import Factors, load_config, rates_of  # noqa: E402
 from study.keys import Key, arm_key, factors_text, parse, rate_key  # noqa: E402
 from study.runner import run  # noqa: E402
 from study.study import Study  # noqa: E402
-from study.summary import Table, collect  # noqa: E402
+from study.summary import Answers, collect  # noqa: E402
 from study.tables import arm_rows, factor_rows, time_rows  # noqa: E402
 from study.tasks import draw_tasks  # noqa: E402
 from study.units import plan, select  # noqa: E402
@@ -314,7 +314,7 @@ def test_results_and_verdicts(finished: Study) -> None:
     units = plan(finished.config)
     results = collect(finished, units)
     json.dumps(results, allow_nan=False)
-    table = Table(results)
+    table = Answers(results)
     made = results["worlds"]["digits"]["made"]["zoo distilled/k0.5"]
     # Entries of the second seed are no cost.
     assert made["count"] == finished.config.worlds["digits"].zoo_tasks
@@ -339,12 +339,12 @@ def test_results_and_verdicts(finished: Study) -> None:
 def test_a_default_that_loses_is_not_supported(finished: Study) -> None:
     """Goal 2 where the default arm is a tenth below the universal model on each task of one distribution."""
     results = collect(finished, [])
-    universal = Table(results).scores("digits", "shared", "universal")
+    universal = Answers(results).scores("digits", "shared", "universal")
     at = {name: i for i, name in enumerate(results["columns"])}
     for row in results["rows"]:
         if row[at["split"]] == "shared" and row[at["arm"]] == results["default arm"]:
             row[at["accuracy"]] = universal[row[at["task"]], row[at["seed"]]] - 0.1
-    goal = next(v for v in judge(Table(results))[0] if v.name == "Goal 2")
+    goal = next(v for v in judge(Answers(results))[0] if v.name == "Goal 2")
     assert goal.verdict == "refuted"
 
 
@@ -372,7 +372,7 @@ def test_learning_rates_beyond_the_grid() -> None:
 
 
 def test_tables(finished: Study) -> None:
-    table = Table(collect(finished, []))
+    table = Answers(collect(finished, []))
     factors = {(row[0], row[1]): row for row in factor_rows(table, "digits")}
     # The default point is no row: N = 2 and J = 2 are it.
     assert set(factors) == {
@@ -411,7 +411,7 @@ def mean_difference(first: stats.Scores, second: stats.Scores) -> float | None:
 
 
 def test_what_is_asked_again_is_a_family_of_its_own(finished: Study) -> None:
-    questions = Questions(Table(collect(finished, [])))
+    questions = Questions(Answers(collect(finished, [])))
 
     def difference(p: float, again: bool) -> Difference:
         return Difference("a", "b", "here", stats.Paired(0.1, 0.01, 0.05, 0.15, p, 9, 9), again=again)
@@ -420,7 +420,7 @@ def test_what_is_asked_again_is_a_family_of_its_own(finished: Study) -> None:
     questions.correct()
     assert [c.adjusted for c in questions.asked] == pytest.approx([0.04, 0.03, 0.04])
     assert [c.text.endswith("a family of its own") for c in questions.asked] == [False, True, False]
-    worlds = questions.table.worlds["digits"]
+    worlds = questions.answers.worlds["digits"]
     assert worlds["again"] == []
     worlds["again"] = ["shared"]
     asked = questions.ask("digits", "shared", "mvp", "universal")
