@@ -9,10 +9,13 @@ zoo.add(result)
 from mvp_ext._version import __version__ as __version__
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
+from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, save_pruned
 from mvp_ext.model.create import create_model
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
+from mvp_ext.model.prediction import Predictions
+from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.model.structure import Structure, UnsupportedModelError
 from mvp_ext.model.surgery import expand_state, masked_model, prune_model
 from mvp_ext.ops import (
@@ -34,7 +37,7 @@ from mvp_ext.pruning.prune import RunOptions, prune
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.scores import CRITERIA, score_units
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
-from mvp_ext.train.backbone import Backbone, Preprocessing, load_backbone
+from mvp_ext.train.backbone import Backbone, load_backbone
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo, ZooEntry, ZooError
@@ -45,6 +48,8 @@ __all__ = [
     "Backbone",
     "ImageData",
     "Mask",
+    "ModelCard",
+    "Predictions",
     "Preprocessing",
     "PrunedCheckpoint",
     "Recipe",

@@ -9,10 +9,10 @@ import torch
 from tiny import tiny_model
 from torch import Tensor, nn
 
-from mvp_ext.data.batches import to_batch
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, TaskData
-from mvp_ext.train.backbone import Backbone, Preprocessing
+from mvp_ext.model.preprocessing import Preprocessing, to_batch
+from mvp_ext.train.backbone import Backbone
 
 
 @functools.cache

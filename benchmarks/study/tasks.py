@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mvp_ext.data.batches import resize
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, sample_tasks
+from mvp_ext.model.preprocessing import resize
 
 from .config import World
 

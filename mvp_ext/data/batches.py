@@ -1,17 +1,16 @@
-"""From uint8 images to what a model takes: augmentation, resizing, normalisation, seeded batches.
+"""Which images a training step sees, and how they are augmented.
 
-Images stay uint8 and at their stored size until a batch is made: cropping and flipping bytes is cheap, and
-the float copy of one batch is all the float memory there is. Random numbers are always drawn on the CPU, so a
-seed means the same batches whichever device holds the images.
+Images stay uint8 and at their stored size until a batch is made (``model.preprocessing``): cropping and flipping bytes
+is cheap, and the float copy of one batch is all the float memory there is. Random numbers are always drawn on the CPU,
+so a seed means the same batches whichever device holds the images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 def augment(
@@ -52,67 +51,6 @@ def _reflect(index: Tensor, size: int) -> Tensor:
     """Fold indices of [-size + 1, 2·size − 2] into [0, size), the edge pixel not repeated."""
     last = size - 1
     return last - (last - index.abs()).abs()
-
-
-def resize(images: Tensor, size: int) -> Tensor:
-    """Resize to squares: bilinear, with antialiasing where it shrinks, rounded to bytes as image libraries do.
-
-    Args:
-        images: uint8 [B, H, W, C].
-        size: side of the result in pixels.
-
-    Returns:
-        uint8 [B, size, size, C], contiguous; ``images`` itself where the size is right already.
-    """
-    if tuple(images.shape[1:3]) == (size, size):
-        return images.contiguous()
-    # A view of NHWC memory: to torch, this is channels_last.
-    pixels = images.permute(0, 3, 1, 2)
-    shrinks = size < min(pixels.shape[2:])
-    # On the CPU torch interpolates bytes by integer arithmetic, ten times as fast as floats; elsewhere it cannot.
-    source = pixels if images.device.type == "cpu" else pixels.float()
-    resized = functional.interpolate(source, (size, size), mode="bilinear", antialias=shrinks)
-    if resized.is_floating_point():
-        resized = resized.round_().clamp_(0, 255).to(torch.uint8)
-    return resized.permute(0, 2, 3, 1).contiguous()
-
-
-def to_batch(
-    images: Tensor,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    channels_last: bool = True,
-) -> Tensor:
-    """uint8 images → normalised float batch: (resize(images) / 255 − mean) / std.
-
-    Args:
-        images: uint8 [B, H, W, 3], on any device.
-        size: side of the square the model takes.
-        mean: per channel, of images in 0..1.
-        std: likewise.
-        channels_last: memory format of the result (the layout that convolutions are fastest in).
-
-    Returns:
-        float32 [B, 3, size, size] on the images' device.
-
-    Raises:
-        ValueError: ``images`` are not uint8 [B, H, W, 3], ``size`` < 1, or ``mean`` and ``std`` are not three numbers
-            (``std`` above 0).
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(
-            f"to_batch: images must be uint8 [B, H, W, 3], got {images.dtype} {list(images.shape)}"
-        )
-    if size < 1 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"to_batch: expected size ≥ 1, 3 means, 3 std > 0, got {size}, {mean}, {std}")
-    factors = [[1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]]
-    # Rows of pixels, not pixels, are broadcast over: an inner dimension of 3 would be several times slower.
-    scale, shift = torch.tensor(factors, device=images.device).repeat(1, size)
-    rows = resize(images, size).view(-1, size * 3).float().mul_(scale).add_(shift)
-    batch = rows.view(-1, size, size, 3).permute(0, 3, 1, 2)
-    return batch if channels_last else batch.contiguous()
 
 
 def shuffled_indices(count: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:

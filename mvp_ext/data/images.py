@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvp_ext.data.batches import resize
 from mvp_ext.data.sources import DataError, existing_paths, read_cifar100, read_digits, read_paths
+from mvp_ext.model.preprocessing import resize
 
 __all__ = ["DataError", "ImageData", "content_hash", "load_data"]
 

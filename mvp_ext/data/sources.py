@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mvp_ext.model.preprocessing import square_rgb
 from mvp_ext.timm_compat import import_timm
 
 # Beyond this, stored squares cost memory (150 kB an image) that the models' usual input size cannot use.
@@ -231,7 +232,7 @@ def _list_folder(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
 
 def _decode(files: list[Path], image_size: int | None) -> np.ndarray:
     """Decode to uint8 [n, S, S, 3]; DataError names every file that does not decode."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     # Pillow's decoders raise almost anything on damaged bytes.
     bad: dict[Path, str] = {}
@@ -247,10 +248,7 @@ def _decode(files: list[Path], image_size: int | None) -> np.ndarray:
     def square(path: Path) -> np.ndarray | None:
         try:
             with Image.open(path) as image:
-                rgb = _pil_to_rgb(ImageOps.exif_transpose(image))
-                if rgb.size != (size, size):
-                    rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
-                return np.asarray(rgb)
+                return square_rgb(image, size)
         except Exception as error:
             bad[path] = str(error) or type(error).__name__
             return None
@@ -272,22 +270,6 @@ def _decode(files: list[Path], image_size: int | None) -> np.ndarray:
             f"{len(bad)} of {len(files)} image(s) do not decode, nothing was loaded: {listed}{more}"
         )
     return images
-
-
-def _pil_to_rgb(image: Any) -> Any:
-    from PIL import Image
-
-    if image.mode == "F":
-        raise DataError("floating-point pixels have no known range; save the image with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips 16-bit grey at 255, which turns most of such an image white.
-        grey = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(np.rint(grey).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        # Dropping alpha would show whatever colour hides under it, usually black on black for drawings.
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
 
 
 def _as_rgb(images: np.ndarray, what: str) -> np.ndarray:

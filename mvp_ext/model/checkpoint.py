@@ -1,8 +1,9 @@
 """Pruned models as files: one safetensors file that says by itself how to build the model that its tensors fit.
 
-Its description (JSON, in the header) holds timm's model name and arguments, the dense model's structure, and per
-layer the indices of the units that stayed. Loading builds the dense model without memory for its weights, cuts it to
-the same shapes, and gives it the file's tensors: every one and no other. No pickle is read or written.
+Its description (JSON, in the header) holds timm's model name and arguments, the dense model's structure, per layer the
+indices of the units that stayed, and the model's card: how it sees images, what its outputs mean, how good it is.
+Loading builds the dense model without memory for its weights, cuts it to the same shapes, and gives it the file's
+tensors: every one and no other. No pickle is read or written, and no file says more of a model than ``create_args``.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ from torch import Tensor, nn
 
 from mvp_ext import storage
 from mvp_ext._version import __version__
+from mvp_ext.model.card import ModelCard
 from mvp_ext.model.create import create_model
+from mvp_ext.model.create_args import check_args, create_args
 from mvp_ext.model.families import find_structure
+from mvp_ext.model.fidelity import TRIED_SIZE, difference
 from mvp_ext.model.mask import Mask
+from mvp_ext.model.prediction import PREDICT_BATCH, Predictions, predict
+from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.storage import FileFormatError
 from mvp_ext.timm_compat import import_timm
 
 _FORMAT = "mvp_ext.pruned_model"
-_VERSION = 1
+# 2: with a card.
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class PrunedState:
         state: the pruned model's state dict, on the CPU.
         mask: of the dense model it came from.
         structure: of the dense model.
+        card: what the file says of the model beside its weights.
         extra: as ``save_pruned`` was given it; JSON values, and tensors on the CPU.
         create_args: arguments of ``create_model`` that give the dense model.
         versions: of what wrote the file.
@@ -47,6 +55,7 @@ class PrunedState:
     state: dict[str, Tensor]
     mask: Mask
     structure: Structure
+    card: ModelCard
     extra: dict[str, Any]
     create_args: dict[str, Any] = field(repr=False)
     versions: dict[str, str] = field(default_factory=dict)
@@ -70,7 +79,13 @@ class PrunedState:
                 raise ValueError(
                     f"buffer {name!r} is not in the file, and this model cannot be built without it"
                 )
+        if self.card.preprocessing is not None:
+            self.card.preprocessing.declare(model, self.card.class_names)
         return model.eval()
+
+    def checkpoint(self, model: nn.Module) -> PrunedCheckpoint:
+        """What was built of this, with what it came from."""
+        return PrunedCheckpoint(model, self.mask, self.structure, self.extra, self.card)
 
 
 @dataclass(frozen=True)
@@ -78,16 +93,45 @@ class PrunedCheckpoint:
     """A pruned model with what it came from.
 
     Attributes:
-        model: in eval mode.
+        model: in eval mode. Its ``pretrained_cfg`` says how it sees images, where the card does.
         mask: of the dense model: which of its units stayed.
         structure: of the dense model.
         extra: as ``save_pruned`` was given it.
+        card: how the model sees images, what its outputs mean, how good it is and how it was made.
     """
 
     model: nn.Module
     mask: Mask
     structure: Structure
-    extra: dict[str, Any]
+    extra: dict[str, Any] = field(default_factory=dict)
+    card: ModelCard = field(default_factory=ModelCard)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the outputs, in their order; empty where nobody said."""
+        return self.card.class_names
+
+    def transform(self) -> Preprocessing:
+        """What makes an image (a path, a Pillow image, uint8 [H, W, 3]) the model's input, float32 [3, S, S].
+
+        Raises:
+            ValueError: nobody said how the model sees images.
+        """
+        return self.card.need_preprocessing("transform")
+
+    def predict(self, images: Any, *, batch: int = PREDICT_BATCH) -> Predictions:
+        """Class names with probabilities.
+
+        Args:
+            images: one image, or a sequence of them: paths, Pillow images, uint8 arrays [H, W(, 3)]; or a tensor uint8
+                [n, H, W, 3].
+            batch: images a pass.
+
+        Raises:
+            ValueError: nobody said how the model sees images, or an image is of another kind. OSError: no image.
+        """
+        device = next(self.model.parameters()).device
+        return predict(lambda x: self.model(x.to(device)), images, self.card, batch=batch)
 
 
 def save_pruned(
@@ -96,33 +140,40 @@ def save_pruned(
     *,
     mask: Mask,
     structure: Structure,
+    card: ModelCard | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pruned model to one file, whole or not at all.
+
+    What the file says is built, run and compared with the model first: what ``load_pruned`` gives back computes the
+    same in eval mode. (Rates of dropout and momenta, which act in training alone, are those of timm's arguments.)
 
     Args:
         model: a timm model from ``create_model`` (or ``timm.create_model``), pruned.
         path: of the file; its folder must exist.
         mask: of the dense model (composed, if it was pruned more than once).
         structure: of the dense model.
+        card: what the file says of the model beside its weights; without one it cannot ``predict``.
         extra: name → JSON value or tensor, given back by ``load_pruned``.
 
     Raises:
         ValueError: the model could not be built again from what would be written: it is not timm's, has parts of its
-            own, or is not what ``mask`` leaves. Nothing is written then.
+            own or a part that was changed (named), is not what ``mask`` leaves, or has weights that are not finite.
+            Nothing is written then.
         TypeError: a value of ``extra`` is neither JSON nor a tensor.
         OSError: the file could not be written; what was at ``path`` is untouched.
     """
-    extra = dict(extra or {})
+    extra, card = dict(extra or {}), card or ModelCard()
     arguments = create_args(model, structure)
     state = model.state_dict()
-    _check_rebuildable(state, arguments, structure, mask)
+    _check_rebuildable(model, arguments, structure, mask, card)
     tensors = {f"model/{name}": tensor for name, tensor in state.items()}
     tensors |= {f"extra/{name}": value for name, value in extra.items() if isinstance(value, Tensor)}
     spec = {
         "recipe": arguments,
         "structure": structure.to_dict(),
         "kept": {name: units.tolist() for name, units in mask.indices.items()},
+        "card": card.to_dict(),
         "extra": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         "versions": {
             "mvp_ext": __version__,
@@ -155,9 +206,25 @@ def parse_pruned(data: bytes, *, source: str = "these bytes") -> PrunedState:
         extra = dict(spec["extra"])
         extra |= {n.removeprefix("extra/"): t for n, t in tensors.items() if n.startswith("extra/")}
         state = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
-        return PrunedState(state, Mask(layers), structure, extra, spec["recipe"], spec["versions"])
+        card = ModelCard.from_dict(spec["card"]) if "card" in spec else _card_of_version_1(extra)
+        recipe = check_args(spec["recipe"])
+        return PrunedState(state, Mask(layers), structure, card, extra, recipe, spec["versions"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FileFormatError(f"{source}: its description is damaged ({error})") from error
+
+
+def _card_of_version_1(extra: Mapping[str, Any]) -> ModelCard:
+    """Files of version 1 kept what a card says among their extra values, where ``Result.save`` wrote them."""
+    if "preprocessing" not in extra or "result" not in extra:
+        return ModelCard()
+    result = extra["result"]
+    return ModelCard(
+        Preprocessing.from_dict(extra["preprocessing"]),
+        tuple(extra.get("class_names", ())),
+        result.get("task"),
+        {"accuracy": result["accuracy"]},
+        {name: value for name, value in result.items() if name not in ("task", "accuracy")},
+    )
 
 
 def read_extra(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Tensor]:
@@ -191,36 +258,7 @@ def load_pruned(path: str | os.PathLike[str], device: str | torch.device = "cpu"
         model = stored.build()
     except ValueError as error:
         raise FileFormatError(f"{os.fspath(path)}: {error}") from error
-    return PrunedCheckpoint(model.to(device), stored.mask, stored.structure, stored.extra)
-
-
-def create_args(model: Any, structure: Structure) -> dict[str, Any]:
-    """The arguments of create_model that give the dense model, as it is now (the head may have been replaced)."""
-    if structure.architecture is None:
-        raise ValueError(
-            f"save_pruned: {type(model).__name__} does not say which timm model it is (pretrained_cfg)"
-        )
-    kwargs = {k: v for k, v in getattr(model, "_model_args", {}).items() if not k.startswith("pretrained")}
-    for name, value in kwargs.items():
-        if not _is_json(value):
-            raise ValueError(
-                f"save_pruned: the model was created with {name}={value!r}, which cannot be written as JSON"
-            )
-    head = model.get_classifier()
-    # A distilled DeiT has two heads, alike.
-    head = head[0] if isinstance(head, tuple) else head
-    kwargs["num_classes"] = head.out_features if isinstance(head, nn.Linear) else 0
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    kwargs["in_chans"] = first.in_channels
-    if hasattr(model, "patch_embed"):
-        kwargs["img_size"] = list(model.patch_embed.img_size)
-    return {"name": structure.architecture, **kwargs}
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_json(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+    return stored.checkpoint(model.to(device))
 
 
 def _build_empty(arguments: Mapping[str, Any], structure: Structure, mask: Mask) -> nn.Module:
@@ -244,19 +282,41 @@ def _first_difference(wanted: Structure, found: Structure) -> str:
 
 
 def _check_rebuildable(
-    state: Mapping[str, Tensor], arguments: Mapping[str, Any], structure: Structure, mask: Mask
+    model: nn.Module, arguments: Mapping[str, Any], structure: Structure, mask: Mask, card: ModelCard
 ) -> None:
-    """A file that could not be loaded again must not be written: build its model now, without memory, and compare."""
-    built = _build_empty(arguments, structure, mask).state_dict()
-    if surplus := state.keys() ^ built.keys():
+    """A file that could not be loaded again, or as another function, must not be written: build its model and compare."""
+    state = model.state_dict()
+    built = _build_empty(arguments, structure, mask)
+    empty = built.state_dict()
+    if surplus := state.keys() ^ empty.keys():
         name = min(surplus)
         side = "is not in timm's" if name in state else "of timm's is missing in the"
         raise ValueError(
             f"save_pruned: tensor {name!r} {side} model {arguments['name']!r}: it could not be loaded again"
         )
     for name, tensor in state.items():
-        if tensor.shape != built[name].shape:
+        if tensor.shape != empty[name].shape:
             raise ValueError(
-                f"save_pruned: {name}: the mask leaves shape {tuple(built[name].shape)}, "
+                f"save_pruned: {name}: the mask leaves shape {tuple(empty[name].shape)}, "
                 f"the model has {tuple(tensor.shape)}"
             )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"save_pruned: {name}: expected finite numbers, got NaN or infinity")
+    check_fidelity("save_pruned", model, built, arguments)
+    if card.class_names and len(card.class_names) != arguments["num_classes"]:
+        raise ValueError(
+            f"save_pruned: card: expected a name for each of {arguments['num_classes']} outputs, got "
+            f"{len(card.class_names)}"
+        )
+
+
+def check_fidelity(what: str, model: nn.Module, built: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """ValueError where ``built``, given the tensors of ``model``, is another function; it names the part."""
+    built.load_state_dict(model.state_dict(), strict=True, assign=True)
+    side = arguments.get("img_size", TRIED_SIZE)
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    if found := difference(model, built, (arguments["in_chans"], height, width)):
+        raise ValueError(
+            f"{what}: {found}: what would be loaded is another model than this one. Set it by an argument of "
+            "timm.create_model that a file may hold, or put the part back"
+        )

@@ -126,7 +126,7 @@ def prune(
     else:
         small, mask = (METHODS[method] if isinstance(method, str) else method)(job)
         _fine_tune(job, small, history, run.on_step)
-    trained = evaluate(small, data, backbone.preprocessing, recipe.precision)
+    trained = evaluate(small, data, backbone.preprocessing, recipe.precision).accuracy
     classifier = small.get_classifier()  # type: ignore[operator]
     described, labels = job.description()
     means = class_means(described, labels, data.num_classes)
@@ -141,6 +141,8 @@ def prune(
     cost.refit_flops += len(data.train_labels) * count_flops(
         small, (3, backbone.preprocessing.size, backbone.preprocessing.size)
     )
+    backbone.preprocessing.declare(small, data.class_names)
+    quality = evaluate(small, data, backbone.preprocessing, recipe.precision)
     return Result(
         model=small.eval(),
         mask=mask,
@@ -148,7 +150,9 @@ def prune(
         task=task,
         method=name,
         keep=settings.keep,
-        accuracy=evaluate(small, data, backbone.preprocessing, recipe.precision),
+        accuracy=quality.accuracy,
+        expected_calibration_error=quality.expected_calibration_error,
+        mean_confidence=quality.mean_confidence,
         trained_accuracy=trained,
         cost=cost,
         preprocessing=backbone.preprocessing,

@@ -10,12 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from mvp_ext.data.tasks import Task, TaskData
-from mvp_ext.model.checkpoint import save_pruned
+from mvp_ext.model.card import ModelCard
+from mvp_ext.model.checkpoint import PrunedCheckpoint, save_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import Measurement, count_flops, count_parameters, measure
+from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.model.structure import Structure
-from mvp_ext.train.backbone import Preprocessing
 from mvp_ext.train.cost import Cost
+
+# What a card says under "metrics": each in [0, 1], of the task's test images.
+METRICS = ("accuracy", "expected_calibration_error", "mean_confidence")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Result:
             input is what ``preprocessing`` makes of images.
         mask: the units it kept, of ``structure`` (the dense model's).
         accuracy: top-1 on the task's test images, in [0, 1]. trained_accuracy: before the ridge refit.
+        expected_calibration_error: how far the probabilities are from the shares that are right, in [0, 1].
+        mean_confidence: mean of the largest probability, in [0, 1].
         neighbours: (zoo entry, similarity) of the voters, nearest first; empty for other methods.
         tensors: what a zoo needs to compare and to run it later: "class_means" f32 [k, F] and "temperature" f32 []
             under the dense backbone, "head_weight" f32 [k, F] and "head_bias" f32 [k] as trained, before the refit.
@@ -51,6 +57,8 @@ class Result:
     trained_accuracy: float
     cost: Cost
     preprocessing: Preprocessing
+    expected_calibration_error: float
+    mean_confidence: float
     history: list[Point] = field(default_factory=list)
     neighbours: list[tuple[str, float]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -78,12 +86,18 @@ class Result:
 
     def save(self, path: str | Path) -> None:
         """One safetensors file: weights, mask, shape specification, and what ``summary`` says. No pickle."""
-        extra = {
-            "preprocessing": asdict(self.preprocessing),
-            "result": self.summary(),
-            "class_names": list(self.class_names),
-        }
-        save_pruned(self.model, path, mask=self.mask, structure=self.structure, extra=extra)
+        save_pruned(self.model, path, mask=self.mask, structure=self.structure, card=self.card)
+
+    @property
+    def card(self) -> ModelCard:
+        """What a file says of the model beside its weights."""
+        summary = self.summary()
+        metrics = {name: summary.pop(name) for name in METRICS}
+        return ModelCard(self.preprocessing, self.class_names, summary.pop("task"), metrics, summary)
+
+    def checkpoint(self) -> PrunedCheckpoint:
+        """What ``load_pruned`` would give of a file of this, without one: to predict, or to export."""
+        return PrunedCheckpoint(self.model, self.mask, self.structure, card=self.card)
 
     def summary(self) -> dict[str, Any]:
         """The numbers, as JSON values."""
@@ -93,6 +107,8 @@ class Result:
             "keep": self.keep,
             "accuracy": self.accuracy,
             "trained_accuracy": self.trained_accuracy,
+            "expected_calibration_error": self.expected_calibration_error,
+            "mean_confidence": self.mean_confidence,
             "cost": self.cost.to_dict(),
             "history": [asdict(point) for point in self.history],
             "neighbours": self.neighbours,

@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mvp_ext.data.batches import to_batch
-from mvp_ext.model.checkpoint import create_args
 from mvp_ext.model.create import create_model
+from mvp_ext.model.create_args import create_args
 from mvp_ext.model.families import find_structure
+from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.model.structure import Structure
 from mvp_ext.storage import FileFormatError, read, to_bytes, write_atomic
 from mvp_ext.train.heads import LinearHead
@@ -26,31 +26,6 @@ from mvp_ext.train.heads import LinearHead
 _KIND, _VERSION = "mvp_ext.backbone", 1
 # Images a forward pass without gradients: bounds memory, not results.
 FEATURE_BATCH = 256
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How images become the model's input: bilinear resize to ``size`` × ``size``, then (image/255 − mean) / std.
-
-    Attributes:
-        size: side of the input in pixels.
-        mean: per channel, of images in 0..1.
-        std: likewise.
-    """
-
-    size: int
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Preprocessing:
-        """As timm declares it: from ``pretrained_cfg`` and, for a ViT built with ``img_size``, its patch embedding."""
-        config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        size = int(tuple(config.get("input_size", (3, 224, 224)))[-1])
-        patch_embed = getattr(model, "patch_embed", None)
-        if patch_embed is not None and getattr(patch_embed, "img_size", None) is not None:
-            size = int(patch_embed.img_size[0])
-        return cls(size, tuple(config.get("mean", cls.mean)), tuple(config.get("std", cls.std)))
 
 
 @dataclass

@@ -11,7 +11,8 @@ from torch import nn
 
 from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
-from mvp_ext.train.backbone import Backbone, Preprocessing
+from mvp_ext.model.preprocessing import Preprocessing
+from mvp_ext.train.backbone import Backbone
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.evaluate import evaluate
 from mvp_ext.train.recipe import Recipe

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mvp_ext.data.batches import to_batch
 from mvp_ext.data.tasks import TaskData
-from mvp_ext.train.backbone import Preprocessing, autocast, extract_features, set_head
+from mvp_ext.model.preprocessing import Preprocessing, to_batch
+from mvp_ext.train.backbone import autocast, extract_features, set_head
 from mvp_ext.train.heads import LinearHead, class_mean_head, ridge_head
 
 # The method needs at least 100; more is cheap and steadier.

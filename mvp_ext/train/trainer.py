@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mvp_ext.data.batches import augment, shuffled_indices, to_batch
+from mvp_ext.data.batches import augment, shuffled_indices
 from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.measure import count_flops
-from mvp_ext.train.backbone import Backbone, Preprocessing, autocast, forward_features
+from mvp_ext.model.preprocessing import Preprocessing, to_batch
+from mvp_ext.train.backbone import Backbone, autocast, forward_features
 from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
 from mvp_ext.train.recipe import Recipe
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint, PrunedState, parse_pruned
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure
@@ -68,7 +69,7 @@ class StoredModel:
             model = stored.build()
         except ValueError as error:
             raise ZooError(f"zoo {self.kind} {self.name!r}: {self.path}: {error}") from error
-        return PrunedCheckpoint(model.to(device), stored.mask, stored.structure, stored.extra)
+        return stored.checkpoint(model.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +131,7 @@ class NewEntry:
         accuracy: on the task's test images, in [0, 1].
         steps: fine-tuning steps spent.
         cost: a dict of JSON values, or a dataclass of them.
+        card: what its file says of it beside its weights.
         tensors: extra tensors to keep beside the weights. With "class_means" (f32 [k, F]) and "temperature" (a scalar)
             the entry can be found by ``nearest_entries``; "head_weight" and "head_bias" are its own classifier.
 
@@ -145,6 +147,7 @@ class NewEntry:
     accuracy: float | None = None
     steps: int = 0
     cost: Any = None
+    card: ModelCard | None = None
     tensors: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -170,6 +173,7 @@ class NewEntry:
             accuracy=result.accuracy,
             steps=getattr(result, "steps", 0) or getattr(result.cost, "steps", 0),
             cost=result.cost,
+            card=getattr(result, "card", None),
             tensors=getattr(result, "tensors", None),
         )
 

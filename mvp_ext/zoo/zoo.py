@@ -247,7 +247,9 @@ class Zoo:
         self._index.check(backbone)  # before the work of writing weights; again when the row goes in
         replacing = old["file"] if old else None
         with self._layout.writing(self._layout.of_entry(row), f"entry {name!r}") as file:
-            save_pruned(new.model, file.path, mask=new.mask, structure=new.structure, extra=extra)
+            save_pruned(
+                new.model, file.path, mask=new.mask, structure=new.structure, card=new.card, extra=extra
+            )
             file.used = self._index.insert({**row, **file.facts()}, backbone, replacing=replacing)
         if not file.used:  # another process took the name while this one was writing
             if if_absent:

@@ -24,11 +24,11 @@ from mvp_ext.app.peers import different_shapes, prune_with_torch_pruning
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
+from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.settings import Schedule, Settings
-from mvp_ext.train.backbone import Preprocessing
 from mvp_ext.zoo.zoo import Zoo
 
 BUILD = "--tasks 3 --classes-per-task 3 --max-train 12 --steps 1 --steps-per-round 1 --share 0.6"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvp_ext.data.batches import augment, resize, shuffled_indices, to_batch
+from mvp_ext.data.batches import augment, shuffled_indices
+from mvp_ext.model.preprocessing import resize, to_batch
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 

@@ -11,11 +11,11 @@ import torch
 from digits import digits_task, tiny_backbone
 from torch import nn
 
-from mvp_ext.data.batches import to_batch
 from mvp_ext.model.budget import kept_counts
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
+from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.model.structure import UnsupportedModelError
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo, zoo_steps
 from mvp_ext.pruning.iterative import planned_steps
@@ -23,7 +23,7 @@ from mvp_ext.pruning.methods import METHOD_NAMES, method_for
 from mvp_ext.pruning.prune import RunOptions, prune
 from mvp_ext.pruning.settings import REFINED_WEIGHTING, Schedule, Settings, VoteOptions
 from mvp_ext.pruning.vote import small_model
-from mvp_ext.train.backbone import Preprocessing, extract_features
+from mvp_ext.train.backbone import extract_features
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.train.refit import reestimate_statistics
 from mvp_ext.zoo.shared import START, UNIVERSAL

@@ -10,9 +10,9 @@ import torch
 from digits import digits_task, tiny_backbone
 from torch.nn import functional
 
-from mvp_ext.data.batches import to_batch
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
+from mvp_ext.model.preprocessing import to_batch
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.scores import CRITERIA, score_units
 

@@ -12,10 +12,10 @@ from tiny import tiny_model
 from torch import nn
 
 from mvp_ext.model.create import create_model
+from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.storage import FileFormatError
 from mvp_ext.train.backbone import (
     Backbone,
-    Preprocessing,
     autocast,
     extract_features,
     forward_features,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from digits import digits_task, tiny_backbone
 
-from mvp_ext.data.batches import to_batch
+from mvp_ext.model.preprocessing import to_batch
 from mvp_ext.train.evaluate import accuracy_of, evaluate
 from mvp_ext.train.refit import fit_head
 

@@ -7,7 +7,7 @@ import torch
 from digits import digits_task, equal_weights, few_digits, tiny_backbone, train_batch
 from torch import nn
 
-from mvp_ext.data.batches import to_batch
+from mvp_ext.model.preprocessing import to_batch
 from mvp_ext.train import refit
 from mvp_ext.train.backbone import extract_features
 from mvp_ext.train.heads import class_mean_head, ridge_head

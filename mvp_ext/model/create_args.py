@@ -1,0 +1,127 @@
+"""What a file may say of how its model is built: a few named values, each of a known kind and range.
+
+Nothing else of a file reaches ``timm.create_model``, some of whose arguments load and run what they are given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from mvp_ext.model.structure import Structure
+
+
+def _integer(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    )
+
+
+def _several(fits: Callable[[Any], bool], counts: range) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and len(value) in counts and all(map(fits, value))
+
+
+def _either(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: any(fits(value) for fits in kinds)
+
+
+def _word(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]{0,100}", value) is not None
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+_RATE, _SIDE, _COUNT = _number(0, 1), _integer(1, 16384), _integer(1, 256)
+_SIDES = _either(_SIDE, _several(_SIDE, range(2, 3)))
+_ALLOWED: dict[str, Callable[[Any], bool]] = {
+    "name": _word,
+    "num_classes": _integer(0, 1_000_000),
+    "in_chans": _integer(1, 1024),
+    "img_size": _SIDES,
+    "global_pool": _word,
+    # Rates that act in training alone.
+    **dict.fromkeys(
+        (
+            *("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate"),
+            *("pos_drop_rate", "patch_drop_rate"),
+        ),
+        _RATE,
+    ),
+    # Of a ViT.
+    **dict.fromkeys(("depth", "num_heads"), _COUNT),
+    "embed_dim": _SIDE,
+    "patch_size": _SIDES,
+    "mlp_ratio": _number(0, 64),
+    "init_values": _number(0, 1),
+    "reg_tokens": _integer(0, 1024),
+    "pos_embed": _word,
+    "weight_init": _word,
+    # Of a ResNet.
+    "layers": _several(_COUNT, range(1, 9)),
+    "channels": _several(_SIDE, range(1, 9)),
+    **dict.fromkeys(("cardinality", "base_width", "stem_width", "output_stride"), _SIDE),
+    "stem_type": _word,
+    **dict.fromkeys(
+        (
+            *("class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm", "qkv_bias", "qk_norm"),
+            *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "replace_stem_pool", "avg_down"),
+            "zero_init_last",
+        ),
+        _flag,
+    ),
+}
+
+
+def check_args(arguments: Any) -> dict[str, Any]:
+    """The arguments of ``create_model`` that a file says, if it may say all of them.
+
+    Raises:
+        ValueError: names the first that it may not, or whose value is of another kind or out of its range.
+    """
+    if not isinstance(arguments, Mapping) or "name" not in arguments:
+        raise ValueError(f"expected the arguments of a model with its name, got {type(arguments).__name__}")
+    for name, value in arguments.items():
+        if name not in _ALLOWED:
+            raise ValueError(f"argument {name!r} of a model is none that a file may set")
+        if not _ALLOWED[name](value):
+            raise ValueError(f"argument {name!r} of a model: {value!r} is not a value that a file may set")
+    return dict(arguments)
+
+
+def create_args(model: Any, structure: Structure) -> dict[str, Any]:
+    """The arguments of ``create_model`` that give the dense model, as it is now (the head may have been replaced).
+
+    Raises:
+        ValueError: the model does not say which of timm's it is, or has an argument that a file may not set.
+    """
+    if structure.architecture is None:
+        raise ValueError(
+            f"save_pruned: {type(model).__name__} does not say which timm model it is (pretrained_cfg)"
+        )
+    kwargs = {
+        k: v
+        for k, v in getattr(model, "_model_args", {}).items()
+        if v is not None and not k.startswith("pretrained")
+    }
+    head = model.get_classifier()
+    # A distilled DeiT has two heads, alike.
+    head = head[0] if isinstance(head, tuple) else head
+    kwargs["num_classes"] = head.out_features if isinstance(head, nn.Linear) else 0
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    kwargs["in_chans"] = first.in_channels
+    if hasattr(model, "patch_embed"):
+        kwargs["img_size"] = list(model.patch_embed.img_size)
+    arguments = {"name": structure.architecture, **kwargs}
+    try:
+        return check_args(arguments)
+    except ValueError as error:
+        raise ValueError(f"save_pruned: the model cannot be described in a file: {error}") from error

@@ -1,0 +1,118 @@
+"""Whether a model is the one that its description builds: its tensors say nothing of strides, activations or hooks."""
+
+from __future__ import annotations
+
+import copy
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Side of the images that a convolutional model, which takes any, is tried on.
+TRIED_SIZE = 64
+# Of the largest output: kernels of another layout or fusion may round otherwise, another function is further away.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+_LOW_PRECISION = 0.05
+# Numbers and flags of a module that decide how it trains, or how fast it is, not what it computes.
+_INERT = frozenset(
+    ("training", "inplace", "momentum", "p", "drop_prob", "scale_by_keep", "in_features", "in_channels")
+)
+_VALUES = (bool, int, float, str, tuple, list, type(None), torch.dtype)
+
+
+def difference(given: nn.Module, built: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
+    """The first part of ``given`` that may compute something else in eval mode than its counterpart in ``built``.
+
+    Compared are the kinds of all parts, the numbers that they hold, what was put on them (hooks, functions in place of
+    methods), and then what comes out of both models, and of every part of them, for the same images.
+
+    Args:
+        given, built: with equal tensors, on one device. Neither is changed, nor is the random number generator.
+        image_shape: of one image, (C, H, W).
+
+    Returns:
+        Text that names the part, what it is and what was expected; None where there is no difference.
+    """
+    return _of_parts(given, built) or _of_outputs(given, built, image_shape)
+
+
+def _of_parts(given: nn.Module, built: nn.Module) -> str | None:
+    ours, theirs = dict(given.named_modules()), dict(built.named_modules())
+    for name in (*ours, *theirs):
+        title = repr(name) if name else "the model itself"
+        if name not in ours or name not in theirs:
+            side = "is not in the model that is built again" if name in ours else "is missing"
+            return f"part {title} {side}"
+        one, other = ours[name], theirs[name]
+        if type(one) is not type(other):
+            return f"part {title} is {_kind(one)}, and {_kind(other)} when it is built again"
+        if one._forward_hooks or one._forward_pre_hooks:
+            return f"part {title} has a forward hook, which a file cannot hold"
+        for key in vars(one).keys() | vars(other).keys():
+            a, b = vars(one).get(key), vars(other).get(key)
+            if callable(a) and not callable(b) and not isinstance(a, nn.Module):
+                return f"part {title} has a function of its own as {key!r}, which a file cannot hold"
+            if isinstance(a, FunctionType) and a is not b:
+                return f"part {title} has another function as {key!r} than when it is built again"
+            # The numbers of a part with parts are noted for others (num_classes, say); what acts of them is run below.
+            leaf = not one._modules and not key.startswith("_") and key not in _INERT
+            if leaf and isinstance(a, _VALUES) and isinstance(b, _VALUES) and a != b:
+                return (
+                    f"part {title} ({type(one).__name__}) has {key} = {a!r}, and {b!r} when it is built again"
+                )
+    return None
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+@torch.no_grad()
+def _of_outputs(given: nn.Module, built: nn.Module, shape: tuple[int, int, int]) -> str | None:
+    like = next((p for p in given.parameters() if p.is_floating_point()), torch.empty(0))
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    # Large values reach what small ones do not: bounds of an activation, say.
+    images = torch.cat([images, 30 * images[:1]]).to(like)
+    ours, theirs = _outputs_of_parts(given, images), _outputs_of_parts(built, images)
+    allowed = TOLERANCE.get(like.dtype, _LOW_PRECISION)
+    for (name, a), (other, b) in zip(ours, theirs, strict=False):
+        if name != other:
+            return f"part {name!r} runs where {other!r} does when it is built again"
+        if not _close(a, b, allowed):
+            return (
+                f"part {name!r}" if name else "the model itself"
+            ) + " computes something else when it is built again"
+    if len(ours) != len(theirs):
+        longer = max(ours, theirs, key=len)
+        return f"part {longer[min(len(ours), len(theirs))][0]!r} runs in one of the two models alone"
+    return None
+
+
+def _outputs_of_parts(model: nn.Module, images: Tensor) -> list[tuple[str, Any]]:
+    """(name, output) of every part, as they finish."""
+    outputs: list[tuple[str, Any]] = []
+    # A copy that shares the tensors: no hook or mode of the caller's model is touched.
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo).eval()
+    for name, module in twin.named_modules():
+        # A part may change its output in place later, as ReLU does.
+        module.register_forward_hook(lambda _m, _i, out, name=name: outputs.append((name, _kept(out))))
+    twin(images)
+    return outputs
+
+
+def _kept(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _close(a: Any, b: Any, allowed: float) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = a.double(), b.double()
+    finite = torch.isfinite(a)
+    if not torch.equal(finite, torch.isfinite(b)) or not finite.any():
+        return not finite.any() and a.shape == b.shape
+    return float((a - b)[finite].abs().max()) <= allowed * float(b[finite].abs().max()) + 1e-12
