@@ -153,7 +153,7 @@ def prune(
     device = run.begin()
     task.check()
     opened = Zoo(zoo, create=False) if how.method in NEED_ZOO or add else None
-    backbone = model.backbone(device)
+    backbone = model.backbone(device, seen=None if opened is None else opened.preprocessing)
     chosen = task.of(data.images(), data, run.seed)
     with progress_bar("fine-tuning") as progress:
         result = run_prune(
@@ -173,10 +173,12 @@ def prune(
     if result.neighbours:
         nearest = ", ".join(f"{name} ({similarity:.2f})" for name, similarity in result.neighbours)
         say(f"voters: {nearest}")
+    say(f"outputs, in order: {', '.join(result.class_names)}")
     say(
-        f"{out}: accuracy {100 * result.accuracy:.1f} %, {count_text(result.parameters)} parameters, "
-        f"{flops_text(result.flops)} an image, {result.cost.steps} steps, {flops_text(result.cost.flops)} and "
-        f"{seconds_text(result.cost.seconds)} to make"
+        f"{out}: accuracy {100 * result.accuracy:.1f} %, mean confidence {100 * result.mean_confidence:.1f} %, "
+        f"calibration error {100 * result.expected_calibration_error:.1f} %, "
+        f"{count_text(result.parameters)} parameters, {flops_text(result.flops)} an image, "
+        f"{result.cost.steps} steps, {flops_text(result.cost.flops)} and {seconds_text(result.cost.seconds)} to make"
     )
 
 
@@ -200,7 +202,7 @@ def compare(
     """
     device = run.begin()
     opened = Zoo(zoo, create=False)
-    backbone = model.backbone(device)
+    backbone = model.backbone(device, seen=opened.preprocessing)
     images = data.images()
     known = [Task.of(e.name, images, e.task["classes"]) for e in opened.entries() if _has(images, e.task)]
     drawn = sampling.tasks(images, what.tasks, "held-out", data, known, seed=1000)
