@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mvp_ext.model.checkpoint import check_fidelity
-from mvp_ext.model.create import create_model
+from mvp_ext.model.create import create_empty, create_model
 from mvp_ext.model.create_args import check_args, create_args
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
@@ -90,9 +90,7 @@ class Backbone:
             OSError: the file could not be written.
         """
         arguments = create_args(self.model, find_structure(self.model))
-        with torch.device("meta"):
-            built = create_model(**arguments)
-        check_fidelity("Backbone.save", self.model, built, arguments)
+        check_fidelity("Backbone.save", self.model, create_empty(arguments), arguments)
         spec = {**self.describe(), "recipe": arguments}
         write_atomic(path, to_bytes(self.model.state_dict(), spec, kind=_KIND, version=_VERSION))
 

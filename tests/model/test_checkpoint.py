@@ -93,7 +93,7 @@ def test_keeps_dtype_and_costs_no_dense_weights(tmp_path: Path) -> None:
 def test_read_pruned_builds_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, mask, structure = pruned()
     save_pruned(model, tmp_path / "m", mask=mask, structure=structure)
-    monkeypatch.delattr(checkpoint, "create_model")
+    monkeypatch.delattr(checkpoint, "create_empty")
     stored = read_pruned(tmp_path / "m")
     assert stored.mask == mask
     assert stored.create_args["name"] == "test_resnet"
