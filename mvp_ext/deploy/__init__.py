@@ -1,0 +1,1 @@
+"""Small models as files of other runtimes: ONNX, OpenVINO, and a torch program that needs torch alone."""
