@@ -9,6 +9,7 @@ zoo.add(result)
 from mvp_ext._version import __version__ as __version__
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
+from mvp_ext.deploy.optimized import optimized
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, save_pruned
 from mvp_ext.model.create import create_model
@@ -80,6 +81,7 @@ __all__ = [
     "masked_model",
     "merge",
     "meta_vote",
+    "optimized",
     "pack",
     "pretrain",
     "prune",
