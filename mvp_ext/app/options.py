@@ -23,6 +23,7 @@ from typer import Option
 from mvp_ext.app.comparison import NAMES, Comparison
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, sample_tasks
+from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
@@ -128,8 +129,13 @@ class ModelOptions:
         None
     )
 
-    def backbone(self, device: torch.device, *, need_weights: bool = True) -> Backbone:
-        """The dense model, on the device. ValueError where nothing says which weights, unless any will do."""
+    def backbone(
+        self, device: torch.device, *, need_weights: bool = True, seen: Preprocessing | None = None
+    ) -> Backbone:
+        """The dense model, on the device. ValueError where nothing says which weights, unless any will do.
+
+        It sees images as ``seen`` (a zoo's or a file's) says, but for what was given on the command line.
+        """
         saved = Path(self.model).suffix == ".safetensors"
         if need_weights and not (saved or self.weights or self.pretrained):
             raise ValueError(
@@ -140,13 +146,15 @@ class ModelOptions:
             raise ValueError(
                 f"model {self.model!r} is a file with its own weights: leave --weights and --pretrained out"
             )
+        # A file says how it sees images; whether that is what the zoo says is found when they meet.
+        seen = None if saved else seen
         backbone = load_backbone(
             self.model,
             weights=self.weights,
             pretrained=self.pretrained,
-            image_size=self.image_size,
-            mean=_numbers("mean", self.mean),
-            std=_numbers("std", self.std),
+            image_size=self.image_size or (None if seen is None else seen.size),
+            mean=_numbers("mean", self.mean) or (None if seen is None else seen.mean),
+            std=_numbers("std", self.std) or (None if seen is None else seen.std),
         )
         return backbone.to(device)
 
@@ -310,7 +318,9 @@ class TaskOptions:
         else:
             names = [name.strip() for name in str(self.classes).split(",") if name.strip()]
             limit = options.max_train
-            task = Task.of("+".join(names), data, names, seed=seed, max_train_per_class=limit)
+            task = Task.of("task", data, names, seed=seed, max_train_per_class=limit)
+            # In the order of the outputs, whatever the order on the command line.
+            task = replace(task, name="+".join(task.class_names))
         if self.save_task is not None:
             task.save(self.save_task)
         return task
@@ -387,6 +397,19 @@ class CompareOptions:
             rates=dict(map(_rate, self.rate or ())),
             seconds=self.seconds,
         )
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """What `predict` says, and where."""
+
+    top: Annotated[int, Option(help="Classes shown of each image.", min=1)] = 3
+    batch_size: Annotated[int, Option(help="Images a pass.", min=1)] = 32
+    json: Annotated[Path | None, Option(help="Write everything that is said as JSON.")] = None
+    csv: Annotated[Path | None, Option(help="Write the probabilities of all classes as CSV.")] = None
+    confusion: Annotated[
+        Path | None, Option(help="Draw the confusion matrix into this PNG; for folders named as classes.")
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mvp_ext import storage
 from mvp_ext._version import __version__
 from mvp_ext.model.card import ModelCard
-from mvp_ext.model.create import create_model
+from mvp_ext.model.create import create_empty
 from mvp_ext.model.create_args import check_args, create_args
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.fidelity import TRIED_SIZE, difference
@@ -263,8 +263,7 @@ def load_pruned(path: str | os.PathLike[str], device: str | torch.device = "cpu"
 
 def _build_empty(arguments: Mapping[str, Any], structure: Structure, mask: Mask) -> nn.Module:
     """The pruned model's modules with tensors that have shapes but no memory."""
-    with torch.device("meta"):
-        dense = create_model(**arguments)
+    dense = create_empty(arguments)
     found = find_structure(dense, structure.scope)
     if found.fingerprint != structure.fingerprint:
         raise ValueError(
@@ -284,7 +283,7 @@ def _first_difference(wanted: Structure, found: Structure) -> str:
 def _check_rebuildable(
     model: nn.Module, arguments: Mapping[str, Any], structure: Structure, mask: Mask, card: ModelCard
 ) -> None:
-    """A file that could not be loaded again, or as another function, must not be written: build its model and compare."""
+    """A file that could not be loaded again, or as another function, must not be written: build and compare it."""
     state = model.state_dict()
     built = _build_empty(arguments, structure, mask)
     empty = built.state_dict()
