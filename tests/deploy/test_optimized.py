@@ -128,7 +128,7 @@ class Untraceable(Odd):
 
 
 def test_a_model_that_cannot_be_traced_says_so() -> None:
-    with pytest.raises(ValueError, match="optimized: model: torch.fx cannot trace it"):
+    with pytest.raises(ValueError, match=r"optimized: model: torch\.fx cannot trace it"):
         mvp_ext.optimized(Untraceable())
 
 
