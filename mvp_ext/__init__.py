@@ -11,6 +11,7 @@ from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
 from mvp_ext.deploy.export import ExportReport, export
 from mvp_ext.deploy.exported import ExportedModel, load_exported
+from mvp_ext.deploy.optimized import optimized
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, save_pruned
 from mvp_ext.model.create import create_model
@@ -86,6 +87,7 @@ __all__ = [
     "masked_model",
     "merge",
     "meta_vote",
+    "optimized",
     "pack",
     "pretrain",
     "prune",
