@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,24 +17,12 @@ from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, pruned_copies
 from mvp_ext.app.comparison import NEED_ZOO
 from mvp_ext.app.comparison import compare as run_comparison
-from mvp_ext.app.console import OUR_MISTAKE, Commands, console, progress_bar, say, warn_in_one_line
+from mvp_ext.app.console import Commands, console, progress_bar, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
 from mvp_ext.app.environment import command
-from mvp_ext.app.plots import confusion_matrix, to_png
-from mvp_ext.app.predict import (
-    Answers,
-    accuracy_table,
-    answers_table,
-    classify,
-    confusion_table,
-    open_predictor,
-    save_csv,
-    save_json,
-)
 from mvp_ext.app.report import save_report, summary_table
 from mvp_ext.app.results import count_text, flops_text, load_results, save_results, seconds_text
 from mvp_ext.data.images import load_data
-from mvp_ext.data.sources import find_images
 from mvp_ext.data.tasks import Task
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.create import create_model
@@ -44,7 +31,6 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.prune import RunOptions
 from mvp_ext.pruning.prune import prune as run_prune
 from mvp_ext.pruning.settings import Settings
-from mvp_ext.storage import write_atomic
 from mvp_ext.train.pretrain import pretrain as run_pretraining
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo
@@ -250,55 +236,6 @@ def report(
 
 @app.command()
 @options.grouped
-def predict(
-    file: Annotated[Path, typer.Argument(help="A small model's file, or one that `export` wrote.")],
-    images: Annotated[list[str], typer.Argument(help="Image files, folders, patterns like 'photos/*.jpg'.")],
-    what: options.PredictOptions,
-    run: options.ExecutionOptions,
-) -> None:
-    """Say what images show. Where folders are named as classes, also how often that is right.
-
-    Images that cannot be read are named and passed over; the exit code is 1 then.
-    """
-    model = open_predictor(file, run.begin())
-    found = find_images(images, model.card.class_names)
-    with progress_bar("predict") as progress:
-        answers = classify(
-            model,
-            found,
-            batch=what.batch_size,
-            on_damaged=lambda path, reason: warnings.warn(f"{path}: passed over: {reason}", stacklevel=2),
-            progress=lambda done, total: progress("", done, total),
-        )
-    console.print(answers_table(answers, what.top))
-    if answers.labelled:
-        console.print(accuracy_table(answers))
-        console.print(confusion_table(answers))
-        quality = answers.quality
-        say(
-            f"accuracy {100 * quality.accuracy:.1f} % of {len(answers.labelled)} images in folders named as classes, "
-            f"mean confidence {100 * quality.mean_confidence:.1f} %, calibration error "
-            f"{100 * quality.expected_calibration_error:.1f} %"
-        )
-        if others := len(answers.images) - len(answers.labelled):
-            say(f"{others} images lie in no folder named as a class: not counted")
-    if what.json is not None:
-        save_json(answers, what.json, file, model.card, what.top)
-    if what.csv is not None:
-        save_csv(answers, what.csv)
-    if what.confusion is not None:
-        if not answers.labelled:
-            raise ValueError("--confusion: no image lies in a folder named as a class")
-        write_atomic(what.confusion, _confusion_png(answers))
-    for path in filter(None, (what.json, what.csv, what.confusion)):
-        say(f"{path}")
-    if answers.damaged:
-        say(f"{len(answers.damaged)} of {len(found)} images could not be read")
-        raise typer.Exit(OUR_MISTAKE)
-
-
-@app.command()
-@options.grouped
 def bench(
     model: options.ModelOptions,
     what: options.BenchOptions,
@@ -362,10 +299,6 @@ def _made_by_torch_pruning(
             )
         made[f"keep {keep:g}, torch-pruning"] = peer
     return made
-
-
-def _confusion_png(answers: Answers) -> bytes:
-    return to_png(lambda theme: confusion_matrix(answers.confusion(), answers.class_names, theme))
 
 
 def _has(images: Any, task: dict[str, Any]) -> bool:

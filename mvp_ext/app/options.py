@@ -400,19 +400,6 @@ class CompareOptions:
 
 
 @dataclass(frozen=True)
-class PredictOptions:
-    """What `predict` says, and where."""
-
-    top: Annotated[int, Option(help="Classes shown of each image.", min=1)] = 3
-    batch_size: Annotated[int, Option(help="Images a pass.", min=1)] = 32
-    json: Annotated[Path | None, Option(help="Write everything that is said as JSON.")] = None
-    csv: Annotated[Path | None, Option(help="Write the probabilities of all classes as CSV.")] = None
-    confusion: Annotated[
-        Path | None, Option(help="Draw the confusion matrix into this PNG; for folders named as classes.")
-    ] = None
-
-
-@dataclass(frozen=True)
 class BenchOptions:
     """What `bench` times."""
 

@@ -6,17 +6,15 @@ Figures are made without pyplot: no global state, no window, any thread.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from torch import Tensor
 
 from mvp_ext.app.results import ArmSummary, Results, chance_overlap, flops_text, learning_curve, summarise
 
@@ -251,32 +249,6 @@ def latency(results: Results, theme: Theme) -> Figure:
         axes.grid(False, axis="y")
         axes.set_title(f"batch {batch}", loc="left", fontsize=9.5, color=theme.ink)
     panels[-1].set_xlabel("latency (ms): median, line from p10 to p90")
-    return figure
-
-
-def confusion_matrix(counts: Tensor, class_names: Sequence[str], theme: Theme) -> Figure:
-    """Of the images of each class (row), the share that was called each (column); numbers where there is room."""
-    k = len(class_names)
-    figure, axes = new_figure(theme, *(min(3 + 0.35 * k, 14),) * 2)
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    colours = LinearSegmentedColormap.from_list("share", [theme.surface, theme.colour(0)])
-    axes.imshow(shares.numpy(), cmap=colours, vmin=0, vmax=1)
-    axes.grid(False)
-    axes.set_xticks(range(k), class_names, rotation=90)
-    axes.set_yticks(range(k), class_names)
-    axes.set_xlabel("called")
-    axes.set_ylabel("shows")
-    for row, column in counts.nonzero().tolist() if k <= 25 else ():
-        strong = float(shares[row, column]) > 0.6
-        axes.text(
-            column,
-            row,
-            str(int(counts[row, column])),
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=theme.surface if strong else theme.ink,
-        )
     return figure
 
 

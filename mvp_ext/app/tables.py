@@ -11,8 +11,6 @@ from typing import Literal
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from mvp_ext.app.console import printable
-
 Side = Literal["left", "right"]
 
 
@@ -63,12 +61,12 @@ class Table:
             if side == "right":
                 widest = max((len(row[position]) for row in self.rows), default=0)
                 heading = "\n".join(wrap(heading, max([1, widest, *map(len, heading.split())])))
-            table.add_column(Text(printable(heading)), justify=side, overflow="fold")
+            table.add_column(Text(heading), justify=side, overflow="fold")
         grouped = any(not row[0] for row in self.rows)
         for row in self.rows:
             if grouped and row[0]:
                 table.add_section()
-            table.add_row(*(Text(printable(cell)) for cell in row))
+            table.add_row(*map(Text, row))
         return table
 
 

@@ -6,15 +6,14 @@ or raises ``DataError``; nothing is left out silently.
 
 from __future__ import annotations
 
-import glob
 import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -205,62 +204,11 @@ def _read_folder(root: Path, image_size: int | None) -> dict[str, Any]:
     }
 
 
-class FoundImage(NamedTuple):
-    """An image file, and the folder inside the given one that may say what it shows (None for a file given as such)."""
-
-    path: Path
-    folder: str | None
-
-
-def find_images(
-    sources: Sequence[str | os.PathLike[str]], known_folders: Collection[str] = ()
-) -> list[FoundImage]:
-    """The image files that files, folders (with all below them) and glob patterns mean, each once, in their order.
-
-    In folders, files that are no images by their suffix, and hidden ones, are passed over.
-
-    Args:
-        known_folders: names of classes; an image's ``folder`` is the innermost one around it of such a name.
-
-    Raises:
-        DataError: a source that is not there, a folder without images, a pattern without matches.
-    """
-    found: dict[Path, FoundImage] = {}
-    for source in sources:
-        path = Path(source).expanduser()
-        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-        if not matches:
-            raise DataError(f"no such image, folder or pattern: {str(source)!r}")
-        for match in matches:
-            if not match.is_dir():
-                found.setdefault(match, FoundImage(match, None))
-                continue
-            inside = [p for p in sorted(match.rglob("*")) if _is_image_of(p, match)]
-            if not inside:
-                raise DataError(f"{match}: no images in this folder")
-            for image in inside:
-                around = (match.resolve().name, *image.relative_to(match).parts[:-1])
-                named = [name for name in around if name in known_folders]
-                found.setdefault(image, FoundImage(image, named[-1] if named else None))
-    return list(found.values())
-
-
-def image_suffixes() -> set[str]:
-    """Of all kinds of images that Pillow reads, like ".png"."""
-    from PIL import Image
-
-    return {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
-
-
-def _is_image_of(path: Path, folder: Path) -> bool:
-    parts = path.relative_to(folder).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and path.suffix.lower() in image_suffixes() and path.is_file()
-
-
 def _list_folder(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
     """Class names, image files and their labels of a ``class/image`` tree, in sorted, repeatable order."""
-    known = image_suffixes()
+    from PIL import Image
+
+    known = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise DataError(f"{root}: no class folders; expected {root}/<class>/<image>, or .npz files")
