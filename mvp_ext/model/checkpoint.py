@@ -284,7 +284,7 @@ def _first_difference(wanted: Structure, found: Structure) -> str:
 def _check_rebuildable(
     model: nn.Module, arguments: Mapping[str, Any], structure: Structure, mask: Mask, card: ModelCard
 ) -> None:
-    """A file that could not be loaded again, or as another function, must not be written: build its model and compare."""
+    """What could not be loaded again, or as another function, must not be written: build its model and compare."""
     state = model.state_dict()
     built = _build_empty(arguments, structure, mask)
     empty = built.state_dict()
