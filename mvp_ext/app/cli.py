@@ -17,12 +17,14 @@ from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, pruned_copies
 from mvp_ext.app.comparison import NEED_ZOO
 from mvp_ext.app.comparison import compare as run_comparison
-from mvp_ext.app.console import Commands, console, progress_bar, say, warn_in_one_line
+from mvp_ext.app.console import Commands, complain, console, progress_bar, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
 from mvp_ext.app.environment import command
+from mvp_ext.app.predict import ask, open_model, publish
 from mvp_ext.app.report import save_report, summary_table
 from mvp_ext.app.results import count_text, flops_text, load_results, save_results, seconds_text
 from mvp_ext.data.images import load_data
+from mvp_ext.data.sources import find_images
 from mvp_ext.data.tasks import Task
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.create import create_model
@@ -232,6 +234,34 @@ def report(
     path = save_report(loaded, out or results.with_name("report.html"), figures=figures)
     console.print(summary_table(loaded))
     say(f"{path}" + (f", figures in {figures}" if figures else ""))
+
+
+@app.command()
+@options.grouped
+def predict(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A small model: .safetensors, or exported as .onnx, .xml or .pt2 (trusted alone)."
+        ),
+    ],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders, and patterns like 'a/*.jpg'.")],
+    what: options.PredictOptions,
+    run: options.DeviceOptions,
+) -> None:
+    """Classes of images with their probabilities.
+
+    In a folder whose subfolders have the classes' names, also accuracy, calibration and what is taken for what. Images
+    that cannot be read are named and passed over; the exit code is then 1.
+    """
+    found = find_images(images)
+    model = open_model(file, run)
+    with progress_bar("predict") as progress:
+        answers = ask(model, found, batch=what.batch, progress=progress)
+    publish(answers, what)
+    if answers.damaged:
+        complain(f"error: {len(answers.damaged)} of {len(found)} images could not be read")
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from typer import Option
 from mvp_ext.app.comparison import NAMES, Comparison
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, sample_tasks
+from mvp_ext.model.prediction import PREDICT_BATCH
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
@@ -72,10 +73,9 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class ExecutionOptions:
-    """Where and how a command runs."""
+class DeviceOptions:
+    """Where a command computes."""
 
-    seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=RUN)] = Settings.seed
     device: Annotated[
         str, Option(help="cpu, cuda, cuda:1 or auto: the GPU if torch sees one.", rich_help_panel=RUN)
     ] = "auto"
@@ -94,6 +94,13 @@ class ExecutionOptions:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
         return device
+
+
+@dataclass(frozen=True)
+class ExecutionOptions(DeviceOptions):
+    """Where and how a command runs that draws at random."""
+
+    seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=RUN)] = Settings.seed
 
 
 @dataclass(frozen=True)
@@ -415,6 +422,28 @@ class BenchOptions:
     batch: Annotated[list[int] | None, Option(help="Batch sizes (repeatable). Default: 1 and 32.")] = None
     seconds: Annotated[float, Option(help="Time for each model and batch size.")] = 2.0
     channels_last: Annotated[bool, Option(help="Time in the channels_last layout.")] = False
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """What `predict` tells, and where to."""
+
+    top: Annotated[int, Option(help="Most probable classes of each image.", min=1)] = 3
+    json: Annotated[Path | None, Option(help="Write what is told here, as JSON.", rich_help_panel=RUN)] = None
+    csv: Annotated[
+        Path | None,
+        Option(
+            help="Write a line an image here, with the probabilities of all classes.", rich_help_panel=RUN
+        ),
+    ] = None
+    confusion: Annotated[
+        Path | None,
+        Option(
+            help="Of labelled folders: write a figure of what is taken for what here, as PNG.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+    batch: Annotated[int, Option(help="Images a pass.", rich_help_panel=RUN, min=1)] = PREDICT_BATCH
 
 
 def pretraining_recipe(family: Recipe, learning_rate: float | None, batch_size: int | None) -> Recipe | None:
