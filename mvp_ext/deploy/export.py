@@ -19,7 +19,8 @@ from mvp_ext.data.tasks import TaskData, few_of_each
 from mvp_ext.deploy.exported import ExportedModel, load_exported
 from mvp_ext.deploy.formats import Format, format_of
 from mvp_ext.deploy.graph import Deployable, deployable
-from mvp_ext.deploy.metadata import PRECISIONS, Metadata, Precision
+from mvp_ext.deploy.metadata import PRECISIONS, Metadata, Precision, Program
+from mvp_ext.deploy.quantize import CALIBRATION_IMAGES
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.preprocessing import Preprocessing, resize
 from mvp_ext.pruning.result import Result
@@ -123,7 +124,8 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, _quiet():
         draft = Path(folder) / path.name
         in_graph: Precision = precision if form.name == "pt2" else "float32"
-        form.write(_traced(copy.deepcopy(graph), in_graph, images.shape), draft, metadata)
+        calibration = _calibration(images, data, preprocess) if data and precision == "int8" else None
+        form.write(_traced(copy.deepcopy(graph), in_graph, images.shape), draft, metadata, calibration)
         report = _compare(small.model, graph, load_exported(draft), images)
         _check(report, path, form)
         return replace(report, path=path, bytes=_put_in_place(form, draft, path))
@@ -184,9 +186,14 @@ class _Images:
         return images if self.preprocessing is None else self.preprocessing.batch(images)
 
 
-def _traced(
-    graph: Deployable, precision: Precision, shape: tuple[int, int, int]
-) -> torch.export.ExportedProgram:
+def _calibration(images: _Images, data: TaskData, preprocess: bool) -> Tensor:
+    """Some of the task's training images, as the graph takes them."""
+    order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))
+    chosen = data.train_images[order[:CALIBRATION_IMAGES].to(data.train_images.device)].cpu()
+    return chosen if preprocess else images.seen(chosen)
+
+
+def _traced(graph: Deployable, precision: Precision, shape: tuple[int, int, int]) -> Program:
     """The program, for any number of images, and of any size where the graph resizes them."""
     if precision == "bfloat16":
         graph.model.bfloat16()

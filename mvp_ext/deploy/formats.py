@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mvp_ext.deploy import onnx_file, openvino_file, pt2_file
-from mvp_ext.deploy.metadata import Metadata
+from mvp_ext.deploy.metadata import Metadata, Program
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Format:
         name: as the command line has it.
         runtime: what runs its files.
         suffixes: of its parts, in the order they are put in place; the last is the file's own.
-        write: writes all parts of a float file beside the path that is given.
+        write: writes all parts of a file at the path; int8 where it is given images to calibrate on.
         open_file: of a file, with so many threads (None: the runtime's own choice): metadata, and images → outputs.
         refused: precision → why the format does not have it.
     """
@@ -29,7 +28,7 @@ class Format:
     name: str
     runtime: str
     suffixes: tuple[str, ...]
-    write: Callable[[torch.export.ExportedProgram, Path, Metadata], None]
+    write: Callable[[Program, Path, Metadata, Tensor | None], None]
     open_file: Callable[[Path, int | None], tuple[Metadata, Callable[[Tensor], Tensor]]]
     refused: dict[str, str]
 

@@ -6,7 +6,11 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch.export import ExportedProgram as Program
+
 from mvp_ext.model.card import ModelCard
+
+__all__ = ["KEY", "PRECISIONS", "Metadata", "Precision", "Program"]
 
 # The key in ONNX's metadata_props, OpenVINO's rt_info and a torch program's extra files.
 KEY = "mvp_ext"
