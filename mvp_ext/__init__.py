@@ -9,6 +9,8 @@ zoo.add(result)
 from mvp_ext._version import __version__ as __version__
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
+from mvp_ext.deploy.export import ExportReport, export
+from mvp_ext.deploy.exported import ExportedModel, load_exported
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, save_pruned
 from mvp_ext.model.create import create_model
@@ -46,6 +48,8 @@ __all__ = [
     "CRITERIA",
     "METHOD_NAMES",
     "Backbone",
+    "ExportReport",
+    "ExportedModel",
     "ImageData",
     "Mask",
     "ModelCard",
@@ -71,11 +75,13 @@ __all__ = [
     "build_zoo",
     "create_model",
     "expand_state",
+    "export",
     "find_structure",
     "importance",
     "kept_units",
     "load_backbone",
     "load_data",
+    "load_exported",
     "load_pruned",
     "masked_model",
     "merge",

@@ -431,14 +431,14 @@ class ExportOptions:
             rich_help_panel=EXPORT,
         ),
     ] = False
-    softmax: Annotated[
-        bool, Option(help="Put a softmax behind the outputs.", rich_help_panel=EXPORT)
+    softmax: Annotated[bool, Option(help="Put a softmax behind the outputs.", rich_help_panel=EXPORT)] = False
+    force: Annotated[
+        bool, Option("--force", help="Replace a file that is there.", rich_help_panel=EXPORT)
     ] = False
-    force: Annotated[bool, Option(help="Replace a file that is there.", rich_help_panel=EXPORT)] = False
     data: Annotated[
         str | None,
         Option(
-            help="Images as of `prune`: those of the model's classes check the file, and calibrate int8. Default: noise.",
+            help="As of `prune`: images of the model's classes to check the file on. Default: noise.",
             rich_help_panel=DATA,
         ),
     ] = None
@@ -460,8 +460,7 @@ class ExportOptions:
             return None
         if not card.class_names:
             raise ValueError("export: --data: the model does not say which classes its outputs are")
-        task = Task.of(card.task or "task", load_data(self.data), card.class_names).split()
-        return in_order_of(task, card.class_names)
+        return Task.of(card.task or "task", load_data(self.data), card.class_names).split()
 
 
 def pretraining_recipe(family: Recipe, learning_rate: float | None, batch_size: int | None) -> Recipe | None:

@@ -35,7 +35,9 @@ def quantized(model: Any, images: Tensor) -> Any:
     """
     onnx, quantization = need("onnx"), need("onnxruntime.quantization")
     with tempfile.TemporaryDirectory() as folder, _silent():
-        given, folded, done = (str(Path(folder) / name) for name in ("given.onnx", "folded.onnx", "int8.onnx"))
+        given, folded, done = (
+            str(Path(folder) / name) for name in ("given.onnx", "folded.onnx", "int8.onnx")
+        )
         onnx.save(model, given)
         # Puts norms into convolutions. Its symbolic shapes are for operators that are not quantised here.
         shapes = need("onnxruntime.quantization.shape_inference")
