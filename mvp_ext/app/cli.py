@@ -27,6 +27,7 @@ from mvp_ext.app.results import count_text, flops_text, load_results, save_resul
 from mvp_ext.data.images import load_data
 from mvp_ext.data.sources import find_images
 from mvp_ext.data.tasks import Task
+from mvp_ext.deploy.bundle import save_bundle
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.create import create_model
 from mvp_ext.model.families import find_structure
@@ -253,7 +254,7 @@ def predict(
     file: Annotated[
         Path,
         typer.Argument(
-            help="A small model: .safetensors, or exported as .onnx, .xml or .pt2 (trusted alone)."
+            help="A small model or a bundle: .safetensors; or exported: .onnx, .xml or .pt2 (which may run code)."
         ),
     ],
     images: Annotated[list[str], typer.Argument(help="Image files, folders, and patterns like 'a/*.jpg'.")],
@@ -266,13 +267,40 @@ def predict(
     that cannot be read are named and passed over; the exit code is then 1.
     """
     found = find_images(images)
-    model = open_model(file, run)
+    model = open_model(file, run, what.task)
     with progress_bar("predict") as progress:
         answers = ask(model, found, batch=what.batch, progress=progress)
     publish(answers, what)
     if answers.damaged:
         complain(f"error: {len(answers.damaged)} of {len(found)} images could not be read")
         raise typer.Exit(1)
+
+
+@app.command()
+def bundle(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Small models with one backbone. NAME=FILE sets the name of the task.", metavar="FILES..."
+        ),
+    ],
+    out: options.Out = Path("tasks.safetensors"),
+) -> None:
+    """Store small models that share a backbone as one file: the backbone once, and each task's classifier.
+
+    They may differ in nothing else but the running statistics of batch norms. `predict` asks all tasks, or one.
+    """
+    named = [_named(text) for text in files]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_bundle(named, out)
+    together, apart = out.stat().st_size, sum(path.stat().st_size for _, path in named)
+    say(f"{out}: {len(named)} tasks, {count_text(together)}B; as separate files {count_text(apart)}B")
+
+
+def _named(text: str) -> tuple[str | None, Path]:
+    """NAME=FILE, or FILE alone; a file whose own name has such a sign is taken as it is."""
+    name, sign, file = text.partition("=")
+    return (name, Path(file)) if sign and not Path(text).exists() else (None, Path(text))
 
 
 @app.command()

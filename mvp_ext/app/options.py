@@ -431,6 +431,7 @@ class BenchOptions:
 class PredictOptions:
     """What `predict` tells, and where to."""
 
+    task: Annotated[str | None, Option(help="Of a bundle: this task alone. Default: all.")] = None
     top: Annotated[int, Option(help="Most probable classes of each image.", min=1)] = 3
     json: Annotated[Path | None, Option(help="Write what is told here, as JSON.", rich_help_panel=RUN)] = None
     csv: Annotated[

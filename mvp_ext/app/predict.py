@@ -21,10 +21,11 @@ from mvp_ext.app.options import DeviceOptions, PredictOptions
 from mvp_ext.app.plots import WRITTEN_CLASSES, confusion, to_png
 from mvp_ext.app.tables import Side, Table
 from mvp_ext.data.sources import FoundImage
+from mvp_ext.deploy.bundle import BUNDLE, load_bundle
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.prediction import Predictions
 from mvp_ext.model.preprocessing import Preprocessing
-from mvp_ext.storage import write_atomic
+from mvp_ext.storage import kind_of, write_atomic
 from mvp_ext.train.evaluate import Quality
 
 # Of more classes than a terminal has room for: the pairs that are confused most often.
@@ -46,14 +47,21 @@ class OpenedModel:
     answer: Callable[[Tensor], Mapping[str, Predictions]]
 
 
-def open_model(path: Path, where: DeviceOptions) -> OpenedModel:
-    """Open a file of ``save_pruned`` or ``export``.
+def open_model(path: Path, where: DeviceOptions, task: str | None = None) -> OpenedModel:
+    """Open a file of ``save_pruned``, ``save_bundle`` or ``export``; with ``task``, of a bundle that task alone.
 
     Raises:
-        ValueError: the file is none of these or does not say how its model sees images, or a device is asked for that
-            does not run it. OSError: it cannot be read.
+        ValueError: the file is none of these, does not have the task or does not say how its model sees images, or a
+            device is asked for that does not run it. OSError: it cannot be read.
     """
     device = where.begin()
+    if path.suffix == ".safetensors" and kind_of(path) == BUNDLE:
+        bundle = load_bundle(path, device)
+        see = bundle.shared.card.need_preprocessing(f"predict: {path}")
+        if task is None:
+            return OpenedModel(path, see, lambda images: bundle.predict(images, batch=len(images)))
+        bundle.classes(task)
+        return OpenedModel(path, see, lambda images: {task: bundle.predict(images, task, batch=len(images))})
     model: Any
     if path.suffix == ".safetensors":
         model = load_pruned(path, device)
@@ -63,9 +71,11 @@ def open_model(path: Path, where: DeviceOptions) -> OpenedModel:
         from mvp_ext.deploy.exported import load_exported
 
         model = load_exported(path, threads=where.threads)
-    task = model.card.task or path.stem
+    name = model.card.task or path.stem
+    if task not in (None, name):
+        raise ValueError(f"--task: {path} is of one task, {name!r}, got {task!r}")
     see = model.card.need_preprocessing(f"predict: {path}")
-    return OpenedModel(path, see, lambda images: {task: model.predict(images, batch=len(images))})
+    return OpenedModel(path, see, lambda images: {name: model.predict(images, batch=len(images))})
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import dataclasses
 import json
 import shlex
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from mvp_ext.app import cli
 from mvp_ext.app.plots import LIGHT, confusion, to_png
 from mvp_ext.app.predict import Judgement, judgement_tables
 from mvp_ext.data.sources import FoundImage
-from mvp_ext.model.checkpoint import PrunedCheckpoint
+from mvp_ext.model.checkpoint import PrunedCheckpoint, save_pruned
 from mvp_ext.model.prediction import Predictions
 
 CLASSES = ("0", "1", "2")
@@ -202,3 +204,52 @@ def test_mistakes_are_one_line(home: Path, tmp_path: Path) -> None:
     (tmp_path / "model.txt").write_text("x")
     result = CliRunner().invoke(cli.app, ["predict", str(tmp_path / "model.txt"), str(home / "photos")])
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+def test_bundles(home: Path, small: PrunedCheckpoint, tmp_path: Path) -> None:
+    """Three tasks of one backbone: told side by side, or one alone, as each task's own file is."""
+    other = copy.deepcopy(small.model)
+    with torch.no_grad():
+        other.get_classifier().weight.mul_(-1)  # type: ignore[operator]
+    card = dataclasses.replace(small.card, class_names=("x", "y", "1"), task="other")
+    save_pruned(other, tmp_path / "b.safetensors", mask=small.mask, structure=small.structure, card=card)
+    command = f"bundle {home}/small.safetensors {tmp_path}/b.safetensors third={tmp_path}/b.safetensors"
+    result = CliRunner().invoke(cli.app, shlex.split(f"{command} --out {tmp_path}/new/tasks.safetensors"))
+    assert result.exit_code == 0, result.output
+    assert "3 tasks" in result.output
+    tasks = f"{tmp_path}/new/tasks.safetensors"
+    out = f"--json {tmp_path}/p.json --csv {tmp_path}/p.csv --top 1"
+    asked = CliRunner().invoke(cli.app, shlex.split(f"predict {tasks} {home}/photos {out}"))
+    assert asked.exit_code == 0, asked.output
+    told = json.loads((tmp_path / "p.json").read_text())
+    assert list(told["model"]["tasks"]) == ["digits", "other", "third"]
+    assert len(told["images"]) == 3 * 20
+    alone = mvp_ext.load_pruned(tmp_path / "b.safetensors")
+    files = [one["file"] for one in told["images"] if one["task"] == "third"]
+    found = [one["classes"][0]["name"] for one in told["images"] if one["task"] == "third"]
+    assert found == alone.predict(files).labels
+    # Of the folders 0, 1 and 2 only 1 is a class of the other tasks.
+    assert {task: judged["images"] for task, judged in told["quality"].items()} == {
+        "digits": 15,
+        "other": 5,
+        "third": 5,
+    }
+    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    assert {(row["task"], row["x"] == "") for row in rows} == {
+        ("digits", True),
+        ("other", False),
+        ("third", False),
+    }
+    one = CliRunner().invoke(cli.app, shlex.split(f"predict {tasks} {home}/photos/1 --task other {out}"))
+    assert one.exit_code == 0, one.output
+    assert list(json.loads((tmp_path / "p.json").read_text())["model"]["tasks"]) == ["other"]
+    for mistake, message in {
+        f"predict {tasks} {home}/photos --task none": "expected one of digits, other, third, got 'none'",
+        f"predict {home}/small.safetensors {home}/photos --task none": "is of one task, 'digits', got 'none'",
+        f"bundle {home}/small.safetensors {home}/small.safetensors --out {tmp_path}/x": "got 'digits' again",
+        f"bundle {home}/no.safetensors --out {tmp_path}/x": "no.safetensors",
+    }.items():
+        refused = CliRunner().invoke(cli.app, shlex.split(mistake))
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+        assert not (tmp_path / "x").exists()
