@@ -10,6 +10,8 @@ from mvp_ext._version import __version__ as __version__
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
 from mvp_ext.deploy.bundle import Bundle, load_bundle, save_bundle
+from mvp_ext.deploy.export import ExportReport, export
+from mvp_ext.deploy.exported import ExportedModel, load_exported
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, save_pruned
 from mvp_ext.model.create import create_model
@@ -48,6 +50,8 @@ __all__ = [
     "METHOD_NAMES",
     "Backbone",
     "Bundle",
+    "ExportReport",
+    "ExportedModel",
     "ImageData",
     "Mask",
     "ModelCard",
@@ -73,12 +77,14 @@ __all__ = [
     "build_zoo",
     "create_model",
     "expand_state",
+    "export",
     "find_structure",
     "importance",
     "kept_units",
     "load_backbone",
     "load_bundle",
     "load_data",
+    "load_exported",
     "load_pruned",
     "masked_model",
     "merge",

@@ -20,6 +20,7 @@ from mvp_ext.app.comparison import compare as run_comparison
 from mvp_ext.app.console import Commands, complain, console, progress_bar, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
 from mvp_ext.app.environment import command
+from mvp_ext.app.export_command import export_file
 from mvp_ext.app.predict import ask, open_model, publish
 from mvp_ext.app.report import save_report, summary_table
 from mvp_ext.app.results import count_text, flops_text, load_results, save_results, seconds_text
@@ -181,6 +182,16 @@ def prune(
         f"{flops_text(result.flops)} an image, {result.cost.steps} steps, {flops_text(result.cost.flops)} and "
         f"{seconds_text(result.cost.seconds)} to make"
     )
+
+
+@app.command()
+@options.grouped
+def export(
+    file: Annotated[Path, typer.Argument(help="A small model that `prune` wrote.")],
+    what: options.ExportOptions,
+) -> None:
+    """Write a small model for ONNX Runtime, OpenVINO or torch alone, checked against PyTorch first."""
+    export_file(file, what)
 
 
 @app.command()

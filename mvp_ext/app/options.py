@@ -22,7 +22,10 @@ from typer import Option
 
 from mvp_ext.app.comparison import NAMES, Comparison
 from mvp_ext.data.images import ImageData, load_data
-from mvp_ext.data.tasks import Task, sample_tasks
+from mvp_ext.data.tasks import Task, TaskData, sample_tasks
+from mvp_ext.deploy.formats import FORMATS
+from mvp_ext.deploy.metadata import PRECISIONS
+from mvp_ext.model.card import ModelCard
 from mvp_ext.model.prediction import PREDICT_BATCH
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
@@ -32,7 +35,7 @@ from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.similarity import SIMILARITIES
 from mvp_ext.zoo.zoo import Zoo
 
-MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
+MODEL, DATA, PRUNING, RUN, EXPORT = "Model", "Images and tasks", "Pruning", "Run", "Export"
 
 Out = Annotated[Path, Option(help="Where the result goes.", rich_help_panel=RUN)]
 ZooPath = Annotated[Path, Option("--zoo", help="Directory of the zoo.")]
@@ -435,6 +438,59 @@ class PredictOptions:
         ),
     ] = None
     batch: Annotated[int, Option(help="Images a pass.", rich_help_panel=RUN, min=1)] = PREDICT_BATCH
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `export` writes."""
+
+    to: Annotated[
+        str | None, Option(help=f"{', '.join(FORMATS)}. Default: as --out ends.", rich_help_panel=EXPORT)
+    ] = None
+    out: Annotated[
+        Path | None,
+        Option(help="The file. Default: beside the model, with the format's suffix.", rich_help_panel=EXPORT),
+    ] = None
+    precision: Annotated[
+        str, Option(help=f"{', '.join(PRECISIONS)}. int8 needs --data.", rich_help_panel=EXPORT)
+    ] = "float32"
+    preprocess: Annotated[
+        bool,
+        Option(
+            help="Put resizing and normalisation into the file: it takes bytes [B, H, W, 3] of any size.",
+            rich_help_panel=EXPORT,
+        ),
+    ] = False
+    softmax: Annotated[bool, Option(help="Put a softmax behind the outputs.", rich_help_panel=EXPORT)] = False
+    force: Annotated[
+        bool, Option("--force", help="Replace a file that is there.", rich_help_panel=EXPORT)
+    ] = False
+    data: Annotated[
+        str | None,
+        Option(
+            help="As of `prune`: images of the model's classes to check the file on. Default: noise.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+
+    def path(self, model: Path) -> Path:
+        """Where the file goes; ValueError where neither option says the format, or one is there."""
+        if self.out is None and self.to is None:
+            raise ValueError(f"export: which format? Give --to {'|'.join(FORMATS)}, or --out with its suffix")
+        # An unknown format is for `export` to name.
+        suffix = FORMATS[self.to].suffix if self.to in FORMATS else ""
+        path = self.out or model.with_suffix(suffix)
+        if path.exists() and not self.force:
+            raise ValueError(f"export: {path} is there already; give --force to replace it, or another --out")
+        return path
+
+    def task(self, card: ModelCard) -> TaskData | None:
+        """The images of the model's classes; None without --data."""
+        if self.data is None:
+            return None
+        if not card.class_names:
+            raise ValueError("export: --data: the model does not say which classes its outputs are")
+        return Task.of(card.task or "task", load_data(self.data), card.class_names).split()
 
 
 def pretraining_recipe(family: Recipe, learning_rate: float | None, batch_size: int | None) -> Recipe | None:
