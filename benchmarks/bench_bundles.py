@@ -70,8 +70,11 @@ def check(bundle: Bundle, models: Sequence[PrunedCheckpoint], image: Tensor) -> 
 
 
 def add_tasks(bench: Bench, tasks: int, files: Sequence[Path], folder: Path, image: Tensor) -> None:
-    names = {what: f"{tasks} {'tasks' if tasks > 1 else 'task'}, {what}" for what in ("load", "one image, one task", "one image, all tasks")}
-    if not bench.wants(*names.values()):
+    many = f"{tasks} tasks" if tasks > 1 else "1 task"
+    load, one, everything = (
+        f"{many}, {what}" for what in ("load", "one image, one task", "one image, all tasks")
+    )
+    if not bench.wants(load, one, everything):
         return
     count, apart = bench.size(tasks), files[:tasks]
     path = folder / f"{tasks} tasks.safetensors"
@@ -80,20 +83,20 @@ def add_tasks(bench: Bench, tasks: int, files: Sequence[Path], folder: Path, ima
     bundle, models = load_bundle(path), [load_pruned(file) for file in apart]
     peer = f"{len(apart)} separate"
     bench.case(
-        f"{names['load']} ({sizes[0] / 1e6:.1f} MB, separate files {sizes[1] / 1e6:.1f} MB)",
+        f"{load} ({sizes[0] / 1e6:.1f} MB, separate files {sizes[1] / 1e6:.1f} MB)",
         partial(load_bundle, path),
         {peer: lambda: [load_pruned(file) for file in apart]},
         most_us=LOAD_US,
     )
     bench.case(
-        names["one image, one task"],
+        one,
         partial(bundle.predict, image, bundle.tasks[-1]),
         {"its own file's": partial(models[0].predict, image)},
         floors={"its own file's": 0.9},
         check=partial(check, bundle, models, image),
     )
     bench.case(
-        names["one image, all tasks"],
+        everything,
         partial(bundle.predict, image),
         {peer: partial(ask_each, models, image)},
         floors={peer: SHARE * len(apart)} if 1 < tasks <= SEPARATE else {},
