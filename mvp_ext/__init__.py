@@ -11,6 +11,7 @@ from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
 from mvp_ext.deploy.bundle import Bundle, load_bundle, save_bundle
 from mvp_ext.deploy.export import ExportReport, export
+from mvp_ext.deploy.export_bundle import ExportedBundle, export_bundle, load_exported_bundle
 from mvp_ext.deploy.exported import ExportedModel, load_exported
 from mvp_ext.deploy.optimized import optimized
 from mvp_ext.model.card import ModelCard
@@ -52,6 +53,7 @@ __all__ = [
     "Backbone",
     "Bundle",
     "ExportReport",
+    "ExportedBundle",
     "ExportedModel",
     "ImageData",
     "Mask",
@@ -79,6 +81,7 @@ __all__ = [
     "create_model",
     "expand_state",
     "export",
+    "export_bundle",
     "find_structure",
     "importance",
     "kept_units",
@@ -86,6 +89,7 @@ __all__ = [
     "load_bundle",
     "load_data",
     "load_exported",
+    "load_exported_bundle",
     "load_pruned",
     "masked_model",
     "merge",

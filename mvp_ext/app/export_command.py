@@ -6,17 +6,23 @@ from pathlib import Path
 
 from mvp_ext.app.console import say
 from mvp_ext.app.options import ExportOptions
+from mvp_ext.deploy.bundle import BUNDLE, load_bundle
 from mvp_ext.deploy.export import ExportReport, export
+from mvp_ext.deploy.export_bundle import export_bundle
 from mvp_ext.deploy.metadata import precision_of
 from mvp_ext.model.checkpoint import load_pruned
+from mvp_ext.storage import kind_of
 
 # A loss of accuracy that is worth a line, in [0, 1].
 A_POINT = 0.01
 
 
 def export_file(file: Path, options: ExportOptions) -> None:
-    """Export a file of ``prune``; say what came out."""
+    """Export a file of ``prune`` or ``bundle``; say what came out."""
     path = options.path(file)
+    if kind_of(file) == BUNDLE:
+        _export_tasks(file, path, options)
+        return
     small = load_pruned(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     report = export(
@@ -29,6 +35,17 @@ def export_file(file: Path, options: ExportOptions) -> None:
         data=options.task(small.card),
     )
     for line in described(report):
+        say(line)
+
+
+def _export_tasks(file: Path, path: Path, options: ExportOptions) -> None:
+    if options.precision != "float32" or options.softmax or options.data or options.to not in (None, "onnx"):
+        raise ValueError(
+            f"export: {file} is a bundle: its tasks become outputs of one .onnx file, float32 logits"
+        )
+    bundle = load_bundle(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for line in described(export_bundle(bundle, path, preprocess=options.preprocess)):
         say(line)
 
 

@@ -22,6 +22,8 @@ from mvp_ext.app.plots import WRITTEN_CLASSES, confusion, to_png
 from mvp_ext.app.tables import Side, Table
 from mvp_ext.data.sources import FoundImage
 from mvp_ext.deploy.bundle import BUNDLE, load_bundle
+from mvp_ext.deploy.export_bundle import is_exported_bundle, load_exported_bundle
+from mvp_ext.deploy.exported import load_exported
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.prediction import Predictions
 from mvp_ext.model.preprocessing import Preprocessing
@@ -48,34 +50,38 @@ class OpenedModel:
 
 
 def open_model(path: Path, where: DeviceOptions, task: str | None = None) -> OpenedModel:
-    """Open a file of ``save_pruned``, ``save_bundle`` or ``export``; with ``task``, of a bundle that task alone.
+    """Open a small model's file or a bundle's, exported or not; with ``task``, of a bundle that task alone.
 
     Raises:
         ValueError: the file is none of these, does not have the task or does not say how its model sees images, or a
             device is asked for that does not run it. OSError: it cannot be read.
     """
     device = where.begin()
-    if path.suffix == ".safetensors" and kind_of(path) == BUNDLE:
-        bundle = load_bundle(path, device)
-        see = bundle.shared.card.need_preprocessing(f"predict: {path}")
-        if task is None:
-            return OpenedModel(path, see, lambda images: bundle.predict(images, batch=len(images)))
-        bundle.classes(task)
-        return OpenedModel(path, see, lambda images: {task: bundle.predict(images, task, batch=len(images))})
     model: Any
+    many = False
     if path.suffix == ".safetensors":
-        model = load_pruned(path, device)
+        many = kind_of(path) == BUNDLE
+        model = load_bundle(path, device) if many else load_pruned(path, device)
     elif where.device not in ("auto", "cpu"):
         raise ValueError(f"--device {where.device}: exported files run on the CPU")
     else:
-        from mvp_ext.deploy.exported import load_exported
+        many = path.suffix == ".onnx" and path.is_file() and is_exported_bundle(path)
+        load = load_exported_bundle if many else load_exported
+        model = load(path, threads=where.threads)
+    cards = model.cards if many else {model.card.task or path.stem: model.card}
+    if task is not None and task not in cards:
+        shown = ", ".join(list(cards)[:10]) + (", …" if len(cards) > 10 else "")
+        raise ValueError(f"--task: expected one of those of {path}, {shown}, got {task!r}")
+    see = next(iter(cards.values())).need_preprocessing(f"predict: {path}")
 
-        model = load_exported(path, threads=where.threads)
-    name = model.card.task or path.stem
-    if task not in (None, name):
-        raise ValueError(f"--task: {path} is of one task, {name!r}, got {task!r}")
-    see = model.card.need_preprocessing(f"predict: {path}")
-    return OpenedModel(path, see, lambda images: {name: model.predict(images, batch=len(images))})
+    def answer(images: Tensor) -> Mapping[str, Predictions]:
+        if many and task is None:
+            return model.predict(images, batch=len(images))
+        (one,) = cards if task is None else (task,)
+        which = {"task": one} if many else {}
+        return {one: model.predict(images, **which, batch=len(images))}
+
+    return OpenedModel(path, see, answer)
 
 
 @dataclass(frozen=True)

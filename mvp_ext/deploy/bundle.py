@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -33,7 +33,7 @@ from mvp_ext.model.checkpoint import (
 )
 from mvp_ext.model.create_args import check_args
 from mvp_ext.model.mask import Mask
-from mvp_ext.model.prediction import PREDICT_BATCH, Predictions, batches_of, predict
+from mvp_ext.model.prediction import PREDICT_BATCH, Predictions, predict, predict_tasks
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.model.structure import Structure
 from mvp_ext.storage import FileFormatError
@@ -113,7 +113,7 @@ class Bundle:
         return found
 
     @cached_property
-    def _linear(self) -> tuple[Tensor, Tensor | None]:
+    def linear(self) -> tuple[Tensor, Tensor | None]:
         """The classifier's weight and bias, where it has one."""
         by_kind = {name.rpartition(".")[2]: tensor for name, tensor in self.classifier.items()}
         return by_kind["weight"], by_kind.get("bias")
@@ -122,6 +122,10 @@ class Bundle:
         """How many the task has; ValueError where there is no such task."""
         rows = self._part(task).rows
         return int(rows.stop - rows.start)
+
+    def rows_of(self, tasks: Sequence[str]) -> slice:
+        """The rows of ``classifier`` of tasks that are beside each other, as those of a group are."""
+        return slice(self.parts[tasks[0]].rows.start, self.parts[tasks[-1]].rows.stop)
 
     def checkpoint_of(self, task: str) -> PrunedCheckpoint:
         """What ``load_pruned`` gave of the task's own file, without ``extra``; the tensors are the bundle's own.
@@ -163,19 +167,20 @@ class Bundle:
         if task is not None:
             part = self._part(task)
             return predict(lambda x: self._logits(x, *part), images, self.cards[task], batch=batch)
-        see = self.shared.card.need_preprocessing("predict")
-        chances: dict[str, list[Tensor]] = {name: [] for name in self.tasks}
-        with torch.inference_mode():
-            for x in batches_of(images, see, batch):
-                for name, logits in self._all_logits(x):
-                    chances[name].append(logits.float().softmax(1).cpu())
-        return {
-            name: Predictions(
-                torch.cat(each) if each else torch.empty(0, self.classes(name)),
-                self.cards[name].names(self.classes(name)),
-            )
-            for name, each in chances.items()
-        }
+        return predict_tasks(self.logits, images, self.cards, batch=batch)
+
+    def logits(self, x: Tensor) -> dict[str, Tensor]:
+        """Task → float [B, k], of a batch as the preprocessing makes it, float32 [B, 3, S, S]."""
+        return self.by_task(
+            [self._logits(x, self.rows_of(tasks), group) for group, tasks in self.groups.items()]
+        )
+
+    def by_task(self, joined: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Of each group the logits of its tasks side by side, [B, Σk] → task → [B, k]."""
+        found: dict[str, Tensor] = {}
+        for tasks, logits in zip(self.groups.values(), joined, strict=True):
+            found |= zip(tasks, logits.split([self.classes(task) for task in tasks], 1), strict=True)
+        return {task: found[task] for task in self.tasks}
 
     def _part(self, task: str) -> Part:
         if task not in self.parts:
@@ -183,14 +188,8 @@ class Bundle:
             raise ValueError(f"Bundle: task: expected one of {shown}, got {task!r}")
         return self.parts[task]
 
-    def _all_logits(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for statistics, tasks in self.groups.items():
-            rows = slice(self.parts[tasks[0]].rows.start, self.parts[tasks[-1]].rows.stop)
-            logits = self._logits(x, rows, statistics).split([self.classes(task) for task in tasks], 1)
-            yield from zip(tasks, logits, strict=True)
-
     def _logits(self, x: Tensor, rows: slice, statistics: int) -> Tensor:
-        weight, bias = self._linear
+        weight, bias = self.linear
         x = x.to(weight.device)
         if len(self.groups) == 1:
             features = self.features(x)

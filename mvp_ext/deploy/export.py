@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,18 +117,18 @@ def export(
         preprocess,
         softmax,
         {name: units.tolist() for name, units in small.mask.indices.items()},
-        _versions(form),
+        versions_of(form.libraries),
     )
     images = _Images.of(small, data, ACCURACY_ON if precision == "int8" else CHECKED_ON)
     graph = deployable(small.model, small.card, preprocess=preprocess, softmax=softmax)
     # In the same folder, so that there is room for the file when it is put in place.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, _quiet():
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, quiet():
         draft = Path(folder) / path.name
         in_graph: Precision = precision if form.name == "pt2" else "float32"
         calibration = _calibration(images, data, preprocess) if data and precision == "int8" else None
         form.write(_traced(copy.deepcopy(graph), in_graph, images.shape), draft, metadata, calibration)
         report = _compare(small.model, graph, load_exported(draft), images)
-        _check(report, path, form)
+        check_report(report, path, form.runtime)
         return replace(report, path=path, bytes=_put_in_place(form, draft, path))
 
 
@@ -150,10 +150,10 @@ def _check_arguments(
         small.card.need_preprocessing("export: data")
 
 
-def _versions(form: Format) -> dict[str, str]:
+def versions_of(libraries: Sequence[str]) -> dict[str, str]:
     """Of what writes a file; ImportError where something is not installed."""
     ours = {"mvp_ext": __version__, "torch": torch.__version__, "timm": import_timm().__version__}
-    return ours | {name: need(name).__version__ for name in form.libraries}
+    return ours | {name: need(name).__version__ for name in libraries}
 
 
 @dataclass(frozen=True)
@@ -249,12 +249,12 @@ def _compare(model: nn.Module, graph: Deployable, exported: ExportedModel, data:
     )
 
 
-def _check(report: ExportReport, path: Path, form: Format) -> None:
+def check_report(report: ExportReport, path: Path, runtime: str) -> None:
     """ValueError beyond the precision's tolerances (or where a number is NaN)."""
     allowed, wanted = TOLERANCES[report.precision]
     if not (report.relative <= allowed and report.agreement >= wanted):
         raise ValueError(
-            f"export: {path}: not written: as {report.precision} in {form.runtime} it computes something else than the "
+            f"export: {path}: not written: as {report.precision} in {runtime} it computes something else than the "
             f"model: of {report.images} images {report.agreement:.1%} have the same label (expected at least "
             f"{wanted:.0%}), the largest difference is {report.relative:.2g} of the largest output (at most "
             f"{allowed:g})"
@@ -281,7 +281,7 @@ def _put_in_place(form: Format, draft: Path, path: Path) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Libraries warn of what they will change in their own next versions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

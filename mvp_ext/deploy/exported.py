@@ -86,11 +86,16 @@ class ExportedModel:
             ValueError: the file does not say how the model sees images, or an image is of another kind. OSError: no
                 image.
         """
-        card = self.card
-        if self.preprocess:
-            card = replace(card, preprocessing=_Bytes(**card.need_preprocessing("predict").to_dict()))
+        card = card_before(self.card, self.preprocess)
         # predict puts a softmax behind the outputs; of logarithms of probabilities it is the probabilities.
         return predict(lambda x: self(x).log() if self.softmax else self(x), images, card, batch=batch)
+
+
+def card_before(card: ModelCard, preprocess: bool) -> ModelCard:
+    """The card of what comes before a graph, which does the preprocessing itself where ``preprocess``."""
+    if not preprocess:
+        return card
+    return replace(card, preprocessing=_Bytes(**card.need_preprocessing("predict").to_dict()))
 
 
 class _Bytes(Preprocessing):

@@ -10,10 +10,12 @@ from torch.export import ExportedProgram as Program
 
 from mvp_ext.model.card import ModelCard
 
-__all__ = ["KEY", "PRECISIONS", "Metadata", "Precision", "Program", "precision_of"]
+__all__ = ["BUNDLE_KEY", "KEY", "PRECISIONS", "Metadata", "Precision", "Program", "precision_of"]
 
 # The key in ONNX's metadata_props, OpenVINO's rt_info and a torch program's extra files.
 KEY = "mvp_ext"
+# In its place in the metadata of an ONNX file of many tasks.
+BUNDLE_KEY = "mvp_ext.bundle"
 _VERSION = 1
 
 Precision = Literal["float32", "bfloat16", "int8"]

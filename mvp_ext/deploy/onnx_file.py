@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from mvp_ext.deploy.extra import need
-from mvp_ext.deploy.metadata import KEY, Metadata, Program
+from mvp_ext.deploy.metadata import BUNDLE_KEY, KEY, Metadata, Program
 from mvp_ext.deploy.quantize import quantized
 
 # With Gelu as one op; the oldest ONNX Runtime of the extra reads it.
 OPSET = 20
 
 
-def to_onnx(program: Program, output: str) -> Any:
-    """The program as an ``onnx.ModelProto`` with input "images" and this output, checked."""
+def to_onnx(program: Program, *outputs: str) -> Any:
+    """The program as an ``onnx.ModelProto`` with input "images" and these outputs, checked."""
     onnx = need("onnx")
     need("onnxscript")
     exported: Any = torch.onnx.export(
@@ -27,7 +27,7 @@ def to_onnx(program: Program, output: str) -> Any:
         dynamo=True,
         opset_version=OPSET,
         input_names=["images"],
-        output_names=[output],
+        output_names=list(outputs),
         verbose=False,
     )
     model = exported.model_proto
@@ -49,12 +49,8 @@ def write(program: Program, path: Path, metadata: Metadata, calibration: Tensor 
     path.write_bytes(model.SerializeToString())
 
 
-def open_file(path: Path, threads: int | None) -> tuple[Metadata, Callable[[Tensor], Tensor]]:
-    """The metadata, and what computes the outputs of a batch.
-
-    Raises:
-        ValueError: not an ONNX file that this package wrote.
-    """
+def open_session(file: bytes | Path, path: Path, threads: int | None) -> tuple[Any, dict[str, str]]:
+    """The session and the metadata of a file, or of its bytes; ValueError, naming ``path``, where it is none."""
     runtime = need("onnxruntime")
     options = runtime.SessionOptions()
     if threads is not None:
@@ -62,10 +58,24 @@ def open_file(path: Path, threads: int | None) -> tuple[Metadata, Callable[[Tens
     # Errors are raised; its warnings would go to the terminal.
     options.log_severity_level = 3
     try:
-        session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(
+            file if isinstance(file, bytes) else os.fspath(file), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:
         raise ValueError(f"{path}: not an ONNX file that ONNX Runtime reads ({error})") from error
-    metadata = Metadata.from_text(session.get_modelmeta().custom_metadata_map.get(KEY), os.fspath(path))
+    return session, dict(session.get_modelmeta().custom_metadata_map)
+
+
+def open_file(path: Path, threads: int | None) -> tuple[Metadata, Callable[[Tensor], Tensor]]:
+    """The metadata, and what computes the outputs of a batch.
+
+    Raises:
+        ValueError: not an ONNX file that this package wrote, or one of many tasks.
+    """
+    session, found = open_session(path, path, threads)
+    if BUNDLE_KEY in found:
+        raise ValueError(f"{path}: a bundle of many tasks; load_exported_bundle opens it")
+    metadata = Metadata.from_text(found.get(KEY), os.fspath(path))
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"images": images.contiguous().numpy()})[0])

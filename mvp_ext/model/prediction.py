@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -58,18 +58,38 @@ def predict(
     Raises:
         ValueError: the card does not say how images are seen, or an image is of another kind. OSError: no image.
     """
-    parts = []
+    return predict_tasks(lambda x: {"": logits_of(x)}, images, {"": card}, batch=batch)[""]
+
+
+def predict_tasks(
+    logits_of: Callable[[Tensor], Mapping[str, Tensor]],
+    images: Any,
+    cards: Mapping[str, ModelCard],
+    *,
+    batch: int = PREDICT_BATCH,
+) -> dict[str, Predictions]:
+    """What ``predict`` does, of many tasks that see images alike: task → its predictions.
+
+    Args:
+        logits_of: float32 [B, 3, S, S] → task → float [B, k]; called for one batch after the other, without gradients.
+        images: as of ``predict``.
+        cards: of each task, at least one.
+        batch: images a pass, ≥ 1.
+    """
+    preprocessing = next(iter(cards.values())).need_preprocessing("predict")
+    parts: dict[str, list[Tensor]] = {task: [] for task in cards}
     with torch.inference_mode():
-        for chunk in batches_of(images, card.need_preprocessing("predict"), batch):
-            parts.append(logits_of(chunk).float().softmax(1).cpu())
-    if not parts:
-        return Predictions(torch.empty(0, len(card.class_names)), card.class_names)
-    probabilities = torch.cat(parts)
-    return Predictions(probabilities, card.names(probabilities.shape[1]))
+        for x in _batches(images, preprocessing, batch):
+            for task, logits in logits_of(x).items():
+                parts[task].append(logits.float().softmax(1).cpu())
+    joined = {
+        task: torch.cat(each) if each else torch.empty(0, len(cards[task].class_names))
+        for task, each in parts.items()
+    }
+    return {task: Predictions(each, cards[task].names(each.shape[1])) for task, each in joined.items()}
 
 
-def batches_of(images: Any, preprocessing: Preprocessing, batch: int) -> Iterator[Tensor]:
-    """``images`` as a model takes them: float32 [B, 3, S, S], B ≤ ``batch``; arguments and errors as of ``predict``."""
+def _batches(images: Any, preprocessing: Preprocessing, batch: int) -> Iterator[Tensor]:
     if batch < 1:
         raise ValueError(f"predict: batch: expected at least 1, got {batch}")
     yield from map(preprocessing.batch, _bytes(images, preprocessing, batch))

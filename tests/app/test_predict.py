@@ -244,8 +244,8 @@ def test_bundles(home: Path, small: PrunedCheckpoint, tmp_path: Path) -> None:
     assert one.exit_code == 0, one.output
     assert list(json.loads((tmp_path / "p.json").read_text())["model"]["tasks"]) == ["other"]
     for mistake, message in {
-        f"predict {tasks} {home}/photos --task none": "expected one of digits, other, third, got 'none'",
-        f"predict {home}/small.safetensors {home}/photos --task none": "is of one task, 'digits', got 'none'",
+        f"predict {tasks} {home}/photos --task none": "digits, other, third, got 'none'",
+        f"predict {home}/small.safetensors {home}/photos --task none": "small.safetensors, digits, got 'none'",
         f"bundle {home}/small.safetensors {home}/small.safetensors --out {tmp_path}/x": "got 'digits' again",
         f"bundle {home}/no.safetensors --out {tmp_path}/x": "no.safetensors",
     }.items():
@@ -253,3 +253,29 @@ def test_bundles(home: Path, small: PrunedCheckpoint, tmp_path: Path) -> None:
         assert refused.exit_code == 2
         assert message in refused.stderr
         assert not (tmp_path / "x").exists()
+
+
+def test_exported_bundles(home: Path, small: PrunedCheckpoint, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    bundle = f"bundle {home}/small.safetensors b={home}/small.safetensors --out {tmp_path}/tasks.safetensors"
+    photo, out = f"{home}/photos/2/1.png", f"--top 3 --json {tmp_path}/p.json"
+    for command in (
+        bundle,
+        f"export {tmp_path}/tasks.safetensors --to onnx",
+        f"predict {tmp_path}/tasks.onnx {photo} {out}",
+    ):
+        result = CliRunner().invoke(cli.app, shlex.split(command))
+        assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "p.json").read_text())["images"]
+    assert [one["task"] for one in told] == ["digits", "b"]
+    expected = small.predict(photo).top(3)[0]
+    for one in told:
+        found = [(each["name"], pytest.approx(each["probability"], abs=1e-4)) for each in one["classes"]]
+        assert found == expected
+    one = CliRunner().invoke(cli.app, shlex.split(f"predict {tmp_path}/tasks.onnx {photo} --task b {out}"))
+    assert one.exit_code == 0, one.output
+    assert [image["task"] for image in json.loads((tmp_path / "p.json").read_text())["images"]] == ["b"]
+    refused = CliRunner().invoke(cli.app, shlex.split(f"export {tmp_path}/tasks.safetensors --to openvino"))
+    assert refused.exit_code == 2
+    assert "is a bundle" in refused.stderr

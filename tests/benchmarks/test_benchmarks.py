@@ -24,8 +24,8 @@ from results import read_results, summary  # noqa: E402
 
 GPU_CHECK = ROOT / "scripts" / "gpu_check.sh"
 SCRIPTS = sorted((ROOT / "benchmarks").glob("bench_*.py"))
-# It works on the CPU wherever the models are.
-NOT_ON_A_GPU = {"bench_neighbours"}
+# They work on the CPU wherever the models are.
+NOT_ON_A_GPU = {"bench_bundles", "bench_neighbours"}
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 
 
