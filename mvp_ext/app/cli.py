@@ -17,14 +17,17 @@ from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, pruned_copies
 from mvp_ext.app.comparison import NEED_ZOO
 from mvp_ext.app.comparison import compare as run_comparison
-from mvp_ext.app.console import Commands, console, progress_bar, say, warn_in_one_line
+from mvp_ext.app.console import Commands, complain, console, progress_bar, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
 from mvp_ext.app.environment import command
 from mvp_ext.app.export_command import export_file
+from mvp_ext.app.predict import ask, open_model, publish
 from mvp_ext.app.report import save_report, summary_table
 from mvp_ext.app.results import count_text, flops_text, load_results, save_results, seconds_text
 from mvp_ext.data.images import load_data
+from mvp_ext.data.sources import find_images
 from mvp_ext.data.tasks import Task
+from mvp_ext.deploy.bundle import save_bundle
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.create import create_model
 from mvp_ext.model.families import find_structure
@@ -154,7 +157,7 @@ def prune(
     device = run.begin()
     task.check()
     opened = Zoo(zoo, create=False) if how.method in NEED_ZOO or add else None
-    backbone = model.backbone(device)
+    backbone = model.backbone(device, seen=None if opened is None else opened.preprocessing)
     chosen = task.of(data.images(), data, run.seed)
     with progress_bar("fine-tuning") as progress:
         result = run_prune(
@@ -174,10 +177,12 @@ def prune(
     if result.neighbours:
         nearest = ", ".join(f"{name} ({similarity:.2f})" for name, similarity in result.neighbours)
         say(f"voters: {nearest}")
+    say(f"outputs, in order: {', '.join(result.class_names)}")
     say(
-        f"{out}: accuracy {100 * result.accuracy:.1f} %, {count_text(result.parameters)} parameters, "
-        f"{flops_text(result.flops)} an image, {result.cost.steps} steps, {flops_text(result.cost.flops)} and "
-        f"{seconds_text(result.cost.seconds)} to make"
+        f"{out}: accuracy {100 * result.accuracy:.1f} %, mean confidence {100 * result.mean_confidence:.1f} %, "
+        f"calibration error {100 * result.expected_calibration_error:.1f} %, "
+        f"{count_text(result.parameters)} parameters, {flops_text(result.flops)} an image, "
+        f"{result.cost.steps} steps, {flops_text(result.cost.flops)} and {seconds_text(result.cost.seconds)} to make"
     )
 
 
@@ -211,7 +216,7 @@ def compare(
     """
     device = run.begin()
     opened = Zoo(zoo, create=False)
-    backbone = model.backbone(device)
+    backbone = model.backbone(device, seen=opened.preprocessing)
     images = data.images()
     known = [Task.of(e.name, images, e.task["classes"]) for e in opened.entries() if _has(images, e.task)]
     drawn = sampling.tasks(images, what.tasks, "held-out", data, known, seed=1000)
@@ -241,6 +246,61 @@ def report(
     path = save_report(loaded, out or results.with_name("report.html"), figures=figures)
     console.print(summary_table(loaded))
     say(f"{path}" + (f", figures in {figures}" if figures else ""))
+
+
+@app.command()
+@options.grouped
+def predict(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A small model or a bundle: .safetensors; or exported: .onnx, .xml or .pt2 (which may run code)."
+        ),
+    ],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders, and patterns like 'a/*.jpg'.")],
+    what: options.PredictOptions,
+    run: options.DeviceOptions,
+) -> None:
+    """Classes of images with their probabilities.
+
+    In a folder whose subfolders have the classes' names, also accuracy, calibration and what is taken for what. Images
+    that cannot be read are named and passed over; the exit code is then 1.
+    """
+    found = find_images(images)
+    model = open_model(file, run, what.task)
+    with progress_bar("predict") as progress:
+        answers = ask(model, found, batch=what.batch, progress=progress)
+    publish(answers, what)
+    if answers.damaged:
+        complain(f"error: {len(answers.damaged)} of {len(found)} images could not be read")
+        raise typer.Exit(1)
+
+
+@app.command()
+def bundle(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Small models with one backbone. NAME=FILE sets the name of the task.", metavar="FILES..."
+        ),
+    ],
+    out: options.Out = Path("tasks.safetensors"),
+) -> None:
+    """Store small models that share a backbone as one file: the backbone once, and each task's classifier.
+
+    They may differ in nothing else but the running statistics of batch norms. `predict` asks all tasks, or one.
+    """
+    named = [_named(text) for text in files]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_bundle(named, out)
+    together, apart = out.stat().st_size, sum(path.stat().st_size for _, path in named)
+    say(f"{out}: {len(named)} tasks, {count_text(together)}B; as separate files {count_text(apart)}B")
+
+
+def _named(text: str) -> tuple[str | None, Path]:
+    """NAME=FILE, or FILE alone; a file whose own name has such a sign is taken as it is."""
+    name, sign, file = text.partition("=")
+    return (name, Path(file)) if sign and not Path(text).exists() else (None, Path(text))
 
 
 @app.command()

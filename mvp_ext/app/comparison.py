@@ -30,7 +30,7 @@ from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.build import Progress
 from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.methods import method_for
-from mvp_ext.pruning.prune import RunOptions, prune
+from mvp_ext.pruning.prune import RunOptions, prune, seen_by
 from mvp_ext.pruning.settings import Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features
 from mvp_ext.train.cost import Cost
@@ -131,7 +131,7 @@ def compare(
     voters = {"mvp": unrefined} if unrefined is not None else {}
     if unknown := [method for method in methods if method not in NAMES]:
         raise ValueError(f"compare: arms: expected some of {', '.join(NAMES)}, got {unknown[0]!r}")
-    backbone = Backbone.wrap(model)
+    backbone = seen_by(zoo, model)
     structure = find_structure(backbone.model, options.settings.scope)
     done = FinishedRuns(
         journal,
@@ -297,6 +297,8 @@ def _run(
         "task": task.name,
         "accuracy": result.accuracy,
         "trained_accuracy": result.trained_accuracy,
+        "expected_calibration_error": result.expected_calibration_error,
+        "mean_confidence": result.mean_confidence,
         "history": [[point.step, point.refit_accuracy] for point in result.history],
         "cost": summary["cost"],
         "kept": summary["kept"],

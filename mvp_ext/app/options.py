@@ -26,6 +26,8 @@ from mvp_ext.data.tasks import Task, TaskData, sample_tasks
 from mvp_ext.deploy.formats import FORMATS
 from mvp_ext.deploy.metadata import PRECISIONS
 from mvp_ext.model.card import ModelCard
+from mvp_ext.model.prediction import PREDICT_BATCH
+from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
@@ -74,10 +76,9 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class ExecutionOptions:
-    """Where and how a command runs."""
+class DeviceOptions:
+    """Where a command computes."""
 
-    seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=RUN)] = Settings.seed
     device: Annotated[
         str, Option(help="cpu, cuda, cuda:1 or auto: the GPU if torch sees one.", rich_help_panel=RUN)
     ] = "auto"
@@ -96,6 +97,13 @@ class ExecutionOptions:
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
         return device
+
+
+@dataclass(frozen=True)
+class ExecutionOptions(DeviceOptions):
+    """Where and how a command runs that draws at random."""
+
+    seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=RUN)] = Settings.seed
 
 
 @dataclass(frozen=True)
@@ -131,8 +139,13 @@ class ModelOptions:
         None
     )
 
-    def backbone(self, device: torch.device, *, need_weights: bool = True) -> Backbone:
-        """The dense model, on the device. ValueError where nothing says which weights, unless any will do."""
+    def backbone(
+        self, device: torch.device, *, need_weights: bool = True, seen: Preprocessing | None = None
+    ) -> Backbone:
+        """The dense model, on the device. ValueError where nothing says which weights, unless any will do.
+
+        It sees images as ``seen`` (a zoo's or a file's) says, but for what was given on the command line.
+        """
         saved = Path(self.model).suffix == ".safetensors"
         if need_weights and not (saved or self.weights or self.pretrained):
             raise ValueError(
@@ -143,13 +156,15 @@ class ModelOptions:
             raise ValueError(
                 f"model {self.model!r} is a file with its own weights: leave --weights and --pretrained out"
             )
+        # A file says how it sees images; whether that is what the zoo says is found when they meet.
+        seen = None if saved else seen
         backbone = load_backbone(
             self.model,
             weights=self.weights,
             pretrained=self.pretrained,
-            image_size=self.image_size,
-            mean=_numbers("mean", self.mean),
-            std=_numbers("std", self.std),
+            image_size=self.image_size or (None if seen is None else seen.size),
+            mean=_numbers("mean", self.mean) or (None if seen is None else seen.mean),
+            std=_numbers("std", self.std) or (None if seen is None else seen.std),
         )
         return backbone.to(device)
 
@@ -313,7 +328,9 @@ class TaskOptions:
         else:
             names = [name.strip() for name in str(self.classes).split(",") if name.strip()]
             limit = options.max_train
-            task = Task.of("+".join(names), data, names, seed=seed, max_train_per_class=limit)
+            task = Task.of("task", data, names, seed=seed, max_train_per_class=limit)
+            # In the order of the outputs, whatever the order on the command line.
+            task = replace(task, name="+".join(task.class_names))
         if self.save_task is not None:
             task.save(self.save_task)
         return task
@@ -408,6 +425,29 @@ class BenchOptions:
     batch: Annotated[list[int] | None, Option(help="Batch sizes (repeatable). Default: 1 and 32.")] = None
     seconds: Annotated[float, Option(help="Time for each model and batch size.")] = 2.0
     channels_last: Annotated[bool, Option(help="Time in the channels_last layout.")] = False
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """What `predict` tells, and where to."""
+
+    task: Annotated[str | None, Option(help="Of a bundle: this task alone. Default: all.")] = None
+    top: Annotated[int, Option(help="Most probable classes of each image.", min=1)] = 3
+    json: Annotated[Path | None, Option(help="Write what is told here, as JSON.", rich_help_panel=RUN)] = None
+    csv: Annotated[
+        Path | None,
+        Option(
+            help="Write a line an image here, with the probabilities of all classes.", rich_help_panel=RUN
+        ),
+    ] = None
+    confusion: Annotated[
+        Path | None,
+        Option(
+            help="Of labelled folders: write a figure of what is taken for what here, as PNG.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+    batch: Annotated[int, Option(help="Images a pass.", rich_help_panel=RUN, min=1)] = PREDICT_BATCH
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ Figures are made without pyplot: no global state, no window, any thread.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -20,6 +21,8 @@ from mvp_ext.app.results import ArmSummary, Results, chance_overlap, flops_text,
 
 # Beside the colours: an arm can be told apart without them.
 MARKERS = "osD^vPX"
+# A matrix of so many classes at most has its counts written in.
+WRITTEN_CLASSES = 20
 CHANCE = "independent draws: r/(2−r)"
 
 
@@ -249,6 +252,29 @@ def latency(results: Results, theme: Theme) -> Figure:
         axes.grid(False, axis="y")
         axes.set_title(f"batch {batch}", loc="left", fontsize=9.5, color=theme.ink)
     panels[-1].set_xlabel("latency (ms): median, line from p10 to p90")
+    return figure
+
+
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], theme: Theme) -> Figure:
+    """Images of each class (rows) by the class that was predicted (columns); shade: share of the row."""
+    side = 1.6 + max(0.22 * len(names), 1.6)
+    figure, axes = new_figure(theme, side + 0.6, side)
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+    shades = LinearSegmentedColormap.from_list("shares", [theme.surface, theme.colour(0)])
+    axes.imshow(shares, cmap=shades, vmin=0, vmax=1)
+    axes.grid(False)
+    places = list(range(len(names)))
+    # A dollar sign in a name is no formula.
+    axes.set_xticks(places, names, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(places, names, parse_math=False)
+    if len(names) <= WRITTEN_CLASSES:
+        for at, row in enumerate(counts):
+            for predicted, count in enumerate(row):
+                if count:
+                    ink = theme.surface if shares[at][predicted] > 0.5 else theme.ink
+                    axes.text(predicted, at, str(count), ha="center", va="center", fontsize=7, color=ink)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("folder")
     return figure
 
 

@@ -44,9 +44,9 @@ def build(
 
     What the zoo already has is passed over: after Ctrl-C or a crash the same command goes on where it was.
     """
-    backbone = model.backbone(run.begin())
+    device, opened = run.begin(), Zoo(zoo)
+    backbone = model.backbone(device, seen=opened.preprocessing)
     drawn = sampling.tasks(data.images(), what.tasks, "zoo", data, [], seed=0)
-    opened = Zoo(zoo)
     have = [task for task in drawn if task.name in opened]
     for task in have:
         if opened[task.name].task.get("fingerprint") != task.fingerprint:

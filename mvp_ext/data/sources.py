@@ -6,14 +6,16 @@ or raises ``DataError``; nothing is left out silently.
 
 from __future__ import annotations
 
+import functools
+import glob
 import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -204,11 +206,79 @@ def _read_folder(root: Path, image_size: int | None) -> dict[str, Any]:
     }
 
 
-def _list_folder(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
-    """Class names, image files and their labels of a ``class/image`` tree, in sorted, repeatable order."""
+class FoundImage(NamedTuple):
+    """An image file; ``group`` names the subfolder of the given folder that it is in, None where it is in none."""
+
+    path: Path
+    group: str | None = None
+
+
+def find_images(places: Sequence[str | os.PathLike[str]]) -> list[FoundImage]:
+    """The image files that files, folders and patterns name: in the order given, sorted within each, each once.
+
+    Args:
+        places: files, taken as they are whatever their names; folders, searched with all their subfolders for names
+            with the suffix of an image; patterns as of ``glob``, ``**`` too, of both. Hidden files and folders, and
+            what a Mac puts into archives (``__MACOSX``), are passed over.
+
+    Raises:
+        DataError: one of them names nothing, or a folder or pattern no image.
+    """
+    found: dict[Path, FoundImage] = {}
+    for given in places:
+        place = os.fspath(given)
+        path = Path(place).expanduser()
+        if path.is_dir():
+            images = list(_images_in(path))
+        elif path.exists():
+            images = [FoundImage(path)]
+        else:
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+            if not matches:
+                raise DataError(f"find_images: no such file or folder, nor a match of a pattern: {place!r}")
+            images = []
+            for match in matches:
+                images += _images_in(match) if match.is_dir() else [FoundImage(match)] * _is_image(match)
+        if not images:
+            raise DataError(f"find_images: no image in {place!r}; known by suffixes like .png, .jpg, .webp")
+        for image in images:
+            found.setdefault(image.path, image)
+    return list(found.values())
+
+
+def _images_in(root: Path) -> Iterator[FoundImage]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    # Links to folders are followed, but no folder is read twice: a link may lead back.
+    read: set[str] = set()
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        inner[:] = (
+            [] if real in read else sorted(n for n in inner if not n.startswith(".") and n != "__MACOSX")
+        )
+        parts = Path(folder).relative_to(root).parts
+        if real not in read:
+            images = (Path(folder, name) for name in sorted(names))
+            yield from (FoundImage(path, parts[0] if parts else None) for path in images if _is_image(path))
+        read.add(real)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _image_suffixes() and not path.name.startswith(".")
+
+
+@functools.cache
+def _image_suffixes() -> frozenset[str]:
+    """Of what Pillow reads, in lower case, with their dots."""
     from PIL import Image
 
-    known = {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
+    return frozenset(s for s, form in Image.registered_extensions().items() if form in Image.OPEN)
+
+
+def _list_folder(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
+    """Class names, image files and their labels of a ``class/image`` tree, in sorted, repeatable order."""
+    known = _image_suffixes()
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise DataError(f"{root}: no class folders; expected {root}/<class>/<image>, or .npz files")

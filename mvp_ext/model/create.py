@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from mvp_ext.model.families import find_structure
@@ -70,3 +72,12 @@ def create_model(
             key: value for key, value in kwargs.items() if key != "pretrained" and value is not None
         }
     return model
+
+
+def create_empty(arguments: Mapping[str, Any]) -> nn.Module:
+    """What ``create_model`` makes of these arguments, with tensors that have shapes but no memory.
+
+    torch's random numbers go on as if nothing had been initialised.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return create_model(**arguments)

@@ -1,8 +1,6 @@
 """The one module that a pruned model may hold beside timm's own: a residual block whose last convolution is narrower
 than the stream it adds to (scope `all`)."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch
@@ -21,7 +19,8 @@ class ScatterBlock(nn.Module):
 
     It takes over the block's modules under their own names, so the names in the state dict stay as they are; added is
     the buffer ``kept``, int64 [K]: the channels of the stream that the last convolution's K filters are added to. In
-    eval mode the norm, the scatter, the addition and a ReLU are one pass over the stream.
+    eval mode the norm, the scatter, the addition and a ReLU are one pass over the stream. What records the block
+    (torch.jit, torch.fx, torch.export) sees torch's own ops alone.
 
     Args:
         block: the block to take over; its last convolution and norm have K channels already, or get them after.
@@ -34,19 +33,27 @@ class ScatterBlock(nn.Module):
         super().__init__()
         for name, child in block._modules.items():
             self.add_module(name, child)
-        # What the block does not have stays as None.
-        for name in ("se", "drop_path", "downsample"):
+        # What the block does not have stays as None; a BasicBlock has no third convolution.
+        for name in ("se", "drop_path", "downsample", "conv3"):
             if name not in self._modules:
                 self.add_module(name, None)
-        last = 3 if "conv3" in self._modules else 2
-        self._branch = tuple(name for name in (_BOTTLENECK if last == 3 else _BASIC) if name in self._modules)
-        self._norm, self._act = f"bn{last}", f"act{last}"
+        basic = self._modules["conv3"] is None
+        self._branch = _BASIC if basic else _BOTTLENECK
+        self._norm, self._act = ("bn2", "act2") if basic else ("bn3", "act3")
         self.register_buffer("kept", kept)
         # Not train(): the parts keep the modes they are in.
         self.training = block.training
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float [B, C_in, h, w] → float [B, C, h', w']."""
+        if torch.jit.is_scripting():
+            return self._by_torch(x)
+        else:
+            # TorchScript leaves out an else, and nothing after it.
+            return self._by_torch(x) if _is_recorded(x) else self._fused(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """In few passes; a part is looked up in the dictionary, for a look at an attribute takes ten times as long."""
         y = x
         for name in self._branch:
             y = self._modules[name](y)  # type: ignore[misc]
@@ -68,8 +75,38 @@ class ScatterBlock(nn.Module):
         )
         return y if relu else act(y)
 
+    # TorchScript compiles this: no loop over names, and Any, as it knows no annotation of a part.
+    def _by_torch(self: Any, x: Tensor) -> Tensor:
+        """The same with torch's ops: each channel of the stream selects its own of y, or one of zeros in front."""
+        y = self.bn1(self.conv1(x))
+        if self.conv3 is None:
+            y = self.bn2(self.conv2(self.aa(self.act1(self.drop_block(y)))))
+        else:
+            y = self.bn2(self.conv2(self.act1(y)))
+            y = self.bn3(self.conv3(self.aa(self.act2(self.drop_block(y)))))
+        if self.drop_path is not None:
+            y = self.drop_path(y)
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
+        is_kept = self.kept.new_zeros((shortcut.shape[1],)).index_fill(0, self.kept, 1)
+        source = is_kept * is_kept.cumsum(0)
+        y = nn.functional.pad(y.to(shortcut.dtype), (0, 0, 0, 0, 1, 0))
+        y = shortcut + y.index_select(1, source)
+        if self.conv3 is None:
+            return self.act2(y)
+        else:
+            return self.act3(y)
+
     def extra_repr(self) -> str:
         return f"kept={self.kept.numel()}"
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether a graph is made of the calls that may run without this package (torch.compile's runs here)."""
+    # torch < 2.7 does not tell an export from a compilation.
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or exporting()
 
 
 def _is_affine_now(norm: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.structure import Structure
 from mvp_ext.pruning.iterative import planned_steps
-from mvp_ext.pruning.prune import RunOptions, prune
+from mvp_ext.pruning.prune import RunOptions, prune, seen_by
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.settings import Settings
 from mvp_ext.train.backbone import Backbone, BackboneIdentity
@@ -56,7 +56,7 @@ def build_zoo(
         ZooError: the zoo is of another backbone, has one of the tasks with another number of units kept, or has entries
             of another start.
     """
-    backbone, settings = Backbone.wrap(model), settings or Settings.of_zoo(zoo)
+    backbone, settings = seen_by(zoo, model), settings or Settings.of_zoo(zoo)
     structure = _bind(backbone, zoo, settings)
     _bind_start(zoo, start)
     results = []
@@ -99,7 +99,7 @@ def build_refined_zoo(
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"build_refined_zoo: share: expected a value in (0, 1), got {share}")
-    backbone, settings = Backbone.wrap(model), settings or Settings.of_zoo(zoo)
+    backbone, settings = seen_by(zoo, model), settings or Settings.of_zoo(zoo)
     start = zoo.shared(START)
     if len(zoo) > 0 and start is None:
         raise ZooError(
@@ -158,7 +158,7 @@ def build_universal(
     if known is not None and known.extra.get("keep") == settings.keep and known.is_sound():
         return None
     steps = steps if steps is not None else zoo_steps(zoo, tasks)
-    return _build_universal(Backbone.wrap(model), tasks, zoo, UNIVERSAL, settings, steps, progress)
+    return _build_universal(seen_by(zoo, model), tasks, zoo, UNIVERSAL, settings, steps, progress)
 
 
 def _build_universal(
@@ -183,7 +183,7 @@ def _build_universal(
         run=RunOptions(on_step=_named(progress, name), resume=zoo.path / f"{name}.partial"),
     )
     extra = {"keep": settings.keep, "classes": list(pooled.classes), "result": result.summary()}
-    zoo.save_shared(name, result.model, result.mask, result.structure, extra)
+    zoo.save_shared(name, result.model, result.mask, result.structure, extra, card=result.card)
     return result
 
 
@@ -196,6 +196,7 @@ def _bind(backbone: Backbone, zoo: Zoo, settings: Settings) -> Structure:
     """Record whose models the zoo holds and with which settings; what is recorded of the backbone is compared."""
     structure = find_structure(backbone.model, settings.scope)
     zoo.bind(BackboneIdentity.of(backbone.model, structure))
+    zoo.bind_preprocessing(backbone.preprocessing)
     if "settings" not in zoo.facts():
         zoo.record_facts(settings=settings.resolved(backbone.model).to_dict())
     return structure
@@ -205,7 +206,7 @@ def _bind_start(zoo: Zoo, start: PrunedCheckpoint | None) -> None:
     """Record what the zoo's entries start from, or compare it with what is recorded."""
     known = zoo.shared(START)
     if known is None and start is not None and len(zoo) == 0:
-        zoo.save_shared(START, start.model, start.mask, start.structure)
+        zoo.save_shared(START, start.model, start.mask, start.structure, card=start.card)
         return
     if (known is None) != (start is None) or (known and start and not _same_model(known.load(), start)):
         raise ZooError(

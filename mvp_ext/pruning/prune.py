@@ -75,7 +75,7 @@ def prune(
             images. It is not changed.
         task: the classes and their images.
         zoo: pruned models of earlier tasks; needed by "refined", "mvp" and "universal". An entry of the task's own
-            name never votes.
+            name never votes. It says how images are seen, unless ``model`` is a ``Backbone``.
         settings: what is cut, how much of it stays, how weights are trained. Default: those of the zoo.
         method: "refined" (the nearest entries of a zoo that refines a universal model share their weights, the nearer
             the more), "mvp" (equal voters: vote, merge, fine-tune), "auto" ("refined" where the zoo is such a one,
@@ -98,7 +98,7 @@ def prune(
     if method == "auto":
         method = method_for(zoo)
     run = run or RunOptions()
-    backbone = Backbone.wrap(model)
+    backbone = seen_by(zoo, model)
     data = task.split() if isinstance(task, Task) else task
     if data.num_classes < 2:
         raise ValueError(f"prune: task {task.name!r}: expected at least 2 classes, got {data.num_classes}")
@@ -160,6 +160,25 @@ def prune(
         neighbours=job.neighbours,
         tensors=tensors,
     )
+
+
+def seen_by(zoo: Zoo | None, model: nn.Module | Backbone) -> Backbone:
+    """The backbone that sees images as the zoo's models do.
+
+    Raises:
+        ZooError: ``model`` is a ``Backbone`` that sees them otherwise, or a ViT built for another size.
+    """
+    backbone = Backbone.wrap(model)
+    known = None if zoo is None else zoo.preprocessing
+    if zoo is None or known is None:
+        return backbone
+    # A convolutional model takes any size, and what timm declares is nobody's wish.
+    if backbone is not model and not hasattr(backbone.model, "patch_embed"):
+        return replace(backbone, preprocessing=known)
+    if backbone is not model and backbone.preprocessing.size == known.size:
+        return replace(backbone, preprocessing=known)
+    zoo.check_preprocessing(backbone.preprocessing)
+    return backbone
 
 
 def _fine_tune(job: Job, small: nn.Module, history: _History, on_step: OnStep | None) -> None:

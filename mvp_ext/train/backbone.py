@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mvp_ext.model.create import create_model
-from mvp_ext.model.create_args import create_args
+from mvp_ext.model.checkpoint import check_fidelity
+from mvp_ext.model.create import create_empty, create_model
+from mvp_ext.model.create_args import check_args, create_args
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.model.structure import Structure
@@ -82,8 +83,15 @@ class Backbone:
         }
 
     def save(self, path: str | Path) -> None:
-        """Weights and description as one safetensors file, written whole or not at all; ``load_backbone`` reads it."""
-        spec = {**self.describe(), "recipe": create_args(self.model, find_structure(self.model))}
+        """Weights and description as one safetensors file, written whole or not at all; ``load_backbone`` reads it.
+
+        Raises:
+            ValueError: what would be loaded again is another model (the part that differs is named).
+            OSError: the file could not be written.
+        """
+        arguments = create_args(self.model, find_structure(self.model))
+        check_fidelity("Backbone.save", self.model, create_empty(arguments), arguments)
+        spec = {**self.describe(), "recipe": arguments}
         write_atomic(path, to_bytes(self.model.state_dict(), spec, kind=_KIND, version=_VERSION))
 
 
@@ -105,7 +113,7 @@ def load_backbone(
         pretrained: timm's own weights (network, or timm's cache).
         num_classes: outputs of a model without weights; with weights their classifier says it.
         image_size: side of the model's input in pixels; a ViT's position embedding is resampled to it.
-        mean: normalisation per channel; default: what timm declares for the model.
+        mean: normalisation per channel; default: what the file says, or timm declares for the model.
         std: likewise.
 
     Raises:
@@ -114,7 +122,7 @@ def load_backbone(
         ValueError: an unknown model, weights of another one, or a size that the model cannot take.
     """
     if Path(source).suffix == ".safetensors":
-        return _load_saved(Path(source), image_size)
+        return _load_saved(Path(source), image_size, mean, std)
     name = str(source)
     if weights is None:
         options = {} if num_classes is None else {"num_classes": num_classes}
@@ -123,18 +131,31 @@ def load_backbone(
         model = _load_state_dict_file(name, Path(weights))
     declared = Preprocessing.of(model)
     size = _set_image_size(model, image_size) if image_size is not None else declared.size
-    return Backbone(model, Preprocessing(size, tuple(mean or declared.mean), tuple(std or declared.std)))
+    preprocessing = Preprocessing(size, tuple(mean or declared.mean), tuple(std or declared.std))
+    preprocessing.declare(model)
+    return Backbone(model, preprocessing)
 
 
-def _load_saved(path: Path, image_size: int | None) -> Backbone:
+def _load_saved(
+    path: Path, image_size: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Backbone:
     tensors, spec = read(path, kind=_KIND, version=_VERSION)
-    stored = spec["preprocessing"]
-    preprocessing = Preprocessing(int(stored["size"]), tuple(stored["mean"]), tuple(stored["std"]))
-    model = create_model(**spec["recipe"])
-    model.load_state_dict(tensors)
+    try:
+        preprocessing = Preprocessing.from_dict(spec["preprocessing"])
+        model = create_model(**check_args(spec["recipe"]))
+        model.load_state_dict(tensors)
+        classes = tuple(map(str, spec["classes"]))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise FileFormatError(
+            f"{path}: its description is damaged, or does not fit its tensors ({error})"
+        ) from error
     if image_size is not None:
         preprocessing = replace(preprocessing, size=_set_image_size(model, image_size))
-    return Backbone(model.eval(), preprocessing, tuple(spec["classes"]))
+    preprocessing = replace(
+        preprocessing, mean=tuple(mean or preprocessing.mean), std=tuple(std or preprocessing.std)
+    )
+    preprocessing.declare(model, classes if len(classes) == spec["recipe"].get("num_classes") else ())
+    return Backbone(model.eval(), preprocessing, classes)
 
 
 def _load_state_dict_file(name: str, path: Path) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,8 +64,9 @@ def ridge_head(features: Tensor, labels: Tensor, classes: int) -> LinearHead:
     """Ridge regression of one-hot labels on the features; its strength is chosen by leave-one-out error.
 
     For the centred feature matrix X = U S Vᵀ the leave-one-out residual of ridge has a closed form, so the whole grid
-    costs one decomposition. Float64 inside. Do not start fine-tuning from this head: its logits are no
-    log-probabilities.
+    costs one decomposition. Float64 inside. The regression's scores sum to 1 and are no logits; they become some by a
+    common scale and bias (``_logit_scale``), fitted to what the regression says of each image when it is left out. The
+    order stays, and so does accuracy. What fine-tuning has seen makes the probabilities a little too sure.
 
     Args:
         features: f32 [n, F], n ≥ 2. labels: int64 [n] in 0..classes−1.
@@ -75,6 +77,7 @@ def ridge_head(features: Tensor, labels: Tensor, classes: int) -> LinearHead:
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     uty, energy = u.T @ y, s.square()
     best_error, best_weight = float("inf"), torch.zeros(x.shape[1], classes, dtype=torch.float64)
+    best_scores = y_mean.expand_as(y)
     for exponent in range(-8, 3):
         strength = float(energy[0]) * 10.0**exponent + 1e-12
         shrink = energy / (energy + strength)
@@ -82,7 +85,34 @@ def ridge_head(features: Tensor, labels: Tensor, classes: int) -> LinearHead:
         # 1/n: the mean is fitted too. With n < F and the weakest ridge 1 − leverage is about 1e-8 and its residual as
         # small: a coarser clamp would make that ridge look best where it is not.
         leverage = (u.square() @ shrink + 1.0 / len(x)).clamp_max(1 - 1e-12)
-        error = float((residual / (1 - leverage)[:, None]).square().mean())
+        left_out = residual / (1 - leverage)[:, None]
+        error = float(left_out.square().mean())
         if error < best_error:
             best_error, best_weight = error, vt.T @ ((s / (energy + strength))[:, None] * uty)
-    return LinearHead(best_weight.T.float().contiguous(), (y_mean - x_mean @ best_weight).float())
+            best_scores = y + y_mean - left_out
+    scale = _logit_scale(best_scores, labels)
+    # Scores sum to 1: less 1/k their logits sum to 0, as those of a trained classifier nearly do.
+    bias = scale * (y_mean - x_mean @ best_weight - 1 / classes)
+    return LinearHead((scale * best_weight).T.float().contiguous(), bias.float())
+
+
+def _logit_scale(scores: Tensor, labels: Tensor) -> float:
+    """The scale by which softmax(scale · scores) has the least cross-entropy.
+
+    The targets are not 0 and 1 but their estimates from n images (Platt 1999): where classes are separated, the best
+    scale would be infinite.
+
+    Args:
+        scores: f64 [n, k], of images that had no part in them. labels: int64 [n].
+    """
+    from scipy.optimize import minimize_scalar
+
+    n, k = scores.shape
+    targets = torch.full((n, k), 1 / (n + k), dtype=torch.float64)
+    targets[torch.arange(n), labels] = (n + 1) / (n + k)
+
+    def loss(log_scale: float) -> float:
+        return float(-(targets * (math.exp(log_scale) * scores).log_softmax(1)).sum(1).mean())
+
+    # Convex in the scale, so with one valley in its logarithm, too.
+    return math.exp(minimize_scalar(loss, bounds=(-3.0, 7.0), method="bounded").x)

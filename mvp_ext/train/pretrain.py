@@ -97,4 +97,4 @@ def pretrain(
         model, everything.train_images, preprocessing, seed=seed, precision=recipe.precision
     )
     backbone = Backbone(model.eval(), preprocessing, everything.class_names)
-    return backbone, evaluate(model, everything, preprocessing, recipe.precision), cost
+    return backbone, evaluate(model, everything, preprocessing, recipe.precision).accuracy, cost

@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mvp_ext.model.checkpoint import parse_pruned
+import torch
+
+from mvp_ext.model.checkpoint import PrunedState, parse_pruned
 from mvp_ext.zoo.entry import ZooProblem
 from mvp_ext.zoo.files import BadFile, check_size, forget, read_sound
 from mvp_ext.zoo.index import ENTRY_COLUMNS, MEANS_COLUMNS, Index, ZooError
@@ -59,7 +61,7 @@ def _problem(
 
 
 def _check_entry(row: Mapping[str, Any], path: Path) -> None:
-    stored = parse_pruned(read_sound(path, row["sha256"]), source=os.fspath(path))
+    stored = _sound_state(row, path)
     if entry_of(row, path).mask != stored.mask:
         raise ValueError("the mask is another")
     written = means_row(stored.extra)
@@ -68,8 +70,17 @@ def _check_entry(row: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_model(row: Mapping[str, Any], path: Path) -> None:
-    parse_pruned(read_sound(path, row["sha256"]), source=os.fspath(path))
+    _sound_state(row, path)
     model_of(row, path)
+
+
+def _sound_state(row: Mapping[str, Any], path: Path) -> PrunedState:
+    stored = parse_pruned(read_sound(path, row["sha256"]), source=os.fspath(path))
+    # Older versions took them; a vote of such an entry is lost.
+    for name, tensor in stored.state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise BadFile("damaged", f"its weights {name} are not finite")
+    return stored
 
 
 def _strays(layout: Layout, index: Index, repair: bool) -> list[ZooProblem]:

@@ -25,8 +25,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import save_pruned
 from mvp_ext.model.mask import Mask
+from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.model.structure import Structure
 from mvp_ext.train.backbone import BackboneIdentity
 from mvp_ext.zoo.entry import ClassMeans, NewEntry, SharedModel, ZooEntry, ZooProblem
@@ -107,6 +109,27 @@ class Zoo:
     def check(self, backbone: BackboneIdentity) -> None:
         """ZooError where the recorded identity is another one; what is not recorded fits. Records nothing."""
         self._index.check(backbone.to_meta())
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How the models of this zoo see images; None where nobody said."""
+        stored = self.facts().get("preprocessing")
+        return None if stored is None else Preprocessing.from_dict(stored)
+
+    def bind_preprocessing(self, preprocessing: Preprocessing) -> None:
+        """Record how the models of this zoo see images, or compare it with what is recorded (ZooError)."""
+        if self.preprocessing is None:
+            self.record_facts(preprocessing=preprocessing)
+        self.check_preprocessing(preprocessing)
+
+    def check_preprocessing(self, preprocessing: Preprocessing) -> None:
+        """ZooError where the zoo's models see images otherwise; where nobody said, any fits. Records nothing."""
+        known = self.preprocessing
+        if known is not None and known != preprocessing:
+            raise ZooError(
+                f"zoo {self.path}: its models see images as {known}, the given one as {preprocessing}: leave image "
+                "size, mean and std out to see them as the zoo does, or use another zoo"
+            )
 
     def facts(self) -> dict[str, Any]:
         """What ``record_facts`` recorded."""
@@ -231,9 +254,9 @@ class Zoo:
             if_absent: keep and return an existing entry of that name, for builds that are resumed or shared.
 
         Raises:
-            ZooError: the name is taken, the structure is another than the zoo's, the disk is full. The zoo is then
-                as it was before.
-            ValueError: the task or the cost are no JSON values, or the model is not what the mask leaves.
+            ZooError: the name is taken, the structure or the preprocessing is another than the zoo's, the disk is full.
+                The zoo is then as it was before.
+            ValueError: the task or the cost are no JSON values, or ``save_pruned`` refuses the model.
         """
         name = new.name
         old = next(iter(self._index.rows(("file",), names=[name])), None)
@@ -245,6 +268,9 @@ class Zoo:
         extra = {key: value.detach() for key, value in (new.tensors or {}).items()}
         backbone = _backbone_of(new.structure)
         self._index.check(backbone)  # before the work of writing weights; again when the row goes in
+        seen = None if new.card is None else new.card.preprocessing
+        if seen is not None:
+            self.check_preprocessing(seen)
         replacing = old["file"] if old else None
         with self._layout.writing(self._layout.of_entry(row), f"entry {name!r}") as file:
             save_pruned(
@@ -255,6 +281,8 @@ class Zoo:
             if if_absent:
                 return self[name]
             raise ZooError(f"zoo {self.path}: another process just added an entry {name!r}")
+        if seen is not None:
+            self.bind_preprocessing(seen)
         if old is not None:
             remove_file(self._layout.of_entry(old))
         return self[name]
@@ -286,11 +314,14 @@ class Zoo:
         mask: Mask,
         structure: Structure,
         extra: Mapping[str, Any] | None = None,
+        *,
+        card: ModelCard | None = None,
     ) -> SharedModel:
         """Keep a model beside the entries, in place of the one of that name; when this returns, it is on the disk.
 
         Args:
             name: "start" is what the zoo's entries started from; others are controls. ``extra``: JSON values.
+            card: what its file says of it beside its weights.
 
         Raises:
             ZooError: the structure is another than the zoo's, the disk is full. The zoo is then as it was before.
@@ -306,7 +337,7 @@ class Zoo:
         }
         self._index.check(backbone)
         with self._layout.writing(self._layout.of_model(row), f"model {name!r}") as file:
-            save_pruned(model, file.path, mask=mask, structure=structure, extra=extra)
+            save_pruned(model, file.path, mask=mask, structure=structure, card=card, extra=extra)
             old = self._index.put_model({**row, **file.facts()}, backbone)
             file.used = True
         if old is not None:

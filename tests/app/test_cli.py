@@ -115,11 +115,12 @@ def test_prune_writes_a_model_that_loads(home: Path, tmp_path: Path) -> None:
     assert "voters: zoo-" in said.output
     small = load_pruned(out)
     assert small.model(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
-    assert small.extra["result"]["method"] == "refined"
+    assert small.card.made_with["method"] == "refined"
+    assert small.class_names == ("3", "5", "8")
     run(f"prune {common} --task {task} --out {tmp_path}/again.safetensors")
     again = load_pruned(tmp_path / "again.safetensors")
     assert again.mask == small.mask
-    assert again.extra["result"]["accuracy"] == small.extra["result"]["accuracy"]
+    assert again.card.metrics == small.card.metrics
 
 
 def test_compare_writes_results_and_page_and_goes_on(home: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -132,10 +132,10 @@ def test_every_method(case, method, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded.model(images), answers)
     assert loaded.mask == result.mask
-    assert loaded.extra["result"]["accuracy"] == result.accuracy
-    assert loaded.extra["class_names"] == ["0", "1", "2"]
-    again = loaded.extra["preprocessing"]
-    assert Preprocessing(again["size"], tuple(again["mean"]), tuple(again["std"])) == p
+    assert loaded.card.metrics["accuracy"] == result.accuracy
+    assert loaded.class_names == ("0", "1", "2")
+    assert loaded.transform() == p == Preprocessing.of(loaded.model)
+    assert loaded.card.made_with["method"] == method
     # and the backbone is as it was
     assert states_equal(backbone.model.state_dict(), dense)
 

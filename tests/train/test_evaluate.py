@@ -30,7 +30,7 @@ def test_evaluate_is_the_share_of_right_answers(backbone, data):
     with torch.no_grad():
         answers = model.eval()(to_batch(data.test_images, p.size, p.mean, p.std)).argmax(1)
     expected = sum(int(a == b) for a, b in zip(answers, data.test_labels, strict=True)) / len(answers)
-    assert evaluate(model, data, p, "float32") == pytest.approx(expected)
+    assert evaluate(model, data, p, "float32").accuracy == pytest.approx(expected)
     assert accuracy_of(
         torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.4, 0.6]]), torch.tensor([1, 0, 0])
     ) == pytest.approx(2 / 3)

@@ -139,7 +139,7 @@ def test_training_learns(data):
     )
     trainer.run(25)
     assert not trainer.model.training
-    assert evaluate(trainer.model, data, trainer.preprocessing, "float32") > 0.7
+    assert evaluate(trainer.model, data, trainer.preprocessing, "float32").accuracy > 0.7
 
 
 # ---- what can go wrong
