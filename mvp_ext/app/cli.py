@@ -313,15 +313,23 @@ def bench(
 ) -> None:
     """Dense against pruned: latency and throughput per batch size, FLOPs, parameters, saving that became time."""
     device = run.begin()
-    backbone = model.backbone(torch.device("cpu"), need_weights=False)
+    saved = {path: load_pruned(path) for path in what.pruned or ()}
+    seen = {path: small.card.preprocessing for path, small in saved.items() if small.card.preprocessing}
+    first = next(iter(seen.values()), None)
+    backbone = model.backbone(torch.device("cpu"), need_weights=False, seen=first)
+    for path, other in seen.items():
+        if other.size != backbone.preprocessing.size:
+            raise ValueError(
+                f"bench: {path}: expected a model for images of {backbone.preprocessing.size} pixels, as the dense "
+                f"one is timed on, got one for {other.size}"
+            )
     dense, shape = backbone.model, (3, backbone.preprocessing.size, backbone.preprocessing.size)
     keeps = what.keep or [0.5]
     others = pruned_copies(dense, keeps, scope=what.scope, align=what.align, seed=run.seed)
     if what.against_torch_pruning:
         settings = Settings(scope=what.scope, align=what.align)
         others |= _made_by_torch_pruning(dense, others, settings, keeps, shape)
-    for path in what.pruned or ():
-        others[path.name] = load_pruned(path).model
+    others |= {path.name: small.model for path, small in saved.items()}
     result = run_bench(
         dense.to(device),
         {name: other.to(device) for name, other in others.items()},
