@@ -9,6 +9,9 @@ zoo.add(result)
 from mvp_ext._version import __version__ as __version__
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
+from mvp_ext.deploy.bundle import Bundle, load_bundle, save_bundle
+from mvp_ext.deploy.export import ExportReport, export
+from mvp_ext.deploy.exported import ExportedModel, load_exported
 from mvp_ext.deploy.optimized import optimized
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, save_pruned
@@ -47,6 +50,9 @@ __all__ = [
     "CRITERIA",
     "METHOD_NAMES",
     "Backbone",
+    "Bundle",
+    "ExportReport",
+    "ExportedModel",
     "ImageData",
     "Mask",
     "ModelCard",
@@ -72,11 +78,14 @@ __all__ = [
     "build_zoo",
     "create_model",
     "expand_state",
+    "export",
     "find_structure",
     "importance",
     "kept_units",
     "load_backbone",
+    "load_bundle",
     "load_data",
+    "load_exported",
     "load_pruned",
     "masked_model",
     "merge",
@@ -91,6 +100,7 @@ __all__ = [
     "pruned_linear",
     "residual_add",
     "sample_tasks",
+    "save_bundle",
     "save_pruned",
     "score_units",
     "unpack",

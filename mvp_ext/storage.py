@@ -77,6 +77,23 @@ def from_bytes(
     return tensors, spec
 
 
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """The kind of a file that ``to_bytes`` made, from its header alone; None of any other file.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        # safetensors allows no longer header.
+        header = file.read(min(length, 100_000_000))
+    try:
+        kind = json.loads(json.loads(header)["__metadata__"][_ENTRY])["format"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return kind if isinstance(kind, str) else None
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` so that a kill, a full disk or a power cut leaves the old file, or the new one, never a
     part.

@@ -261,7 +261,7 @@ class _Session:
     def _task_of(self, name: str) -> TaskData | None:
         """The task, if it is the model's."""
         names = self.models[name].card.class_names
-        return self.data if self.data is not None and names == tuple(self.data.class_names) else None
+        return self.data if self.data is not None and sorted(names) == sorted(self.data.class_names) else None
 
     @torch.inference_mode()
     def _accuracy(self, name: str, run: Callable[[Tensor], Tensor]) -> float | None:
@@ -269,12 +269,16 @@ class _Session:
         if data is None:
             return None
         chosen = few_of_each(data.test_labels, ACCURACY_ON, seed=0)
+        # The task may have its classes in another order than the model's outputs.
+        labels = torch.tensor([card.class_names.index(label) for label in data.class_names])[
+            data.test_labels[chosen]
+        ]
         see = card.need_preprocessing("bench: data")
         batches = data.test_images[chosen].split(ACCURACY_BATCH)
         logits = torch.cat(
             [run(see.batch(resize(images, see.size)).to(self.device)).cpu() for images in batches]
         )
-        return accuracy_of(logits.float(), data.test_labels[chosen])
+        return accuracy_of(logits.float(), labels)
 
     def described(self) -> dict[str, Any]:
         """Model → JSON values."""

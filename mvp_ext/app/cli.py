@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,25 +17,17 @@ from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, checkpoint_of, pruned_copies
 from mvp_ext.app.comparison import NEED_ZOO
 from mvp_ext.app.comparison import compare as run_comparison
-from mvp_ext.app.console import OUR_MISTAKE, Commands, console, progress_bar, say, warn_in_one_line
+from mvp_ext.app.console import Commands, complain, console, progress_bar, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
 from mvp_ext.app.environment import command
-from mvp_ext.app.plots import confusion_matrix, to_png
-from mvp_ext.app.predict import (
-    Answers,
-    accuracy_table,
-    answers_table,
-    classify,
-    confusion_table,
-    open_predictor,
-    save_csv,
-    save_json,
-)
+from mvp_ext.app.export_command import export_file
+from mvp_ext.app.predict import ask, open_model, publish
 from mvp_ext.app.report import save_report, summary_table
 from mvp_ext.app.results import count_text, flops_text, load_results, save_results, seconds_text
 from mvp_ext.data.images import load_data
 from mvp_ext.data.sources import find_images
 from mvp_ext.data.tasks import Task
+from mvp_ext.deploy.bundle import save_bundle
 from mvp_ext.model.checkpoint import read_pruned
 from mvp_ext.model.create import create_model
 from mvp_ext.model.create_args import create_args
@@ -45,7 +36,6 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.prune import RunOptions
 from mvp_ext.pruning.prune import prune as run_prune
 from mvp_ext.pruning.settings import Settings
-from mvp_ext.storage import write_atomic
 from mvp_ext.train.pretrain import pretrain as run_pretraining
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo
@@ -199,6 +189,16 @@ def prune(
 
 @app.command()
 @options.grouped
+def export(
+    file: Annotated[Path, typer.Argument(help="A small model that `prune` wrote.")],
+    what: options.ExportOptions,
+) -> None:
+    """Write a small model for ONNX Runtime, OpenVINO or torch alone, checked against PyTorch first."""
+    export_file(file, what)
+
+
+@app.command()
+@options.grouped
 def compare(
     model: options.ModelOptions,
     data: options.DataOptions,
@@ -252,50 +252,56 @@ def report(
 @app.command()
 @options.grouped
 def predict(
-    file: Annotated[Path, typer.Argument(help="A small model's file, or one that `export` wrote.")],
-    images: Annotated[list[str], typer.Argument(help="Image files, folders, patterns like 'photos/*.jpg'.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A small model or a bundle: .safetensors; or exported: .onnx, .xml or .pt2 (which may run code)."
+        ),
+    ],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders, and patterns like 'a/*.jpg'.")],
     what: options.PredictOptions,
-    run: options.ExecutionOptions,
+    run: options.DeviceOptions,
 ) -> None:
-    """Say what images show. Where folders are named as classes, also how often that is right.
+    """Classes of images with their probabilities.
 
-    Images that cannot be read are named and passed over; the exit code is 1 then.
+    In a folder whose subfolders have the classes' names, also accuracy, calibration and what is taken for what. Images
+    that cannot be read are named and passed over; the exit code is then 1.
     """
-    model = open_predictor(file, run.begin())
-    found = find_images(images, model.card.class_names)
+    found = find_images(images)
+    model = open_model(file, run, what.task)
     with progress_bar("predict") as progress:
-        answers = classify(
-            model,
-            found,
-            batch=what.batch_size,
-            on_damaged=lambda path, reason: warnings.warn(f"{path}: passed over: {reason}", stacklevel=2),
-            progress=lambda done, total: progress("", done, total),
-        )
-    console.print(answers_table(answers, what.top))
-    if answers.labelled:
-        console.print(accuracy_table(answers))
-        console.print(confusion_table(answers))
-        quality = answers.quality
-        say(
-            f"accuracy {100 * quality.accuracy:.1f} % of {len(answers.labelled)} images in folders named as classes, "
-            f"mean confidence {100 * quality.mean_confidence:.1f} %, calibration error "
-            f"{100 * quality.expected_calibration_error:.1f} %"
-        )
-        if others := len(answers.images) - len(answers.labelled):
-            say(f"{others} images lie in no folder named as a class: not counted")
-    if what.json is not None:
-        save_json(answers, what.json, file, model.card, what.top)
-    if what.csv is not None:
-        save_csv(answers, what.csv)
-    if what.confusion is not None:
-        if not answers.labelled:
-            raise ValueError("--confusion: no image lies in a folder named as a class")
-        write_atomic(what.confusion, _confusion_png(answers))
-    for path in filter(None, (what.json, what.csv, what.confusion)):
-        say(f"{path}")
+        answers = ask(model, found, batch=what.batch, progress=progress)
+    publish(answers, what)
     if answers.damaged:
-        say(f"{len(answers.damaged)} of {len(found)} images could not be read")
-        raise typer.Exit(OUR_MISTAKE)
+        complain(f"error: {len(answers.damaged)} of {len(found)} images could not be read")
+        raise typer.Exit(1)
+
+
+@app.command()
+def bundle(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            help="Small models with one backbone. NAME=FILE sets the name of the task.", metavar="FILES..."
+        ),
+    ],
+    out: options.Out = Path("tasks.safetensors"),
+) -> None:
+    """Store small models that share a backbone as one file: the backbone once, and each task's classifier.
+
+    They may differ in nothing else but the running statistics of batch norms. `predict` asks all tasks, or one.
+    """
+    named = [_named(text) for text in files]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_bundle(named, out)
+    together, apart = out.stat().st_size, sum(path.stat().st_size for _, path in named)
+    say(f"{out}: {len(named)} tasks, {count_text(together)}B; as separate files {count_text(apart)}B")
+
+
+def _named(text: str) -> tuple[str | None, Path]:
+    """NAME=FILE, or FILE alone; a file whose own name has such a sign is taken as it is."""
+    name, sign, file = text.partition("=")
+    return (name, Path(file)) if sign and not Path(text).exists() else (None, Path(text))
 
 
 @app.command()
@@ -303,18 +309,18 @@ def predict(
 def bench(
     model: options.BenchModelOptions,
     what: options.BenchOptions,
-    run: options.DeviceOptions,
+    place: options.PlaceOptions,
     out: Annotated[Path | None, Option(help="Save as JSON.", rich_help_panel=options.RUN)] = None,
 ) -> None:
     """Dense against pruned, in one runtime or several: latency, throughput, FLOPs, size, saving that became time."""
-    device, grid = run.begin(), what.grid()
+    device, grid = place.begin(), what.grid()
     files = {path: read_pruned(path) for path in what.pruned or ()}
     pruned = {path: state.checkpoint(state.build()) for path, state in files.items()}
     backbone = model.beside(pruned, next((state.create_args for state in files.values()), None))
     dense, see = backbone.model, backbone.preprocessing
     shape = (3, see.size, see.size)
     keeps = what.keep or ([] if files else [0.5])
-    copies = pruned_copies(dense, keeps, scope=what.scope, align=what.align, seed=run.seed)
+    copies = pruned_copies(dense, keeps, scope=what.scope, align=what.align, seed=what.seed)
     peers = {}
     if what.against_torch_pruning:
         settings = Settings(scope=what.scope, align=what.align)
@@ -369,10 +375,6 @@ def _made_by_torch_pruning(
             )
         made[f"keep {keep:g}, torch-pruning"] = peer
     return made
-
-
-def _confusion_png(answers: Answers) -> bytes:
-    return to_png(lambda theme: confusion_matrix(answers.confusion(), answers.class_names, theme))
 
 
 def _has(images: Any, task: dict[str, Any]) -> bool:

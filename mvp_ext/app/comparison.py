@@ -297,6 +297,8 @@ def _run(
         "task": task.name,
         "accuracy": result.accuracy,
         "trained_accuracy": result.trained_accuracy,
+        "expected_calibration_error": result.expected_calibration_error,
+        "mean_confidence": result.mean_confidence,
         "history": [[point.step, point.refit_accuracy] for point in result.history],
         "cost": summary["cost"],
         "kept": summary["kept"],

@@ -55,18 +55,23 @@ class Commands(TyperGroup):
                 else f"error in mvp_ext itself ({type(error).__name__}; MVP_DEBUG=1 shows where)"
             )
             line = f"{title}: {' '.join(str(error).split()) or type(error).__name__}"
-            errors.print(printable(line), style="red", markup=False, highlight=False, soft_wrap=True)
+            complain(line)
             raise typer.Exit(WRONG_INPUT if expected else OUR_MISTAKE) from None
-
-
-def printable(text: str) -> str:
-    """``text`` without what a terminal would obey: a name may have been chosen by anybody."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def say(text: object) -> None:
     """A sentence, as it is: a path in it is not broken over lines, and brackets in a name are no markup."""
-    console.print(printable(str(text)), markup=False, highlight=False, soft_wrap=True)
+    console.print(plain(str(text)), markup=False, highlight=False, soft_wrap=True)
+
+
+def complain(text: str, style: str = "red") -> None:
+    """Likewise, on stderr."""
+    errors.print(plain(text), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def plain(text: str) -> str:
+    """Text of whatever origin (a file's name, a class's) without what would steer a terminal: that is spelled out."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def warn_in_one_line() -> None:
@@ -74,13 +79,7 @@ def warn_in_one_line() -> None:
 
     def show(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
         if issubclass(category, UserWarning):
-            errors.print(
-                printable(f"warning: {message}"),
-                style="yellow",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            complain(f"warning: {message}", "yellow")
 
     warnings.showwarning = show
 

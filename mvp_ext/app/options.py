@@ -24,10 +24,13 @@ from mvp_ext.app.bench import Grid
 from mvp_ext.app.comparison import NAMES, Comparison
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
+from mvp_ext.deploy.formats import FORMATS
 from mvp_ext.deploy.metadata import PRECISIONS
 from mvp_ext.deploy.runtimes import RUNTIMES
+from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.create import create_model
+from mvp_ext.model.prediction import PREDICT_BATCH
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
@@ -39,7 +42,7 @@ from mvp_ext.zoo.zoo import Zoo
 
 _Name = TypeVar("_Name", bound=str)
 
-MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
+MODEL, DATA, PRUNING, RUN, EXPORT = "Model", "Images and tasks", "Pruning", "Run", "Export"
 
 Out = Annotated[Path, Option(help="Where the result goes.", rich_help_panel=RUN)]
 ZooPath = Annotated[Path, Option("--zoo", help="Directory of the zoo.")]
@@ -79,10 +82,9 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class DeviceOptions:
-    """Where a command runs, and its seed."""
+class PlaceOptions:
+    """Where a command computes."""
 
-    seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=RUN)] = Settings.seed
     device: Annotated[
         str, Option(help="cpu, cuda, cuda:1 or auto: the GPU if torch sees one.", rich_help_panel=RUN)
     ] = "auto"
@@ -101,8 +103,8 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
-class ExecutionOptions(DeviceOptions):
-    """Where and how a command runs."""
+class DeviceOptions(PlaceOptions):
+    """Where a command computes, and with how many threads."""
 
     threads: Annotated[int | None, Option(help="CPU threads of torch.", rich_help_panel=RUN, min=1)] = None
 
@@ -111,6 +113,13 @@ class ExecutionOptions(DeviceOptions):
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         return super().begin()
+
+
+@dataclass(frozen=True)
+class ExecutionOptions(DeviceOptions):
+    """Where and how a command runs that draws at random."""
+
+    seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=RUN)] = Settings.seed
 
 
 @dataclass(frozen=True)
@@ -459,19 +468,6 @@ class CompareOptions:
 
 
 @dataclass(frozen=True)
-class PredictOptions:
-    """What `predict` says, and where."""
-
-    top: Annotated[int, Option(help="Classes shown of each image.", min=1)] = 3
-    batch_size: Annotated[int, Option(help="Images a pass.", min=1)] = 32
-    json: Annotated[Path | None, Option(help="Write everything that is said as JSON.")] = None
-    csv: Annotated[Path | None, Option(help="Write the probabilities of all classes as CSV.")] = None
-    confusion: Annotated[
-        Path | None, Option(help="Draw the confusion matrix into this PNG; for folders named as classes.")
-    ] = None
-
-
-@dataclass(frozen=True)
 class BenchOptions:
     """What `bench` times, and in what."""
 
@@ -485,6 +481,7 @@ class BenchOptions:
         str | None, Option(help="As of `prune`. Default: the family's.", rich_help_panel=PRUNING)
     ] = None
     align: Annotated[int, Option(help="As of `prune`.", rich_help_panel=PRUNING)] = Settings.align
+    seed: Annotated[int, Option(help="Of what is kept.", rich_help_panel=PRUNING)] = Settings.seed
     pruned: Annotated[
         list[Path] | None,
         Option(
@@ -523,16 +520,15 @@ class BenchOptions:
     ] = None
 
     def task(self, pruned: Iterable[PrunedCheckpoint]) -> TaskData | None:
-        """The images of the first pruned model's classes, where --data says which; ValueError if it has not all."""
+        """The images of the first pruned model's classes; None without --data."""
         if self.data is None:
             return None
-        names = next((small.class_names for small in pruned if small.class_names), None)
-        if names is None:
-            raise ValueError("--data: expected a --pruned file that says its classes, got none")
-        data = load_data(self.data)
-        if unknown := sorted(set(names) - set(data.class_names)):
-            raise ValueError(f"--data {self.data}: expected the model's class {unknown[0]!r}, got none such")
-        return Task("bench", data, tuple(data.class_names.index(name) for name in names)).split()
+        card = next((small.card for small in pruned if small.class_names), None)
+        if card is None:
+            raise ValueError(
+                "bench: --data: expected a --pruned file that says which classes its outputs are"
+            )
+        return Task.of(card.task or "task", load_data(self.data), card.class_names).split()
 
     def grid(self) -> Grid:
         """In what is timed; ValueError for a name or number that there is not."""
@@ -548,6 +544,82 @@ class BenchOptions:
         if batches[0] < 1:
             raise ValueError(f"--batch: expected at least 1, got {batches[0]}")
         return Grid(runtimes, precisions, batches, threads, self.seconds, self.channels_last, self.memory)
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """What `predict` tells, and where to."""
+
+    task: Annotated[str | None, Option(help="Of a bundle: this task alone. Default: all.")] = None
+    top: Annotated[int, Option(help="Most probable classes of each image.", min=1)] = 3
+    json: Annotated[Path | None, Option(help="Write what is told here, as JSON.", rich_help_panel=RUN)] = None
+    csv: Annotated[
+        Path | None,
+        Option(
+            help="Write a line an image here, with the probabilities of all classes.", rich_help_panel=RUN
+        ),
+    ] = None
+    confusion: Annotated[
+        Path | None,
+        Option(
+            help="Of labelled folders: write a figure of what is taken for what here, as PNG.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+    batch: Annotated[int, Option(help="Images a pass.", rich_help_panel=RUN, min=1)] = PREDICT_BATCH
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `export` writes."""
+
+    to: Annotated[
+        str | None, Option(help=f"{', '.join(FORMATS)}. Default: as --out ends.", rich_help_panel=EXPORT)
+    ] = None
+    out: Annotated[
+        Path | None,
+        Option(help="The file. Default: beside the model, with the format's suffix.", rich_help_panel=EXPORT),
+    ] = None
+    precision: Annotated[
+        str, Option(help=f"{', '.join(PRECISIONS)}. int8 needs --data.", rich_help_panel=EXPORT)
+    ] = "float32"
+    preprocess: Annotated[
+        bool,
+        Option(
+            help="Put resizing and normalisation into the file: it takes bytes [B, H, W, 3] of any size.",
+            rich_help_panel=EXPORT,
+        ),
+    ] = False
+    softmax: Annotated[bool, Option(help="Put a softmax behind the outputs.", rich_help_panel=EXPORT)] = False
+    force: Annotated[
+        bool, Option("--force", help="Replace a file that is there.", rich_help_panel=EXPORT)
+    ] = False
+    data: Annotated[
+        str | None,
+        Option(
+            help="As of `prune`: images of the model's classes to check the file on. Default: noise.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+
+    def path(self, model: Path) -> Path:
+        """Where the file goes; ValueError where neither option says the format, or one is there."""
+        if self.out is None and self.to is None:
+            raise ValueError(f"export: which format? Give --to {'|'.join(FORMATS)}, or --out with its suffix")
+        # An unknown format is for `export` to name.
+        suffix = FORMATS[self.to].suffix if self.to in FORMATS else ""
+        path = self.out or model.with_suffix(suffix)
+        if path.exists() and not self.force:
+            raise ValueError(f"export: {path} is there already; give --force to replace it, or another --out")
+        return path
+
+    def task(self, card: ModelCard) -> TaskData | None:
+        """The images of the model's classes; None without --data."""
+        if self.data is None:
+            return None
+        if not card.class_names:
+            raise ValueError("export: --data: the model does not say which classes its outputs are")
+        return Task.of(card.task or "task", load_data(self.data), card.class_names).split()
 
 
 def pretraining_recipe(family: Recipe, learning_rate: float | None, batch_size: int | None) -> Recipe | None:

@@ -16,12 +16,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from torch import Tensor
 
 from mvp_ext.app.results import ArmSummary, Results, chance_overlap, flops_text, learning_curve, summarise
 
 # Beside the colours: an arm can be told apart without them.
 MARKERS = "osD^vPX"
+# A matrix of so many classes at most has its counts written in.
+WRITTEN_CLASSES = 20
 CHANCE = "independent draws: r/(2−r)"
 
 
@@ -254,29 +255,26 @@ def latency(results: Results, theme: Theme) -> Figure:
     return figure
 
 
-def confusion_matrix(counts: Tensor, class_names: Sequence[str], theme: Theme) -> Figure:
-    """Of the images of each class (row), the share that was called each (column); numbers where there is room."""
-    k = len(class_names)
-    figure, axes = new_figure(theme, *(min(3 + 0.35 * k, 14),) * 2)
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    colours = LinearSegmentedColormap.from_list("share", [theme.surface, theme.colour(0)])
-    axes.imshow(shares.numpy(), cmap=colours, vmin=0, vmax=1)
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str], theme: Theme) -> Figure:
+    """Images of each class (rows) by the class that was predicted (columns); shade: share of the row."""
+    side = 1.6 + max(0.22 * len(names), 1.6)
+    figure, axes = new_figure(theme, side + 0.6, side)
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+    shades = LinearSegmentedColormap.from_list("shares", [theme.surface, theme.colour(0)])
+    axes.imshow(shares, cmap=shades, vmin=0, vmax=1)
     axes.grid(False)
-    axes.set_xticks(range(k), class_names, rotation=90)
-    axes.set_yticks(range(k), class_names)
-    axes.set_xlabel("called")
-    axes.set_ylabel("shows")
-    for row, column in counts.nonzero().tolist() if k <= 25 else ():
-        strong = float(shares[row, column]) > 0.6
-        axes.text(
-            column,
-            row,
-            str(int(counts[row, column])),
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=theme.surface if strong else theme.ink,
-        )
+    places = list(range(len(names)))
+    # A dollar sign in a name is no formula.
+    axes.set_xticks(places, names, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(places, names, parse_math=False)
+    if len(names) <= WRITTEN_CLASSES:
+        for at, row in enumerate(counts):
+            for predicted, count in enumerate(row):
+                if count:
+                    ink = theme.surface if shares[at][predicted] > 0.5 else theme.ink
+                    axes.text(predicted, at, str(count), ha="center", va="center", fontsize=7, color=ink)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("folder")
     return figure
 
 

@@ -1,205 +1,330 @@
-"""What a small model says of image files: names, probabilities and, where folders name classes, how often right."""
+"""What ``mvp-ext predict`` does: a model's file of any format asked about image files, and its answers told."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mvp_ext._version import __version__
+from mvp_ext.app.console import complain, console, say
+from mvp_ext.app.options import DeviceOptions, PredictOptions
+from mvp_ext.app.plots import WRITTEN_CLASSES, confusion, to_png
 from mvp_ext.app.tables import Side, Table
 from mvp_ext.data.sources import FoundImage
-from mvp_ext.model.card import ModelCard
+from mvp_ext.deploy.bundle import BUNDLE, load_bundle
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.prediction import Predictions
-from mvp_ext.storage import write_atomic
+from mvp_ext.model.preprocessing import Preprocessing
+from mvp_ext.storage import kind_of, write_atomic
 from mvp_ext.train.evaluate import Quality
 
-# Beyond so many classes a confusion matrix is no longer read in a terminal: the most frequent confusions are listed.
-SHOWN_CLASSES = 20
-LISTED_CONFUSIONS = 10
+# Of more classes than a terminal has room for: the pairs that are confused most often.
+PAIRS = 10
 
 
-class Predictor(Protocol):
-    """A pruned model, or an exported file."""
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model's file, whatever its format.
 
-    @property
-    def card(self) -> ModelCard: ...
+    Attributes:
+        path: of the file.
+        see: how it sees images.
+        answer: uint8 [B, S, S, 3] → its predictions for each of its tasks.
+    """
 
-    def predict(self, images: Any, *, batch: int) -> Predictions: ...
+    path: Path
+    see: Preprocessing
+    answer: Callable[[Tensor], Mapping[str, Predictions]]
+
+
+def open_model(path: Path, where: DeviceOptions, task: str | None = None) -> OpenedModel:
+    """Open a file of ``save_pruned``, ``save_bundle`` or ``export``; with ``task``, of a bundle that task alone.
+
+    Raises:
+        ValueError: the file is none of these, does not have the task or does not say how its model sees images, or a
+            device is asked for that does not run it. OSError: it cannot be read.
+    """
+    device = where.begin()
+    if path.suffix == ".safetensors" and kind_of(path) == BUNDLE:
+        bundle = load_bundle(path, device)
+        see = bundle.shared.card.need_preprocessing(f"predict: {path}")
+        if task is None:
+            return OpenedModel(path, see, lambda images: bundle.predict(images, batch=len(images)))
+        bundle.classes(task)
+        return OpenedModel(path, see, lambda images: {task: bundle.predict(images, task, batch=len(images))})
+    model: Any
+    if path.suffix == ".safetensors":
+        model = load_pruned(path, device)
+    elif where.device not in ("auto", "cpu"):
+        raise ValueError(f"--device {where.device}: exported files run on the CPU")
+    else:
+        from mvp_ext.deploy.exported import load_exported
+
+        model = load_exported(path, threads=where.threads)
+    name = model.card.task or path.stem
+    if task not in (None, name):
+        raise ValueError(f"--task: {path} is of one task, {name!r}, got {task!r}")
+    see = model.card.need_preprocessing(f"predict: {path}")
+    return OpenedModel(path, see, lambda images: {name: model.predict(images, batch=len(images))})
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What was said of the images that could be read.
+    """What a model says of image files.
 
     Attributes:
-        images: those, in the order of ``predictions``.
-        damaged: the others, each with the reason.
+        model: that was asked.
+        images: those that could be read.
+        damaged: the others, and why.
+        tasks: name → the predictions of that task for ``images``.
     """
 
-    images: list[FoundImage]
-    predictions: Predictions
-    damaged: dict[Path, str] = field(default_factory=dict)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return self.predictions.class_names
-
-    @property
-    def labelled(self) -> list[int]:
-        """Positions of the images whose folder is named as a class."""
-        known = set(self.class_names)
-        return [at for at, image in enumerate(self.images) if image.folder in known]
-
-    @property
-    def labels(self) -> Tensor:
-        """int64: of those images."""
-        number = {name: at for at, name in enumerate(self.class_names)}
-        return torch.tensor([number[str(self.images[at].folder)] for at in self.labelled], dtype=torch.int64)
-
-    @property
-    def quality(self) -> Quality:
-        """Of those images, at least one."""
-        return Quality.of(self.predictions.probabilities[self.labelled].log(), self.labels)
-
-    def confusion(self) -> Tensor:
-        """int64 [k, k]: how many images of class i were called j."""
-        k = len(self.class_names)
-        answers = self.predictions.probabilities[self.labelled].argmax(1)
-        return torch.bincount(self.labels * k + answers, minlength=k * k).view(k, k)
+    model: OpenedModel
+    images: Sequence[FoundImage]
+    damaged: Mapping[Path, str]
+    tasks: Mapping[str, Predictions]
 
 
-def open_predictor(path: Path, device: torch.device) -> Predictor:
-    """A file of ``prune`` or of ``export``, by its suffix."""
-    if path.suffix in (".onnx", ".xml", ".pt2"):
-        from mvp_ext.deploy.exported import load_exported
-
-        return load_exported(path, threads=torch.get_num_threads())
-    return load_pruned(path, device)
-
-
-def classify(
-    model: Predictor,
-    images: Sequence[FoundImage],
+def ask(
+    model: OpenedModel,
+    found: Sequence[FoundImage],
     *,
     batch: int,
-    on_damaged: Callable[[Path, str], None],
-    progress: Callable[[int, int], None],
+    progress: Callable[[str, int, int], None],
 ) -> Answers:
-    """Ask the model of each image that can be read.
-
-    Args:
-        batch: images a pass.
-        on_damaged: called with the path of each other one and the reason, as it is met.
-        progress: called with (images done, of all) after each pass.
-    """
-    see = model.card.need_preprocessing("predict")
-    read: list[FoundImage] = []
-    parts: list[Predictions] = []
+    """The model's answers, ``batch`` images a pass; images that cannot be read are named on stderr as they are met."""
+    images: list[FoundImage] = []
     damaged: dict[Path, str] = {}
-    left, done = iter(images), 0
-    while chunk := list(islice(left, batch)):
-        pixels = []
-        for image in chunk:
-            try:
-                pixels.append(see.bytes_of(image.path))
-                read.append(image)
-            # Pillow's decoders raise almost anything on damaged bytes.
-            except Exception as error:
-                damaged[image.path] = str(error) or type(error).__name__
-                on_damaged(image.path, damaged[image.path])
-        if pixels:
-            parts.append(model.predict(torch.stack(pixels), batch=batch))
-        done += len(chunk)
-        progress(done, len(images))
-    if not parts:
-        raise ValueError(f"predict: none of {len(images)} images could be read, first {next(iter(damaged))}")
-    return Answers(
-        read, Predictions(torch.cat([p.probabilities for p in parts]), parts[0].class_names), damaged
-    )
+    parts: dict[str, list[Predictions]] = {}
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(found), batch):
+            chunk = found[start : start + batch]
+            pixels = []
+            for image, read in zip(chunk, pool.map(partial(_read, model.see), chunk), strict=True):
+                if isinstance(read, str):
+                    damaged[image.path] = read
+                    complain(f"{image.path}: passed over: {read}", "yellow")
+                else:
+                    images.append(image)
+                    pixels.append(read)
+            if pixels:
+                for task, predictions in model.answer(torch.stack(pixels)).items():
+                    parts.setdefault(task, []).append(predictions)
+            progress("", start + len(chunk), len(found))
+    tasks = {
+        task: Predictions(torch.cat([p.probabilities for p in each]), each[0].class_names)
+        for task, each in parts.items()
+    }
+    return Answers(model, images, damaged, tasks)
+
+
+def _read(see: Preprocessing, image: FoundImage) -> Tensor | str:
+    """uint8 [S, S, 3], or why the image cannot be read."""
+    try:
+        return see.bytes_of(image.path)
+    # Pillow's decoders raise almost anything on damaged bytes.
+    except Exception as error:
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Predictions beside the folders that their images are in.
+
+    Attributes:
+        class_names: k, of the model.
+        quality: over the images in folders of classes.
+        confusion: k rows (the folder's class) of k counts (the predicted class).
+        strangers: how many images are in no class's folder.
+    """
+
+    class_names: Sequence[str]
+    quality: Quality
+    confusion: list[list[int]]
+    strangers: int
+
+    @classmethod
+    def of(cls, predictions: Predictions, images: Sequence[FoundImage]) -> Judgement | None:
+        """None where no image is in a folder of a class."""
+        names = predictions.class_names
+        label_of = {name: label for label, name in enumerate(names)}
+        known = [row for row, image in enumerate(images) if image.group in label_of]
+        if not known:
+            return None
+        labels = torch.tensor([label_of[str(images[row].group)] for row in known])
+        probabilities = predictions.probabilities[known].double()
+        pairs = labels * len(names) + probabilities.argmax(1)
+        counts = pairs.bincount(minlength=len(names) ** 2).view(len(names), -1)
+        # Quality takes logits; logarithms of probabilities are some.
+        quality = Quality.of(probabilities.log(), labels)
+        return cls(names, quality, counts.tolist(), len(images) - len(known))
+
+    def per_class(self) -> dict[str, tuple[int, int]]:
+        """(images, those that are right) of each class that has images."""
+        rows = zip(self.class_names, self.confusion, strict=True)
+        return {name: (sum(row), row[at]) for at, (name, row) in enumerate(rows) if any(row)}
+
+    @property
+    def images(self) -> int:
+        return sum(map(sum, self.confusion))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "images": self.images,
+            **self.quality._asdict(),
+            "classes": {
+                name: {"images": images, "right": right, "accuracy": right / images}
+                for name, (images, right) in self.per_class().items()
+            },
+            "confusion": self.confusion,
+            "in_no_class_folder": self.strangers,
+        }
+
+
+def publish(answers: Answers, what: PredictOptions) -> None:
+    """Print the answers, and write them where ``what`` says.
+
+    Raises:
+        ValueError: a confusion matrix is asked for, and there is no one to draw. OSError: a file cannot be written.
+    """
+    judged = {
+        task: judgement
+        for task, predictions in answers.tasks.items()
+        if (judgement := Judgement.of(predictions, answers.images)) is not None
+    }
+    console.print(answers_table(answers, what.top))
+    for task, judgement in judged.items():
+        for table in judgement_tables(judgement, task if len(answers.tasks) > 1 else ""):
+            console.print(table)
+        say(_in_words(judgement))
+    if what.json is not None:
+        _write(what.json, json.dumps(to_json(answers, judged, what.top), indent=1) + "\n")
+    if what.csv is not None:
+        _write(what.csv, to_csv(answers, what.top))
+    if what.confusion is not None:
+        if len(judged) != 1:
+            raise ValueError(
+                f"--confusion: expected one task with images in folders of its classes, got {len(judged)}"
+            )
+        (judgement,) = judged.values()
+        drawn = partial(confusion, judgement.confusion, judgement.class_names)
+        _write(what.confusion, to_png(drawn))
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Bytes of a file's name that are no text are spelled out.
+    write_atomic(path, content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+    say(path)
 
 
 def answers_table(answers: Answers, top: int) -> Table:
-    """One row an image: its most probable classes."""
-    shown = answers.predictions.top(top)
-    columns: list[tuple[str, Side]] = [("image", "left")]
-    for rank in range(len(shown[0])):
-        columns += [("class" if rank == 0 else f"{rank + 1}.", "left"), ("probability (%)", "right")]
-    rows = [
-        (str(image.path), *(cell for name, chance in row for cell in (name, f"{100 * chance:.1f}")))
-        for image, row in zip(answers.images, shown, strict=True)
-    ]
-    return Table(columns, rows)
-
-
-def accuracy_table(answers: Answers) -> Table:
-    """One row a class: of its images, how many were called so."""
-    confusion = answers.confusion()
+    """A row an image and task: its ``top`` most probable classes."""
+    several = len(answers.tasks) > 1
+    best = {task: predictions.top(top) for task, predictions in answers.tasks.items()}
+    width = max((len(row) for rows in best.values() for row in rows), default=0)
+    headings = ["image", *(["task"] if several else []), *map(str, range(1, width + 1))]
+    columns: list[tuple[str, Side]] = [(heading, "left") for heading in headings]
     rows = []
-    for name, row, right in zip(answers.class_names, confusion, confusion.diagonal(), strict=True):
-        count = int(row.sum())
-        rows.append((name, str(count), "" if count == 0 else f"{100 * int(right) / count:.1f}"))
-    rows.append(("all", str(len(answers.labelled)), f"{100 * answers.quality.accuracy:.1f}"))
-    return Table((("class", "left"), ("images", "right"), ("accuracy (%)", "right")), rows)
+    for position, image in enumerate(answers.images):
+        name = str(image.path)
+        for task, ranked in best.items():
+            cells = [f"{label} {100 * chance:.1f} %" for label, chance in ranked[position]]
+            rows.append([name, *([task] if several else []), *cells, *[""] * (width - len(cells))])
+            name = ""
+    return Table(columns, rows, "most probable classes")
 
 
-def confusion_table(answers: Answers) -> Table:
-    """Rows: what an image shows. Columns: what it was called. Of many classes the most frequent confusions alone."""
-    names, confusion = answers.class_names, answers.confusion()
-    if len(names) <= SHOWN_CLASSES:
-        columns: list[tuple[str, Side]] = [("shows", "left"), *((name, "right") for name in names)]
-        rows = [
-            (name, *(str(count) if count else "·" for count in row))
-            for name, row in zip(names, confusion.tolist(), strict=True)
-        ]
-        return Table(columns, rows, "called …")
-    wrong = confusion.clone().fill_diagonal_(0)
-    counts, places = wrong.flatten().topk(min(LISTED_CONFUSIONS, int((wrong > 0).sum())))
-    pairs = [divmod(place, len(names)) for place in places.tolist()]
-    rows = [(names[i], names[j], str(count)) for (i, j), count in zip(pairs, counts.tolist(), strict=True)]
-    return Table(
-        (("shows", "left"), ("called", "left"), ("images", "right")), rows, "most frequent confusions"
+def judgement_tables(judgement: Judgement, task: str) -> list[Table]:
+    """Accuracy of each class, and what is taken for what."""
+    title = f"{task}: " if task else ""
+    classes = [
+        [name, str(images), str(right), f"{100 * right / images:.1f}"]
+        for name, (images, right) in judgement.per_class().items()
+    ]
+    names, counts = judgement.class_names, judgement.confusion
+    sides: tuple[Side, ...] = ("left", "right", "right", "right")
+    headings = ("class", "images", "right", "accuracy (%)")
+    tables = [Table(list(zip(headings, sides, strict=True)), classes, f"{title}accuracy by class")]
+    if len(names) <= WRITTEN_CLASSES:
+        columns: list[tuple[str, Side]] = [("folder", "left"), *((name, "right") for name in names)]
+        rows = [[name, *map(str, row)] for name, row in zip(names, counts, strict=True) if any(row)]
+        return [*tables, Table(columns, rows, f"{title}images of each folder by the class predicted")]
+    pairs = sorted(
+        (-count, at, predicted)
+        for at, row in enumerate(counts)
+        for predicted, count in enumerate(row)
+        if count and at != predicted
     )
+    rows = [[names[at], names[predicted], str(-count)] for count, at, predicted in pairs[:PAIRS]]
+    columns = [("folder", "left"), ("predicted", "left"), ("images", "right")]
+    return [*tables, Table(columns, rows, f"{title}confused most often")]
 
 
-def save_json(answers: Answers, path: Path, source: Path, card: ModelCard, top: int) -> None:
-    """Everything that was said, and of whom, written whole or not at all."""
-    described: dict[str, Any] = {
-        "model": str(source),
-        "mvp_ext": __version__,
-        "task": card.task,
-        "class_names": list(answers.class_names),
+def _in_words(judgement: Judgement) -> str:
+    quality = judgement.quality
+    text = (
+        f"accuracy {100 * quality.accuracy:.1f} % on {judgement.images} images, mean confidence "
+        f"{100 * quality.mean_confidence:.1f} %, expected calibration error "
+        f"{100 * quality.expected_calibration_error:.1f} %"
+    )
+    if judgement.strangers:
+        text += f"; {judgement.strangers} more are in no folder of a class and do not count"
+    return text
+
+
+def to_json(answers: Answers, judged: Mapping[str, Judgement], top: int) -> dict[str, Any]:
+    """The answers as JSON values: the model, an entry an image and task, the damaged images, the quality."""
+    best = {task: predictions.top(top) for task, predictions in answers.tasks.items()}
+    return {
+        "model": {
+            "file": answers.model.path.name,
+            "tasks": {task: list(predictions.class_names) for task, predictions in answers.tasks.items()},
+        },
+        "versions": {"mvp_ext": __version__, "torch": torch.__version__},
         "images": [
             {
                 "file": str(image.path),
-                "classes": [{"name": name, "probability": chance} for name, chance in row],
+                "task": task,
+                **({"label": image.group} if image.group in answers.tasks[task].class_names else {}),
+                "classes": [{"name": name, "probability": chance} for name, chance in ranked[position]],
             }
-            for image, row in zip(answers.images, answers.predictions.top(top), strict=True)
+            for position, image in enumerate(answers.images)
+            for task, ranked in best.items()
         ],
-        "damaged": [{"file": str(file), "reason": reason} for file, reason in answers.damaged.items()],
+        "damaged": [{"file": str(path), "reason": reason} for path, reason in answers.damaged.items()],
+        "quality": {task: judgement.to_dict() for task, judgement in judged.items()},
     }
-    if answers.labelled:
-        described |= {"quality": answers.quality._asdict(), "confusion": answers.confusion().tolist()}
-    write_atomic(path, (json.dumps(described, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def save_csv(answers: Answers, path: Path) -> None:
-    """A row an image: the file, the most probable class, the probability of each class."""
+def to_csv(answers: Answers, top: int) -> str:
+    """A line an image and task: the ``top`` classes, then the probability of each class; empty where a task has it
+    not."""
+    classes = list(dict.fromkeys(name for each in answers.tasks.values() for name in each.class_names))
+    ranks = range(1, min(top, len(classes)) + 1)
     text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(("file", "class", *answers.class_names))
-    predictions = answers.predictions
-    for image, label, row in zip(
-        answers.images, predictions.labels, predictions.probabilities.tolist(), strict=True
-    ):
-        writer.writerow((image.path, label, *(f"{chance:.6f}" for chance in row)))
-    write_atomic(path, text.getvalue().encode())
+    writer = csv.writer(text, lineterminator="\n")
+    ranked_columns = [f"{what} {rank}" for rank in ranks for what in ("class", "probability")]
+    writer.writerow(["file", "task", "label", *ranked_columns, *classes])
+    best = {task: predictions.top(top) for task, predictions in answers.tasks.items()}
+    for position, image in enumerate(answers.images):
+        for task, predictions in answers.tasks.items():
+            ranked = [cell for pair in best[task][position] for cell in pair]
+            label = image.group if image.group in predictions.class_names else ""
+            chances = predictions.probabilities[position].tolist()
+            chance_of = dict(zip(predictions.class_names, chances, strict=True))
+            padding = [""] * (2 * len(ranks) - len(ranked))
+            every = [chance_of.get(name, "") for name in classes]
+            writer.writerow([image.path, task, label, *ranked, *padding, *every])
+    return text.getvalue()

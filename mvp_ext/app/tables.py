@@ -11,7 +11,7 @@ from typing import Literal
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from mvp_ext.app.console import printable
+from mvp_ext.app.console import plain
 
 Side = Literal["left", "right"]
 
@@ -57,18 +57,18 @@ class Table:
 
     def __rich__(self) -> RichTable:
         """Headings of numbers are no wider than these; what still does not fit is folded, never left out."""
-        title = Text(self.title, style="table.title") if self.title else None
+        title = Text(plain(self.title), style="table.title") if self.title else None
         table = RichTable(title=title, title_justify="left")
         for position, (heading, side) in enumerate(self.columns):
             if side == "right":
                 widest = max((len(row[position]) for row in self.rows), default=0)
                 heading = "\n".join(wrap(heading, max([1, widest, *map(len, heading.split())])))
-            table.add_column(Text(printable(heading)), justify=side, overflow="fold")
+            table.add_column(Text(plain(heading)), justify=side, overflow="fold")
         grouped = any(not row[0] for row in self.rows)
         for row in self.rows:
             if grouped and row[0]:
                 table.add_section()
-            table.add_row(*(Text(printable(cell)) for cell in row))
+            table.add_row(*(Text(plain(cell)) for cell in row))
         return table
 
 

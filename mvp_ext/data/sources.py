@@ -6,12 +6,13 @@ or raises ``DataError``; nothing is left out silently.
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,61 +207,78 @@ def _read_folder(root: Path, image_size: int | None) -> dict[str, Any]:
 
 
 class FoundImage(NamedTuple):
-    """An image file, and the folder inside the given one that may say what it shows (None for a file given as such)."""
+    """An image file; ``group`` names the subfolder of the given folder that it is in, None where it is in none."""
 
     path: Path
-    folder: str | None
+    group: str | None = None
 
 
-def find_images(
-    sources: Sequence[str | os.PathLike[str]], known_folders: Collection[str] = ()
-) -> list[FoundImage]:
-    """The image files that files, folders (with all below them) and glob patterns mean, each once, in their order.
-
-    In folders, files that are no images by their suffix, and hidden ones, are passed over.
+def find_images(places: Sequence[str | os.PathLike[str]]) -> list[FoundImage]:
+    """The image files that files, folders and patterns name: in the order given, sorted within each, each once.
 
     Args:
-        known_folders: names of classes; an image's ``folder`` is the innermost one around it of such a name.
+        places: files, taken as they are whatever their names; folders, searched with all their subfolders for names
+            with the suffix of an image; patterns as of ``glob``, ``**`` too, of both. Hidden files and folders, and
+            what a Mac puts into archives (``__MACOSX``), are passed over.
 
     Raises:
-        DataError: a source that is not there, a folder without images, a pattern without matches.
+        DataError: one of them names nothing, or a folder or pattern no image.
     """
     found: dict[Path, FoundImage] = {}
-    for source in sources:
-        path = Path(source).expanduser()
-        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-        if not matches:
-            raise DataError(f"no such image, folder or pattern: {str(source)!r}")
-        for match in matches:
-            if not match.is_dir():
-                found.setdefault(match, FoundImage(match, None))
-                continue
-            inside = [p for p in sorted(match.rglob("*")) if _is_image_of(p, match)]
-            if not inside:
-                raise DataError(f"{match}: no images in this folder")
-            for image in inside:
-                around = (match.resolve().name, *image.relative_to(match).parts[:-1])
-                named = [name for name in around if name in known_folders]
-                found.setdefault(image, FoundImage(image, named[-1] if named else None))
+    for given in places:
+        place = os.fspath(given)
+        path = Path(place).expanduser()
+        if path.is_dir():
+            images = list(_images_in(path))
+        elif path.exists():
+            images = [FoundImage(path)]
+        else:
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+            if not matches:
+                raise DataError(f"find_images: no such file or folder, nor a match of a pattern: {place!r}")
+            images = []
+            for match in matches:
+                images += _images_in(match) if match.is_dir() else [FoundImage(match)] * _is_image(match)
+        if not images:
+            raise DataError(f"find_images: no image in {place!r}; known by suffixes like .png, .jpg, .webp")
+        for image in images:
+            found.setdefault(image.path, image)
     return list(found.values())
 
 
-def image_suffixes() -> set[str]:
-    """Of all kinds of images that Pillow reads, like ".png"."""
+def _images_in(root: Path) -> Iterator[FoundImage]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    # Links to folders are followed, but no folder is read twice: a link may lead back.
+    read: set[str] = set()
+    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
+        real = os.path.realpath(folder)
+        inner[:] = (
+            [] if real in read else sorted(n for n in inner if not n.startswith(".") and n != "__MACOSX")
+        )
+        parts = Path(folder).relative_to(root).parts
+        if real not in read:
+            images = (Path(folder, name) for name in sorted(names))
+            yield from (FoundImage(path, parts[0] if parts else None) for path in images if _is_image(path))
+        read.add(real)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _image_suffixes() and not path.name.startswith(".")
+
+
+@functools.cache
+def _image_suffixes() -> frozenset[str]:
+    """Of what Pillow reads, in lower case, with their dots."""
     from PIL import Image
 
-    return {suffix for suffix, form in Image.registered_extensions().items() if form in Image.OPEN}
-
-
-def _is_image_of(path: Path, folder: Path) -> bool:
-    parts = path.relative_to(folder).parts
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-    return not hidden and path.suffix.lower() in image_suffixes() and path.is_file()
+    return frozenset(s for s, form in Image.registered_extensions().items() if form in Image.OPEN)
 
 
 def _list_folder(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
     """Class names, image files and their labels of a ``class/image`` tree, in sorted, repeatable order."""
-    known = image_suffixes()
+    known = _image_suffixes()
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise DataError(f"{root}: no class folders; expected {root}/<class>/<image>, or .npz files")

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from mvp_ext._version import __version__
 from mvp_ext.data.tasks import TaskData, few_of_each
 from mvp_ext.deploy.exported import ExportedModel, load_exported
+from mvp_ext.deploy.extra import need
 from mvp_ext.deploy.formats import Format, format_of
 from mvp_ext.deploy.graph import Deployable, deployable
-from mvp_ext.deploy.metadata import PRECISIONS, Metadata, Precision
+from mvp_ext.deploy.metadata import Metadata, Precision, Program, precision_of
+from mvp_ext.deploy.quantize import CALIBRATION_IMAGES
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.preprocessing import Preprocessing, resize
 from mvp_ext.pruning.result import Result
@@ -94,8 +96,8 @@ def export(
             (Products with matrices do the resizing. Photos of many megapixels a runtime sees sooner if they are made
             smaller before.)
         softmax: put a softmax behind the logits.
-        data: the task's images: the check is on its test images, and both accuracies are measured. Default: the
-            task's own of a ``Result``; of a checkpoint none, and the check is on noise.
+        data: the task's images, classes in any order: the check is on its test images, and both accuracies are
+            measured. Default: the task's own of a ``Result``; of a checkpoint none, and the check is on noise.
 
     Raises:
         ValueError: the format does not have the precision, the model does not say how it sees images, int8 without
@@ -115,7 +117,7 @@ def export(
         preprocess,
         softmax,
         {name: units.tolist() for name, units in small.mask.indices.items()},
-        {"mvp_ext": __version__, "torch": torch.__version__, "timm": import_timm().__version__},
+        _versions(form),
     )
     images = _Images.of(small, data, ACCURACY_ON if precision == "int8" else CHECKED_ON)
     graph = deployable(small.model, small.card, preprocess=preprocess, softmax=softmax)
@@ -123,7 +125,8 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder, _quiet():
         draft = Path(folder) / path.name
         in_graph: Precision = precision if form.name == "pt2" else "float32"
-        form.write(_traced(copy.deepcopy(graph), in_graph, images.shape), draft, metadata)
+        calibration = _calibration(images, data, preprocess) if data and precision == "int8" else None
+        form.write(_traced(copy.deepcopy(graph), in_graph, images.shape), draft, metadata, calibration)
         report = _compare(small.model, graph, load_exported(draft), images)
         _check(report, path, form)
         return replace(report, path=path, bytes=_put_in_place(form, draft, path))
@@ -132,20 +135,25 @@ def export(
 def _check_arguments(
     small: PrunedCheckpoint, form: Format, precision: Precision, data: TaskData | None
 ) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"export: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    precision_of("export", precision)
     if precision in form.refused:
         raise ValueError(f"export: precision: {form.name} has no {precision}: {form.refused[precision]}")
     if precision == "int8" and data is None:
         raise ValueError("export: data: int8 is calibrated on the task's training images, got none")
     names = small.card.class_names
-    if data is not None and names and tuple(data.class_names) != names:
+    if data is not None and names and sorted(data.class_names) != sorted(names):
         raise ValueError(
             f"export: data: expected the classes of the model's outputs ({', '.join(names)}), got "
             f"{', '.join(data.class_names)}"
         )
     if data is not None:
         small.card.need_preprocessing("export: data")
+
+
+def _versions(form: Format) -> dict[str, str]:
+    """Of what writes a file; ImportError where something is not installed."""
+    ours = {"mvp_ext": __version__, "torch": torch.__version__, "timm": import_timm().__version__}
+    return ours | {name: need(name).__version__ for name in form.libraries}
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,10 @@ class _Images:
         see = small.card.preprocessing
         if data is not None and see is not None:
             chosen = few_of_each(data.test_labels, count, seed=0).to(data.test_labels.device)
-            labels = data.test_labels[chosen].cpu()
+            # Data loaded from elsewhere may have the classes in another order than the model's outputs.
+            names = small.card.class_names or data.class_names
+            output = torch.tensor([names.index(name) for name in data.class_names])
+            labels = output[data.test_labels[chosen].cpu()]
             return cls(resize(data.test_images[chosen].cpu(), see.size), see, labels)
         generator = torch.Generator().manual_seed(0)
         if see is not None:
@@ -184,9 +195,14 @@ class _Images:
         return images if self.preprocessing is None else self.preprocessing.batch(images)
 
 
-def _traced(
-    graph: Deployable, precision: Precision, shape: tuple[int, int, int]
-) -> torch.export.ExportedProgram:
+def _calibration(images: _Images, data: TaskData, preprocess: bool) -> Tensor:
+    """Some of the task's training images, as the graph takes them."""
+    order = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))
+    chosen = data.train_images[order[:CALIBRATION_IMAGES].to(data.train_images.device)].cpu()
+    return chosen if preprocess else images.seen(chosen)
+
+
+def _traced(graph: Deployable, precision: Precision, shape: tuple[int, int, int]) -> Program:
     """The program, for any number of images, and of any size where the graph resizes them."""
     if precision == "bfloat16":
         graph.model.bfloat16()

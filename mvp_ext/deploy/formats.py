@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mvp_ext.deploy import onnx_file, openvino_file, pt2_file
-from mvp_ext.deploy.metadata import Metadata
+from mvp_ext.deploy.metadata import Metadata, Program
 
 
 @dataclass(frozen=True)
@@ -21,16 +20,18 @@ class Format:
         name: as the command line has it.
         runtime: what runs its files.
         suffixes: of its parts, in the order they are put in place; the last is the file's own.
-        write: writes all parts of a float file beside the path that is given.
+        write: writes all parts of a file at the path; int8 where it is given images to calibrate on.
         open_file: of a file, with so many threads (None: the runtime's own choice): metadata, and images → outputs.
+        libraries: that write and run its files, beside torch.
         refused: precision → why the format does not have it.
     """
 
     name: str
     runtime: str
     suffixes: tuple[str, ...]
-    write: Callable[[torch.export.ExportedProgram, Path, Metadata], None]
+    write: Callable[[Program, Path, Metadata, Tensor | None], None]
     open_file: Callable[[Path, int | None], tuple[Metadata, Callable[[Tensor], Tensor]]]
+    libraries: tuple[str, ...]
     refused: dict[str, str]
 
     @property
@@ -51,6 +52,7 @@ FORMATS = {
             (".onnx",),
             onnx_file.write,
             onnx_file.open_file,
+            ("onnx", "onnxscript", "onnxruntime"),
             {"bfloat16": "ONNX Runtime has no convolutions in bfloat16 on a CPU; openvino and pt2 have"},
         ),
         Format(
@@ -59,6 +61,7 @@ FORMATS = {
             (".bin", ".xml"),
             openvino_file.write,
             openvino_file.open_file,
+            ("onnx", "onnxscript", "openvino"),
             {},
         ),
         Format(
@@ -67,6 +70,7 @@ FORMATS = {
             (".pt2",),
             pt2_file.write,
             pt2_file.open_file,
+            (),
             {"int8": "torch alone quantises no convolutions statically; onnx and openvino have int8"},
         ),
     )

@@ -126,7 +126,9 @@ class _StandardBlock(nn.Module):
         self.register_buffer("source", source)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.pad(self.branch(x), (0, 0, 0, 0, 0, 1))
+        y = self.branch(x)
+        # Not a pad: OpenVINO 2026.4 crashes where one follows a quantised convolution.
+        y = torch.cat([y, torch.zeros_like(y[:, :1])], 1)
         return self.act(self.shortcut(x) + y.index_select(1, self.source))
 
 

@@ -6,7 +6,11 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch.export import ExportedProgram as Program
+
 from mvp_ext.model.card import ModelCard
+
+__all__ = ["KEY", "PRECISIONS", "Metadata", "Precision", "Program", "precision_of"]
 
 # The key in ONNX's metadata_props, OpenVINO's rt_info and a torch program's extra files.
 KEY = "mvp_ext"
@@ -61,6 +65,13 @@ class Metadata:
             found = cls(card, **values)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{source}: its metadata cannot be read ({error})") from error
-        if found.precision not in PRECISIONS:
-            raise ValueError(f"{source}: its metadata cannot be read (precision {found.precision!r})")
+        precision_of(f"{source}: its metadata cannot be read", found.precision)
         return found
+
+
+def precision_of(what: str, text: str) -> Precision:
+    """The precision of this name; ValueError, beginning with ``what``, where there is none."""
+    for precision in PRECISIONS:
+        if precision == text:
+            return precision
+    raise ValueError(f"{what}: precision: expected one of {', '.join(PRECISIONS)}, got {text!r}")

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from mvp_ext.deploy.extra import need
-from mvp_ext.deploy.metadata import KEY, Metadata
+from mvp_ext.deploy.metadata import KEY, Metadata, Program
+from mvp_ext.deploy.quantize import quantized
 
-# The first with an antialiased Resize is 18; 20 is what the oldest ONNX Runtime of the extra reads.
+# With Gelu as one op; the oldest ONNX Runtime of the extra reads it.
 OPSET = 20
 
 
-def to_onnx(program: torch.export.ExportedProgram, output: str) -> Any:
+def to_onnx(program: Program, output: str) -> Any:
     """The program as an ``onnx.ModelProto`` with input "images" and this output, checked."""
     onnx = need("onnx")
     need("onnxscript")
@@ -38,14 +39,12 @@ def to_onnx(program: torch.export.ExportedProgram, output: str) -> Any:
     return model
 
 
-def write(program: torch.export.ExportedProgram, path: Path, metadata: Metadata) -> None:
-    """Write one file."""
-    save(to_onnx(program, metadata.output), path, metadata)
-
-
-def save(model: Any, path: Path, metadata: Metadata) -> None:
-    """Write an ``onnx.ModelProto`` with this metadata."""
+def write(program: Program, path: Path, metadata: Metadata, calibration: Tensor | None) -> None:
+    """Write one file; int8 where there are images to calibrate it on, as the graph takes them."""
     onnx = need("onnx")
+    model = to_onnx(program, metadata.output)
+    if calibration is not None:
+        model = quantized(model, calibration)
     onnx.helper.set_model_props(model, {KEY: metadata.to_text()})
     path.write_bytes(model.SerializeToString())
 

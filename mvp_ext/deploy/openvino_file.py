@@ -11,27 +11,27 @@ import torch
 from torch import Tensor
 
 from mvp_ext.deploy.extra import need
-from mvp_ext.deploy.metadata import KEY, Metadata
+from mvp_ext.deploy.metadata import KEY, Metadata, Program
 from mvp_ext.deploy.onnx_file import to_onnx
+from mvp_ext.deploy.quantize import quantized
 
 # What the runtime computes in: left to itself it takes bfloat16 wherever the processor has it.
 _HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 
 
-def write(program: torch.export.ExportedProgram, path: Path, metadata: Metadata) -> None:
-    """Write two files. For bfloat16 the weights are stored as float16, which has its bits, and more of them."""
-    # Through ONNX: OpenVINO's own converters of torch programs report home.
-    save(
-        need("openvino").Core().read_model(to_onnx(program, metadata.output).SerializeToString()),
-        path,
-        metadata,
-    )
+def write(program: Program, path: Path, metadata: Metadata, calibration: Tensor | None) -> None:
+    """Write two files; int8 where there are images to calibrate it on, as the graph takes them.
 
-
-def save(model: Any, path: Path, metadata: Metadata) -> None:
-    """Write an ``openvino.Model`` with this metadata."""
+    For bfloat16 the weights are stored as float16, which is as small and has more bits.
+    """
+    openvino = need("openvino")
+    # Through ONNX: OpenVINO's converter of torch programs, and its quantiser, send usage data home unasked.
+    graph = to_onnx(program, metadata.output)
+    if calibration is not None:
+        graph = quantized(graph, calibration)
+    model = openvino.Core().read_model(graph.SerializeToString())
     model.set_rt_info(metadata.to_text(), [KEY])
-    need("openvino").save_model(model, path, compress_to_fp16=metadata.precision == "bfloat16")
+    openvino.save_model(model, path, compress_to_fp16=metadata.precision == "bfloat16")
 
 
 def open_file(path: Path, threads: int | None) -> tuple[Metadata, Callable[[Tensor], Tensor]]:

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mvp_ext.deploy.metadata import KEY, Metadata
+from mvp_ext.deploy.metadata import KEY, Metadata, Program
 
 
-def write(program: torch.export.ExportedProgram, path: Path, metadata: Metadata) -> None:
-    """Write one file."""
+def write(program: Program, path: Path, metadata: Metadata, calibration: Tensor | None) -> None:
+    """Write one file, of the precision that the program has."""
+    assert calibration is None
     for node in program.graph.nodes:
         # Where in whose source files it was made.
         node.meta.pop("stack_trace", None)

@@ -163,25 +163,52 @@ def save_pruned(
         TypeError: a value of ``extra`` is neither JSON nor a tensor.
         OSError: the file could not be written; what was at ``path`` is untouched.
     """
-    extra, card = dict(extra or {}), card or ModelCard()
-    arguments = create_args(model, structure)
-    state = model.state_dict()
-    _check_rebuildable(model, arguments, structure, mask, card)
-    tensors = {f"model/{name}": tensor for name, tensor in state.items()}
+    described = describe(model, mask=mask, structure=structure, card=card, extra=extra)
+    extra = described.extra
+    tensors = {f"model/{name}": tensor for name, tensor in described.state.items()}
     tensors |= {f"extra/{name}": value for name, value in extra.items() if isinstance(value, Tensor)}
     spec = {
-        "recipe": arguments,
-        "structure": structure.to_dict(),
-        "kept": {name: units.tolist() for name, units in mask.indices.items()},
-        "card": card.to_dict(),
+        "recipe": described.create_args,
+        **cut_to_dict(structure, mask),
+        "card": described.card.to_dict(),
         "extra": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
-        "versions": {
-            "mvp_ext": __version__,
-            "torch": torch.__version__,
-            "timm": import_timm().__version__,
-        },
+        "versions": described.versions,
     }
     storage.write_atomic(path, storage.to_bytes(tensors, spec, kind=_FORMAT, version=_VERSION))
+
+
+def describe(
+    model: nn.Module,
+    *,
+    mask: Mask,
+    structure: Structure,
+    card: ModelCard | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> PrunedState:
+    """What a file of ``save_pruned``, whose arguments these are, would hold; ValueError as there."""
+    card = card or ModelCard()
+    arguments = create_args(model, structure)
+    _check_rebuildable(model, arguments, structure, mask, card)
+    versions = {"mvp_ext": __version__, "torch": torch.__version__, "timm": import_timm().__version__}
+    return PrunedState(model.state_dict(), mask, structure, card, dict(extra or {}), arguments, versions)
+
+
+def cut_to_dict(structure: Structure, mask: Mask) -> dict[str, Any]:
+    """The dense model's structure and the units that stayed, as JSON values of a file's description."""
+    return {
+        "structure": structure.to_dict(),
+        "kept": {name: units.tolist() for name, units in mask.indices.items()},
+    }
+
+
+def cut_from_dict(spec: Mapping[str, Any]) -> tuple[Structure, Mask]:
+    """The inverse of ``cut_to_dict``; KeyError, TypeError, ValueError or IndexError where the values are others."""
+    structure = Structure.from_dict(spec["structure"])
+    layers = {}
+    for layer in structure:
+        layers[layer.name] = torch.zeros(layer.units, dtype=torch.bool)
+        layers[layer.name][torch.tensor(spec["kept"][layer.name], dtype=torch.int64)] = True
+    return structure, Mask(layers)
 
 
 def read_pruned(path: str | os.PathLike[str]) -> PrunedState:
@@ -198,17 +225,13 @@ def parse_pruned(data: bytes, *, source: str = "these bytes") -> PrunedState:
     """What ``read_pruned`` does, from a file's bytes; FileFormatError names ``source``."""
     tensors, spec = storage.from_bytes(data, kind=_FORMAT, version=_VERSION, source=source)
     try:
-        structure = Structure.from_dict(spec["structure"])
-        layers = {}
-        for layer in structure:
-            layers[layer.name] = torch.zeros(layer.units, dtype=torch.bool)
-            layers[layer.name][torch.tensor(spec["kept"][layer.name], dtype=torch.int64)] = True
+        structure, mask = cut_from_dict(spec)
         extra = dict(spec["extra"])
         extra |= {n.removeprefix("extra/"): t for n, t in tensors.items() if n.startswith("extra/")}
         state = {n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")}
         card = ModelCard.from_dict(spec["card"]) if "card" in spec else _card_of_version_1(extra)
         recipe = check_args(spec["recipe"])
-        return PrunedState(state, Mask(layers), structure, card, extra, recipe, spec["versions"])
+        return PrunedState(state, mask, structure, card, extra, recipe, spec["versions"])
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise FileFormatError(f"{source}: its description is damaged ({error})") from error
 

@@ -58,20 +58,24 @@ def predict(
     Raises:
         ValueError: the card does not say how images are seen, or an image is of another kind. OSError: no image.
     """
-    preprocessing = card.need_preprocessing("predict")
-    if batch < 1:
-        raise ValueError(f"predict: batch: expected at least 1, got {batch}")
     parts = []
     with torch.inference_mode():
-        for chunk in _batches(images, preprocessing, batch):
-            parts.append(logits_of(preprocessing.batch(chunk)).float().softmax(1).cpu())
+        for chunk in batches_of(images, card.need_preprocessing("predict"), batch):
+            parts.append(logits_of(chunk).float().softmax(1).cpu())
     if not parts:
         return Predictions(torch.empty(0, len(card.class_names)), card.class_names)
     probabilities = torch.cat(parts)
     return Predictions(probabilities, card.names(probabilities.shape[1]))
 
 
-def _batches(images: Any, preprocessing: Preprocessing, batch: int) -> Iterator[Tensor]:
+def batches_of(images: Any, preprocessing: Preprocessing, batch: int) -> Iterator[Tensor]:
+    """``images`` as a model takes them: float32 [B, 3, S, S], B ≤ ``batch``; arguments and errors as of ``predict``."""
+    if batch < 1:
+        raise ValueError(f"predict: batch: expected at least 1, got {batch}")
+    yield from map(preprocessing.batch, _bytes(images, preprocessing, batch))
+
+
+def _bytes(images: Any, preprocessing: Preprocessing, batch: int) -> Iterator[Tensor]:
     if isinstance(images, Tensor) and images.ndim == 4:
         yield from images.split(batch)
         return

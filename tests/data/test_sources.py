@@ -275,3 +275,52 @@ def test_cifar100_from_a_local_copy(tmp_path, monkeypatch):
     assert torch.equal(data.test_images[2].permute(2, 0, 1).flatten(), torch.from_numpy(planar[2]))
     assert data.superclass_of_class == (1, 0)
     assert data.superclass_names == ("insects", "fruit")
+
+
+def test_find_images_passes_over_what_is_none_and_is_repeatable(tmp_path):
+    for name in (
+        *("cat/2.PNG", "cat/10.jpg", "cat/deep/3.webp", "dog/1.png", "top.jpeg", "a[1].png"),
+        *(
+            ".hidden.png",
+            ".hidden/4.png",
+            "__MACOSX/cat/._2.png",
+            "cat/Thumbs.db",
+            "cat/.DS_Store",
+            "notes.txt",
+        ),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = sources.find_images([tmp_path])
+    assert {(str(i.path.relative_to(tmp_path)), i.group) for i in found} == {
+        *(("cat/2.PNG", "cat"), ("cat/10.jpg", "cat"), ("cat/deep/3.webp", "cat"), ("dog/1.png", "dog")),
+        *(("top.jpeg", None), ("a[1].png", None)),
+    }
+    assert found == sources.find_images([tmp_path, tmp_path / "cat"])
+
+    def names(*places):
+        return [image.path.name for image in sources.find_images([tmp_path / place for place in places])]
+
+    # As named, whatever its suffix; a name that is a pattern, too, is taken as it is.
+    assert names("notes.txt", "a[1].png") == ["notes.txt", "a[1].png"]
+    assert names("*/1.png", "c*") == ["1.png", "10.jpg", "2.PNG", "3.webp"]
+    assert names("**/*.png") == ["a[1].png", "1.png"]
+
+
+def test_find_images_follows_links_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "1.png").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "photos")
+    found = sources.find_images([tmp_path / "photos"])
+    assert [(image.path.name, image.group) for image in found] == [("1.png", "cat")]
+
+
+@pytest.mark.parametrize("place", ["no.png", "no*", "notes", "note*"])
+def test_find_images_names_what_names_nothing(tmp_path, place):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").touch()
+    with pytest.raises(DataError, match="find_images: no ") as error:
+        sources.find_images([tmp_path / place])
+    assert place in str(error.value)

@@ -7,6 +7,7 @@ three are made, and nothing is timed for long.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ def make_photos(folder: Path) -> None:
             Image.fromarray((pixels * 15).astype("uint8")).save(folder / name / f"{number}.png")
 
 
-def make_small(path: str) -> None:
-    """A small model for three of the photos' classes, as a reader of ``deploying`` has one."""
-    task = mvp_ext.Task.of("pets", mvp_ext.load_data("photos/"), ["cat", "dog", "fox"])
+def make_small(path: str, classes: Sequence[str] = ("cat", "dog", "fox"), steps: int = 1) -> None:
+    """A small model for some of the photos' classes, named as its file, as a reader of ``deploying`` has one."""
+    task = mvp_ext.Task.of(Path(path).stem, mvp_ext.load_data("photos/"), classes)
     backbone = mvp_ext.load_backbone("resnet18", pretrained=True)
-    mvp_ext.prune(backbone, task, method="random", steps=1).save(path)
+    mvp_ext.prune(backbone, task, method="random", steps=steps).save(path)
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
