@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +41,6 @@ from mvp_ext.model.surgery import prune_model
 from mvp_ext.train.evaluate import accuracy_of
 
 DENSE = "dense"
-# Of the table.
-ALWAYS = ("batch", "median ms (p10–p90)", "images/s", "times as fast", "saving in time", "left out")
 # Images that int8 is calibrated on where there is no task: noise, which is enough for a time.
 NOISE = 32
 # For the threads of one runtime to fall asleep before another is timed.
@@ -74,6 +73,7 @@ class Grid:
         seconds: about how long the slowest model is timed in each.
         channels_last: layout of input and weights in eager mode and under torch.compile.
         memory: also measure peak memory, in a process of its own for each.
+        budget: seconds after which nothing more is begun; what is slow is left out first. None: no limit.
     """
 
     runtimes: tuple[str, ...] = ("eager",)
@@ -83,6 +83,7 @@ class Grid:
     seconds: float = 2.0
     channels_last: bool = False
     memory: bool = False
+    budget: float | None = None
 
 
 class _Key(NamedTuple):
@@ -146,9 +147,10 @@ def bench(
     session = _Session({DENSE: dense, **others, **made_by_others}, grid, input_shape, data, device)
     with tempfile.TemporaryDirectory() as folder:
         session.prepare(Path(folder), eager_alone=peers.keys())
-        for threads in grid.threads:
+        # Large batches last: a budget may end before them.
+        for batch, threads, precision in itertools.product(grid.batches, grid.threads, grid.precisions):
             with torch_threads(threads):
-                session.measure(threads)
+                session.measure(precision, threads, batch)
     return {
         "setting": dict(setting or {}),
         "input_shape": list(input_shape),
@@ -177,6 +179,8 @@ class _Session:
         self.prepared: dict[_Key, Prepared] = {}
         self.cells: list[_Cell] = []
         self.left_out: list[dict[str, Any]] = []
+        self.accuracy: dict[_Key, float | None] = {}
+        self.began = time.perf_counter()
 
     def prepare(self, folder: Path, *, eager_alone: Collection[str]) -> None:
         """Make all files."""
@@ -189,6 +193,7 @@ class _Session:
                     continue
                 key = _Key(name, runtime, precision)
                 with self._noting(key):
+                    self._check_budget()
                     self.prepared[key] = prepare(
                         small,
                         runtime,
@@ -198,50 +203,61 @@ class _Session:
                         channels_last=self.grid.channels_last,
                     )
 
-    def measure(self, threads: int | None) -> None:
-        """Time everything with so many threads, models of one precision in turn."""
+    def measure(self, precision: Precision, threads: int | None, batch: int) -> None:
+        """Time all models of one precision in turn."""
         number = threads or torch.get_num_threads()
-        for precision in self.grid.precisions:
-            opened: dict[_Key, Callable[[Tensor], Tensor]] = {}
-            peaks: dict[_Key, dict[int, int]] = {}
-            accuracy: dict[_Key, float | None] = {}
-            for key, prepared in self.prepared.items():
-                if key.precision != precision:
-                    continue
-                with self._noting(key, threads=number):
-                    run = prepared.open(threads, self.device)
-                    accuracy[key] = self._accuracy(key.model, run)
-                    if self.grid.memory and self.device.type == "cpu":
-                        peaks[key] = peak_memory(prepared, self.shape, self.grid.batches, threads)
-                    opened[key] = run
-            for batch in self.grid.batches:
-                for key, latency in self._times(opened, batch, number).items():
-                    size, peak = self.prepared[key].bytes, peaks.get(key, {}).get(batch)
-                    self.cells.append(_Cell(key, number, latency, size, peak, accuracy[key]))
-
-    def _times(
-        self, opened: Mapping[_Key, Callable[[Tensor], Tensor]], batch: int, threads: int
-    ) -> dict[_Key, Latency]:
         images = torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        layouts = {False: images, True: images.contiguous(memory_format=torch.channels_last)}
         # A program is compiled for each shape and number of threads; of too many torch keeps none.
         torch.compiler.reset()
-        runs: dict[str, Callable[[], object]] = {}
-        for key, run in opened.items():
-            once = partial(
-                self._run,
-                run,
-                layouts[self.grid.channels_last and key.runtime in ("eager", "compile")],
-            )
-            with self._noting(key, threads=threads, batch=batch):
-                once()
-                runs["\0".join(key)] = once
+        runs: dict[_Key, Callable[[], object]] = {}
+        took: dict[_Key, float] = {}
+        for key, prepared in self.prepared.items():
+            if key.precision == precision:
+                with self._noting(key, threads=number, batch=batch):
+                    self._check_budget()
+                    run = prepared.open(threads, self.device)
+                    if key not in self.accuracy:
+                        self.accuracy[key] = self._accuracy(key.model, run)
+                    in_layout = self.grid.channels_last and key.runtime in ("eager", "compile")
+                    form = torch.channels_last if in_layout else torch.contiguous_format
+                    once = partial(self._run, run, images.contiguous(memory_format=form))
+                    # The first call may compile.
+                    once()
+                    began = time.perf_counter()
+                    once()
+                    took[key] = time.perf_counter() - began
+                    runs[key] = once
+        # The fast ones first, so that the slowest are left out.
+        planned = 0.0
+        for key in sorted(took, key=lambda key: took[key]):
+            planned += took[key] * (measure.WARM_UP_ROUNDS + measure.MIN_ROUNDS)
+            with self._noting(key, threads=number, batch=batch):
+                try:
+                    self._check_budget(planned)
+                except ValueError:
+                    del runs[key]
+                    raise
         if not runs:
-            return {}
-        # One alone needs no rest, nor do the threads of one runtime.
-        pause = PAUSE_SECONDS if len({key.runtime for key in opened}) > 1 else 0.0
-        timed = measure.time_in_turn(runs, batch=batch, seconds=self.grid.seconds, pause=pause)
-        return {key: timed["\0".join(key)] for key in opened if "\0".join(key) in timed}
+            return
+        # The threads of one runtime need no rest from each other.
+        pause = PAUSE_SECONDS if len({key.runtime for key in runs}) > 1 else 0.0
+        for key, latency in measure.time_in_turn(
+            runs, batch=batch, seconds=self.grid.seconds, pause=pause
+        ).items():
+            size, accuracy = self.prepared[key].bytes, self.accuracy[key]
+            self.cells.append(_Cell(key, number, latency, size, self._peak(key, batch, threads), accuracy))
+
+    def _check_budget(self, seconds: float = 0.0) -> None:
+        """ValueError where what takes so long would not be done in time."""
+        if self.grid.budget is not None:
+            left = self.grid.budget - (time.perf_counter() - self.began)
+            if left < seconds or left <= 0:
+                raise ValueError(f"no time left of {self.grid.budget:g} seconds")
+
+    def _peak(self, key: _Key, batch: int, threads: int | None) -> int | None:
+        if not self.grid.memory or self.device.type != "cpu":
+            return None
+        return peak_memory(self.prepared[key], self.shape, batch, threads)
 
     def _run(self, run: Callable[[Tensor], Tensor], images: Tensor) -> None:
         run(images)
@@ -333,24 +349,37 @@ def _noise(small: PrunedCheckpoint, input_shape: tuple[int, ...]) -> TaskData:
 def bench_table(result: Mapping[str, Any]) -> Table:
     """One row a measurement; "saving in time": what share of the saved FLOPs became saved time.
 
-    What was left out is a row with its reason. A column that says nothing, or the same of all rows, is left out, too.
+    What was not measured is a row, too (``reasons`` says why). Runtimes, threads and the like have columns where they
+    differ.
     """
-    columns: list[tuple[str, Side]] = [("model", "left"), ("parameters", "right"), ("FLOPs", "right")]
+    sizes: list[tuple[str, str, str]] = []
     cells: list[dict[str, str]] = []
-    first: list[tuple[str, str, str]] = []
     for name, model in result["models"].items():
+        own = (name, count_text(model["parameters"]), flops_text(model["flops"]))
         for position, timed in enumerate((*model["latency"], *model["left_out"])):
-            sizes = (name, count_text(model["parameters"]), flops_text(model["flops"]))
-            first.append(sizes if position == 0 else ("", "", ""))
+            sizes.append(own if position == 0 else ("", "", ""))
             cells.append(_cell_texts(timed, dense=name == DENSE))
-    for heading in cells[0] if cells else ():
-        texts = {cell[heading] for cell in cells}
-        if texts != {""} and (len(texts) > 1 or heading in ALWAYS):
-            columns.append((heading, "left" if heading in ("runtime", "precision") else "right"))
-    rows = [
-        (*f, *(cell[heading] for heading, _ in columns[3:])) for f, cell in zip(first, cells, strict=True)
-    ]
+    several = len({cell["runtime"] for cell in cells}) > 1
+    hidden = set() if several else {"runtime", "MB on disk"}
+    hidden |= {heading for heading in ("peak MB", "accuracy") if not any(cell[heading] for cell in cells)}
+    if len({cell["threads"] for cell in cells} - {""}) <= 1:
+        hidden.add("threads")
+    shown = [heading for heading in cells[0] if heading not in hidden]
+    columns: list[tuple[str, Side]] = [("model", "left"), ("parameters", "right"), ("FLOPs", "right")]
+    columns += [(heading, "left" if heading == "runtime" else "right") for heading in shown]
+    rows = [(*own, *(cell[heading] for heading in shown)) for own, cell in zip(sizes, cells, strict=True)]
     return Table(columns, rows, "dense against pruned")
+
+
+def reasons(result: Mapping[str, Any]) -> list[str]:
+    """A line for each reason why something was not measured, with the models that it holds for."""
+    models: dict[str, list[str]] = {}
+    for name, model in result["models"].items():
+        for cell in model["left_out"]:
+            where = ", ".join(f"{part} {cell[part]}" for part in ("threads", "batch") if part in cell)
+            what = f"{cell['runtime']} {cell['precision']}" + (f" ({where})" if where else "")
+            models.setdefault(f"{what}: {cell['why']}", []).append(name)
+    return [f"not measured: {', '.join(names)} in {reason}" for reason, names in models.items()]
 
 
 def _cell_texts(timed: Mapping[str, Any], *, dense: bool) -> dict[str, str]:
@@ -363,16 +392,14 @@ def _cell_texts(timed: Mapping[str, Any], *, dense: bool) -> dict[str, str]:
     measured = "median_ms" in timed
     spread = f" ({timed['p10_ms']:.4g}–{timed['p90_ms']:.4g})" if measured else ""
     return {
-        "runtime": timed["runtime"],
-        "precision": timed["precision"],
+        "runtime": f"{timed['runtime']} {timed['precision']}".removesuffix(" float32"),
         "threads": text("threads", "{}"),
         "batch": text("batch", "{}"),
-        "median ms (p10–p90)": text("median_ms", "{:.4g}") + spread,
+        "median ms (p10–p90)": text("median_ms", "{:.4g}") + spread if measured else "not measured",
         "images/s": text("throughput", "{:.0f}"),
         "times as fast": "" if dense else text("speed_up", "{:.2f}×"),
         "saving in time": text("share_of_saving", "{:.0%}"),
         "MB on disk": text("bytes", "{:.1f}", 1e-6),
         "peak MB": text("peak_memory_bytes", "{:.0f}", 1e-6),
         "accuracy": text("accuracy", "{:.1%}"),
-        "left out": timed.get("why", ""),
     }

@@ -14,7 +14,7 @@ from typer import Option
 from mvp_ext._version import __version__
 from mvp_ext.app import options, zoo_commands
 from mvp_ext.app.bench import bench as run_bench
-from mvp_ext.app.bench import bench_table, checkpoint_of, pruned_copies
+from mvp_ext.app.bench import bench_table, checkpoint_of, pruned_copies, reasons
 from mvp_ext.app.comparison import NEED_ZOO
 from mvp_ext.app.comparison import compare as run_comparison
 from mvp_ext.app.console import Commands, complain, console, progress_bar, say, warn_in_one_line
@@ -345,6 +345,8 @@ def bench(
         },
     )
     console.print(bench_table(result))
+    for reason in reasons(result):
+        say(reason)
     said = " and ".join(map(str, threads))
     say(f"{result['setting']['model']} at {shape[1]} pixels on {device}, {said} threads")
     if out is not None:

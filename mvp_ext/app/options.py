@@ -510,6 +510,10 @@ class BenchOptions:
     memory: Annotated[
         bool, Option(help="Also peak memory, each in a process of its own (seconds for each).")
     ] = False
+    budget: Annotated[
+        float | None,
+        Option(help="Seconds after which nothing more is begun; what is slow is left out first."),
+    ] = None
     data: Annotated[
         str | None,
         Option(
@@ -543,7 +547,16 @@ class BenchOptions:
         batches = tuple(sorted(set(self.batch or (1, 32))))
         if batches[0] < 1:
             raise ValueError(f"--batch: expected at least 1, got {batches[0]}")
-        return Grid(runtimes, precisions, batches, threads, self.seconds, self.channels_last, self.memory)
+        return Grid(
+            runtimes,
+            precisions,
+            batches,
+            threads,
+            seconds=self.seconds,
+            channels_last=self.channels_last,
+            memory=self.memory,
+            budget=self.budget,
+        )
 
 
 @dataclass(frozen=True)

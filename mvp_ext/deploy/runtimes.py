@@ -121,16 +121,16 @@ def prepare(
 
 
 def peak_memory(
-    prepared: Prepared, image_shape: Sequence[int], batches: Sequence[int], threads: int | None = None
-) -> dict[int, int]:
-    """Batch size → bytes by which loading the model and running it makes a fresh process grow at its peak.
+    prepared: Prepared, image_shape: Sequence[int], batch: int, threads: int | None = None
+) -> int:
+    """Bytes by which loading the model and running it makes a fresh process grow at its peak.
 
     What importing the runtime takes is not counted. Linux alone.
 
     Args:
         prepared: of ``prepare``.
         image_shape: of one image, (C, H, W).
-        batches: in ascending order; a peak includes those before.
+        batch: images a pass.
         threads: of the runtime.
 
     Raises:
@@ -138,27 +138,23 @@ def peak_memory(
     """
     # fork would copy threads' locks, and count the parent's memory.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_peak_here, prepared, tuple(image_shape), sorted(batches), threads).result()
+        return pool.submit(_peak_here, prepared, (batch, *image_shape), threads).result()
 
 
-def _peak_here(
-    prepared: Prepared, image_shape: tuple[int, ...], batches: list[int], threads: int | None
-) -> dict[int, int]:
+def _peak_here(prepared: Prepared, shape: tuple[int, ...], threads: int | None) -> int:
     if prepared.runtime in _EXPORTED:
         need(prepared.runtime)
     else:
         import_timm()
-    before, peaks = _memory("VmRSS"), {}
+    images = torch.randn(shape)
+    before = _memory("VmRSS")
     # The peak is the process's own from here on.
     Path("/proc/self/clear_refs").write_text("5")
     with torch_threads(threads):
         run = prepared.open(threads)
-        for batch in batches:
-            images = torch.randn(batch, *image_shape)
-            for _ in range(2):
-                run(images)
-            peaks[batch] = _memory("VmHWM") - before
-    return peaks
+        for _ in range(2):
+            run(images)
+    return _memory("VmHWM") - before
 
 
 def _memory(name: str) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ WARM_UP_ROUNDS = 3
 # Of FLOP counts; then all are forgotten.
 REMEMBERED_COUNTS = 4096
 _counted: dict[Any, int] = {}
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -228,13 +229,13 @@ def latency(
 
 
 def time_in_turn(
-    runs: Mapping[str, Callable[[], object]],
+    runs: Mapping[Name, Callable[[], object]],
     *,
     batch: int = 1,
     seconds: float = 2.0,
     rounds: int | None = None,
     pause: float = 0.0,
-) -> dict[str, Latency]:
+) -> dict[Name, Latency]:
     """Time functions in turn: one call of each a round, in an order that changes.
 
     Args:
@@ -257,7 +258,7 @@ def time_in_turn(
     if rounds is None:
         slowest = max(*warm.values(), 1e-6)
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(seconds / slowest)))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+    samples: dict[Name, list[float]] = {name: [] for name in runs}
     orders = itertools.cycle(_rotations(list(runs)))
     for order in itertools.islice(orders, rounds):
         for name in order:
@@ -283,7 +284,7 @@ def _summary(batch: int, seconds: list[float]) -> Latency:
     return Latency(batch, 1e3 * p10.item(), 1e3 * median.item(), 1e3 * p90.item(), len(seconds))
 
 
-def _rotations(names: list[str]) -> list[list[str]]:
+def _rotations(names: list[Name]) -> list[list[Name]]:
     """Each model comes first, last and after each other equally often: who ran before left its data in the cache."""
     forward = [names[i:] + names[:i] for i in range(len(names))]
     return forward + [order[::-1] for order in forward]
