@@ -14,7 +14,7 @@ from typer import Option
 from mvp_ext._version import __version__
 from mvp_ext.app import options, zoo_commands
 from mvp_ext.app.bench import bench as run_bench
-from mvp_ext.app.bench import bench_table, pruned_copies
+from mvp_ext.app.bench import bench_table, checkpoint_of, pruned_copies, reasons
 from mvp_ext.app.comparison import NEED_ZOO
 from mvp_ext.app.comparison import compare as run_comparison
 from mvp_ext.app.console import Commands, complain, console, progress_bar, say, warn_in_one_line
@@ -28,8 +28,9 @@ from mvp_ext.data.images import load_data
 from mvp_ext.data.sources import find_images
 from mvp_ext.data.tasks import Task
 from mvp_ext.deploy.bundle import save_bundle
-from mvp_ext.model.checkpoint import load_pruned
+from mvp_ext.model.checkpoint import read_pruned
 from mvp_ext.model.create import create_model
+from mvp_ext.model.create_args import create_args
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.prune import RunOptions
@@ -306,48 +307,48 @@ def _named(text: str) -> tuple[str | None, Path]:
 @app.command()
 @options.grouped
 def bench(
-    model: options.ModelOptions,
+    model: options.BenchModelOptions,
     what: options.BenchOptions,
-    run: options.ExecutionOptions,
+    place: options.PlaceOptions,
     out: Annotated[Path | None, Option(help="Save as JSON.", rich_help_panel=options.RUN)] = None,
 ) -> None:
-    """Dense against pruned: latency and throughput per batch size, FLOPs, parameters, saving that became time."""
-    device = run.begin()
-    saved = {path: load_pruned(path) for path in what.pruned or ()}
-    seen = {path: small.card.preprocessing for path, small in saved.items() if small.card.preprocessing}
-    first = next(iter(seen.values()), None)
-    backbone = model.backbone(torch.device("cpu"), need_weights=False, seen=first)
-    for path, other in seen.items():
-        if other.size != backbone.preprocessing.size:
-            raise ValueError(
-                f"bench: {path}: expected a model for images of {backbone.preprocessing.size} pixels, as the dense "
-                f"one is timed on, got one for {other.size}"
-            )
-    dense, shape = backbone.model, (3, backbone.preprocessing.size, backbone.preprocessing.size)
-    keeps = what.keep or [0.5]
-    others = pruned_copies(dense, keeps, scope=what.scope, align=what.align, seed=run.seed)
+    """Dense against pruned, in one runtime or several: latency, throughput, FLOPs, size, saving that became time."""
+    device, grid = place.begin(), what.grid()
+    files = {path: read_pruned(path) for path in what.pruned or ()}
+    pruned = {path: state.checkpoint(state.build()) for path, state in files.items()}
+    backbone = model.beside(pruned, next((state.create_args for state in files.values()), None))
+    dense, see = backbone.model, backbone.preprocessing
+    shape = (3, see.size, see.size)
+    keeps = what.keep or ([] if files else [0.5])
+    copies = pruned_copies(dense, keeps, scope=what.scope, align=what.align, seed=what.seed)
+    peers = {}
     if what.against_torch_pruning:
         settings = Settings(scope=what.scope, align=what.align)
-        others |= _made_by_torch_pruning(dense, others, settings, keeps, shape)
-    others |= {path.name: small.model for path, small in saved.items()}
+        peers = _made_by_torch_pruning(dense, copies, settings, keeps, shape)
+    others = {name: checkpoint_of(copy, see) for name, copy in copies.items()}
+    threads = [number or torch.get_num_threads() for number in grid.threads]
     result = run_bench(
-        dense.to(device),
-        {name: other.to(device) for name, other in others.items()},
+        checkpoint_of(dense, see),
+        others | {path.name: small for path, small in pruned.items()},
         shape,
-        batches=tuple(what.batch or (1, 32)),
-        seconds=what.seconds,
-        channels_last=what.channels_last,
+        grid,
+        peers=peers,
+        data=what.task(pruned.values()),
+        device=device,
         setting={
-            "model": model.model,
+            "model": model.model or create_args(dense, find_structure(dense))["name"],
             "scope": find_structure(dense, what.scope).scope,
             "align": what.align,
             "device": str(device),
-            "threads": torch.get_num_threads(),
+            "threads": threads[0] if len(threads) == 1 else threads,
             "command": command(),
         },
     )
     console.print(bench_table(result))
-    say(f"{model.model} at {shape[1]} pixels on {device}, {torch.get_num_threads()} threads")
+    for reason in reasons(result):
+        say(reason)
+    said = " and ".join(map(str, threads))
+    say(f"{result['setting']['model']} at {shape[1]} pixels on {device}, {said} threads")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ WARM_UP_ROUNDS = 3
 # Of FLOP counts; then all are forgotten.
 REMEMBERED_COUNTS = 4096
 _counted: dict[Any, int] = {}
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -211,28 +213,56 @@ def latency(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = _example(next(iter(models.values())), input_shape, batch).contiguous(memory_format=layout)
 
-    def timed(model: nn.Module) -> float:
-        begin = time.perf_counter()
+    def run(model: nn.Module) -> None:
         model(x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
 
     with (
         _weights_in(layout, models.values()),
         _evaluating(models.values()),
-        _threads(threads),
+        torch_threads(threads),
         torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None),
     ):
-        warm = {name: min(timed(model) for _ in range(WARM_UP_ROUNDS)) for name, model in models.items()}
-        if rounds is None:
-            slowest = max(*warm.values(), 1e-6)
-            rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(seconds / slowest)))
-        samples: dict[str, list[float]] = {name: [] for name in models}
-        orders = itertools.cycle(_rotations(list(models)))
-        for order in itertools.islice(orders, rounds):
-            for name in order:
-                samples[name].append(timed(models[name]))
+        runs = {name: partial(run, model) for name, model in models.items()}
+        return time_in_turn(runs, batch=batch, seconds=seconds, rounds=rounds)
+
+
+def time_in_turn(
+    runs: Mapping[Name, Callable[[], object]],
+    *,
+    batch: int = 1,
+    seconds: float = 2.0,
+    rounds: int | None = None,
+    pause: float = 0.0,
+) -> dict[Name, Latency]:
+    """Time functions in turn: one call of each a round, in an order that changes.
+
+    Args:
+        runs: name → what is timed, to its end.
+        batch: images in a call, for the result.
+        seconds: about how long the slowest is timed, at least ``MIN_ROUNDS`` calls. All get as many calls.
+        rounds: exactly so many calls of each instead.
+        pause: seconds of rest before each call: threads of one runtime go on spinning after a call, on the cores of
+            the next.
+    """
+
+    def timed(run: Callable[[], object]) -> float:
+        if pause:
+            time.sleep(pause)
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+    warm = {name: min(timed(run) for _ in range(WARM_UP_ROUNDS)) for name, run in runs.items()}
+    if rounds is None:
+        slowest = max(*warm.values(), 1e-6)
+        rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(seconds / slowest)))
+    samples: dict[Name, list[float]] = {name: [] for name in runs}
+    orders = itertools.cycle(_rotations(list(runs)))
+    for order in itertools.islice(orders, rounds):
+        for name in order:
+            samples[name].append(timed(runs[name]))
     return {name: _summary(batch, values) for name, values in samples.items()}
 
 
@@ -254,7 +284,7 @@ def _summary(batch: int, seconds: list[float]) -> Latency:
     return Latency(batch, 1e3 * p10.item(), 1e3 * median.item(), 1e3 * p90.item(), len(seconds))
 
 
-def _rotations(names: list[str]) -> list[list[str]]:
+def _rotations(names: list[Name]) -> list[list[Name]]:
     """Each model comes first, last and after each other equally often: who ran before left its data in the cache."""
     forward = [names[i:] + names[:i] for i in range(len(names))]
     return forward + [order[::-1] for order in forward]
@@ -301,7 +331,8 @@ def _weights_in(layout: torch.memory_format, models: Iterable[nn.Module]) -> Ite
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many CPU threads of torch, for a while; None leaves them."""
     before = torch.get_num_threads()
     try:
         if count is not None:

@@ -202,6 +202,23 @@ def test_bench_saves_what_it_prints(tmp_path: Path) -> None:
     assert "torch" in saved["environment"]
 
 
+def test_bench_takes_what_a_pruned_file_says(home: Path, tmp_path: Path) -> None:
+    """Its size of images, its dense model, its classes."""
+    file, out = tmp_path / "small.safetensors", tmp_path / "bench.json"
+    run(f"prune --classes 3,5,8 --method random --steps 0 --model {home}/backbone.safetensors --out {file}")
+    bench = f"bench --pruned {file} --batch 1 --seconds 0 --threads 1"
+    said = run(f"{bench} --data digits --runtime eager,optimized --out {out}")
+    saved = json.loads(out.read_text())
+    assert list(saved["models"]) == ["dense", file.name]
+    assert saved["input_shape"] == [3, 16, 16]
+    assert saved["setting"]["model"] == "test_resnet"
+    kept = load_pruned(file).card.metrics["accuracy"]
+    assert [x["accuracy"] for x in saved["models"][file.name]["latency"]] == pytest.approx([kept] * 2)
+    assert "test_resnet at 16 pixels" in said.output
+    wrong = run(f"{bench} --image-size 32", code=2).stderr
+    assert "one size of images for all models, got small.safetensors 16, --image-size 32" in wrong
+
+
 needs_torch_pruning = pytest.mark.skipif(
     find_spec("torch_pruning") is None, reason="torch-pruning is not installed (extra bench)"
 )
@@ -253,6 +270,11 @@ MISTAKES = {
     "bench --model mobilenetv3_small_050": "MobileNetV3",
     "bench --model test_resnet --keep 1.5": "keep: expected a",
     "bench --model test_resnet --scope heads": "scope",
+    "bench --model test_resnet --runtime eager,magic": "--runtime: expected some of eager, optimized",
+    "bench --model test_resnet --precision float8": "--precision: expected some of float32",
+    "bench --model test_resnet --threads 1,x": "--threads: expected numbers like 1,2",
+    "bench --model test_resnet --batch 0": "--batch: expected at least 1",
+    "bench --model test_resnet --data digits": "expected a --pruned file that says which classes",
     "bench --model test_resnet --pruned {backbone}": "backbone.safetensors",
     "pretrain --model test_resnet --data no/such/folder": "no/such/folder",
     "pretrain --model test_resnet --steps 0": "steps: expected at least 1",

@@ -46,7 +46,7 @@ def make_small(path: str, classes: Sequence[str] = ("cat", "dog", "fox"), steps:
 def install(patch: pytest.MonkeyPatch) -> None:
     timm = import_timm()
     create_model, read_digits, sample_tasks = timm.create_model, images.read_digits, mvp_ext.sample_tasks
-    step, latency = Trainer._step, measure.latency
+    step, time_in_turn = Trainer._step, measure.time_in_turn
 
     def tiny_model(name: str, *, pretrained: bool = False, **options: Any) -> Any:
         overlay = {"input_size": (3, 32, 32)}
@@ -71,5 +71,5 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mvp_ext, "sample_tasks", few_tasks)
     patch.setattr("mvp_ext.app.options.sample_tasks", few_tasks)
     patch.setattr(Trainer, "_step", first_step)
-    patch.setattr(measure, "latency", lambda *args, **options: latency(*args, **{**options, "seconds": 0.0}))
+    patch.setattr(measure, "time_in_turn", lambda runs, **how: time_in_turn(runs, **{**how, "seconds": 0.0}))
     patch.setattr(images, "read_digits", few_digits)
