@@ -18,7 +18,9 @@ MODELS = [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads+
 
 
 def small_model(name: str, scope: str, *, size: int = 32, **kwargs: Any) -> PrunedCheckpoint:
-    """Half the units of ``tiny_model``; five classes; sees images of ``size`` pixels."""
+    """Half the units of ``tiny_model``; five classes; sees images of ``size`` pixels. A ViT has two blocks."""
+    if "vit" in name:
+        kwargs = {"depth": 2, **kwargs}
     model = tiny_model(name, img_size=size, **kwargs)
     structure = find_structure(model, scope)
     mask = Mask.random(structure, 0.5, seed=0)
