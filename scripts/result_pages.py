@@ -4,7 +4,7 @@ Everything comes from committed files. Each folder of benchmarks/results/ is a d
 
     study.md          from study_*.json          claims, verdicts, tables, figures
     comparisons.md    from compare_*.json, demo_*.json
-    speed.md          from latency_*.json and each op's file
+    speed.md          from latency_*.json, runtimes_*.json and each op's file
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.results import Promise, Results, Row, read_results  # noqa: E402
+from mvp_ext.app.bench import bench_table, reasons  # noqa: E402
 from mvp_ext.app.report import summary_table  # noqa: E402
 from mvp_ext.app.results import count_text, load_results  # noqa: E402
 from mvp_ext.app.tables import Table  # noqa: E402
@@ -201,13 +202,17 @@ def comparisons_page(paths: Sequence[Path], page: Path) -> str:
 # ---- speed
 
 
-def speed_page(latencies: Sequence[Path], ops: Sequence[Results], page: Path) -> str:
+def speed_page(
+    latencies: Sequence[Path], runtimes: Sequence[Path], ops: Sequence[Results], page: Path
+) -> str:
     parts = [
         "# Speed",
         f"Measured on `{page.parent.name}`; every number's file is named, and slow cases stay.",
     ]
     if latencies:
         parts += ["## Pruned models", _latency(latencies)]
+    if runtimes:
+        parts += ["## Runtimes", *_runtimes(runtimes)]
     if ops:
         parts += ["## Ops", *_ops(ops, RESULTS / page.parent.name)]
     return "\n\n".join(parts) + "\n"
@@ -247,6 +252,23 @@ def _latency(paths: Sequence[Path]) -> str:
     sources = ", ".join(f"`{name_of(path)}`" for path in paths)
     where = machine({**made["environment"], "threads": made["setting"]["threads"]})
     return f"At {side} × {side} pixels, timed in turn ({where}; {sources}).\n\n" + table(columns, rows)
+
+
+def _runtimes(paths: Sequence[Path]) -> Iterator[str]:
+    """Every cell of each model, and why others were not measured."""
+    yield (
+        "Dense and pruned models in turn in one process, models of one precision and runtime beside runtime; random "
+        "weights. `times as fast` and `saving in time` compare with the dense model in the same runtime, precision, "
+        "batch and threads."
+    )
+    for path in paths:
+        result = read(path)
+        yield f"### {result['setting']['model']}"
+        side, made = result["input_shape"][-1], result["setting"]["command"]
+        yield f"`{made}` at {side} × {side} pixels ({machine(result['environment'])}; `{name_of(path)}`)."
+        yield bench_table(result).markdown()
+        if lines := reasons(result):
+            yield "\n".join(f"- {line}" for line in lines)
 
 
 def _ops(ops: Sequence[Results], folder: Path) -> Iterator[str]:
@@ -317,9 +339,10 @@ def render() -> dict[Path, str]:
         if compared:
             pages[here / "comparisons.md"] = comparisons_page(compared, here / "comparisons.md")
         latencies = sorted(folder.glob("latency_*.json"))
+        runtimes = sorted(folder.glob("runtimes_*.json"))
         ops = [result for result in read_results(folder) if not result.dry_run]
-        if latencies or ops:
-            pages[here / "speed.md"] = speed_page(latencies, ops, here / "speed.md")
+        if latencies or runtimes or ops:
+            pages[here / "speed.md"] = speed_page(latencies, runtimes, ops, here / "speed.md")
     index, readme, study = PAGES / "index.md", ROOT / "README.md", read(SHOWN)
     listed = [
         f"- [{page.parent.name}: {page.stem}]({link(page, index)}): {PAGE_TITLES[page.stem]}"
