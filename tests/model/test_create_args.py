@@ -20,7 +20,7 @@ from mvp_ext.train import backbone as backbones
 from mvp_ext.train.backbone import Backbone, load_backbone
 
 HOSTILE = [
-    {"checkpoint_path": "/tmp/evil.pth"},
+    {"checkpoint_path": "evil.pth"},
     {"pretrained": True},
     {"pretrained_cfg": {"file": "evil"}},
     {"pretrained_cfg_overlay": {"url": "http://example.org"}},
@@ -40,7 +40,7 @@ HOSTILE = [
     {"drop_rate": float("nan")},
     {"init_values": None},
     {"name": "hf-hub:someone/model"},
-    {"name": "local-dir:/tmp/x"},
+    {"name": "local-dir:folder"},
     {"name": 5},
 ]
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from mvp_ext.model.checkpoint import load_pruned, save_pruned
 from mvp_ext.model.families import find_structure
+from mvp_ext.model.fidelity import difference
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.train.backbone import Backbone, load_backbone
@@ -195,6 +196,17 @@ def test_what_does_not_act_is_no_reason_to_refuse(tmp_path: Path) -> None:
     assert not any(module._forward_hooks for module in model.modules())
     images = tiny_images(plain)
     assert torch.equal(runs(load_pruned(tmp_path / "m").model, images), runs(plain, images))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_an_output_without_numbers_is_not_that_of_another_model(value: float) -> None:
+    plain = tiny_model("test_resnet").eval()
+    broken: Any = copy.deepcopy(plain)
+    with torch.no_grad():
+        broken.fc.bias.fill_(value)
+    for given, built in ((broken, plain), (plain, broken)):
+        assert "'fc' computes something else" in str(difference(given, built, (3, 64, 64)))
+    assert difference(broken, copy.deepcopy(broken), (3, 64, 64)) is None
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
