@@ -12,7 +12,7 @@ import typer
 from typer import Option
 
 from mvp_ext._version import __version__
-from mvp_ext.app import options, zoo_commands
+from mvp_ext.app import deploy_options, options, zoo_commands
 from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, checkpoint_of, pruned_copies, reasons
 from mvp_ext.app.comparison import NEED_ZOO
@@ -191,7 +191,7 @@ def prune(
 @options.grouped
 def export(
     file: Annotated[Path, typer.Argument(help="A small model that `prune` wrote.")],
-    what: options.ExportOptions,
+    what: deploy_options.ExportOptions,
 ) -> None:
     """Write a small model for ONNX Runtime, OpenVINO or torch alone, checked against PyTorch first."""
     export_file(file, what)
@@ -259,7 +259,7 @@ def predict(
         ),
     ],
     images: Annotated[list[str], typer.Argument(help="Image files, folders, and patterns like 'a/*.jpg'.")],
-    what: options.PredictOptions,
+    what: deploy_options.PredictOptions,
     run: options.DeviceOptions,
 ) -> None:
     """Classes of images with their probabilities.
@@ -307,8 +307,8 @@ def _named(text: str) -> tuple[str | None, Path]:
 @app.command()
 @options.grouped
 def bench(
-    model: options.BenchModelOptions,
-    what: options.BenchOptions,
+    model: deploy_options.BenchModelOptions,
+    what: deploy_options.BenchOptions,
     place: options.PlaceOptions,
     out: Annotated[Path | None, Option(help="Save as JSON.", rich_help_panel=options.RUN)] = None,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mvp_ext.app.console import say
-from mvp_ext.app.options import ExportOptions
+from mvp_ext.app.deploy_options import ExportOptions
 from mvp_ext.deploy.bundle import BUNDLE, load_bundle
 from mvp_ext.deploy.export import ExportReport, export
 from mvp_ext.deploy.export_bundle import export_bundle

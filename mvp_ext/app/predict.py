@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mvp_ext._version import __version__
 from mvp_ext.app.console import complain, console, say
-from mvp_ext.app.options import DeviceOptions, PredictOptions
+from mvp_ext.app.deploy_options import PredictOptions
+from mvp_ext.app.options import DeviceOptions
 from mvp_ext.app.plots import WRITTEN_CLASSES, confusion, to_png
 from mvp_ext.app.tables import Side, Table
 from mvp_ext.data.sources import FoundImage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import subprocess
 import sys
@@ -14,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from tiny import tiny_model
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 import mvp_ext
 from mvp_ext.app import cli, demo, zoo_commands
@@ -40,12 +40,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def run(command: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(cli.app, shlex.split(command))
-    assert result.exit_code == code, f"{command}\n{result.output}\n{result.exception!r}"
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from command_line import run
 from digits import digits_task, tiny_backbone
-from typer.testing import CliRunner, Result
 
-from mvp_ext.app import cli
 from mvp_ext.app.export_command import described
 from mvp_ext.deploy.export import ExportReport
 from mvp_ext.deploy.exported import load_exported
 from mvp_ext.pruning.prune import prune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(command: str, code: int = 0) -> Result:
-    result = CliRunner().invoke(cli.app, shlex.split(command))
-    assert result.exit_code == code, f"{command}\n{result.output}\n{result.exception!r}"
-    return result
 
 
 @pytest.fixture(scope="module")
