@@ -97,7 +97,8 @@ def deployable(
 def standard_blocks(model: nn.Module) -> nn.Module:
     """``model`` with a module of standard ops in place of each ScatterBlock, whose op is this package's own.
 
-    The modules compute the same in eval mode; ``model`` itself is changed.
+    The modules compute the same in eval mode; ``model`` itself is changed. What a block records of itself would compute
+    its selection in the graph, by a handful of operators; here it is a constant.
     """
     if isinstance(model, ScatterBlock):
         return _StandardBlock(model)
