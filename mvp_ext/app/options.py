@@ -35,6 +35,7 @@ from mvp_ext.zoo.zoo import Zoo
 MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
 
 Out = Annotated[Path, Option(help="Where the result goes.", rich_help_panel=RUN)]
+Force = Annotated[bool, Option("--force", help="Replace a file that is there.", rich_help_panel=RUN)]
 ZooPath = Annotated[Path, Option("--zoo", help="Directory of the zoo.")]
 
 
@@ -354,6 +355,15 @@ class MethodOptions:
         ),
     ] = "auto"
     steps: Annotated[int, Option(help="Fine-tuning steps.", rich_help_panel=PRUNING)] = 60
+
+
+@dataclass(frozen=True)
+class PruneOutputOptions:
+    """Where `prune`'s result goes."""
+
+    out: Out = Path("small.safetensors")
+    force: Force = False
+    add: Annotated[bool, Option(help="Add the result to the zoo.")] = False
 
 
 @dataclass(frozen=True)
