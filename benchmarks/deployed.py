@@ -37,8 +37,8 @@ from mvp_ext.zoo.zoo import Zoo
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("refined", "universal", "one_shot")
 RUNTIMES = ("eager", "optimized", "onnxruntime", "openvino")
-CLASSES, ZOO_TASKS, HELD_OUT, STEPS = 5, 10, 5, 20
-SCHEDULE = Schedule(share=0.25, steps_per_round=5, final_steps=60)
+CLASSES, ZOO_TASKS, HELD_OUT, STEPS = 5, 8, 4, 20
+SCHEDULE = Schedule(share=0.4, steps_per_round=5, final_steps=60)
 
 
 def main() -> None:
