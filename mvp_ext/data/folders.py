@@ -108,9 +108,8 @@ def list_images(root: Path, left_out: LeftOut) -> Listing:
             continue
         folder = place[split]
         if measured:
-            unused = [file for files in _classes(folder, LeftOut(root)).values() for file in files]
             used = f"{place['train'].name}/ is trained on, {place['test'].name}/ measured on"
-            left_out.add_all(f"image(s) of {folder.name}/, for {used}", unused)
+            left_out.add_all(f"image(s) of {folder.name}/, for {used}", images_below(folder))
             continue
         found = _classes(folder, left_out)
         strangers = [name for name in found if name not in train]

@@ -205,8 +205,10 @@ def load_joined(
         flip: whether mirroring keeps the class. Default: whether it does in all of them.
 
     Raises:
-        DataError: as ``load_data``; no source, or one that is given twice.
+        DataError: as ``load_data``; no source, or one that is given twice. TypeError: one that is in no list.
     """
+    if isinstance(sources, (str, os.PathLike)):
+        raise TypeError(f"load_joined: sources: expected a list of data sets, got {os.fspath(sources)!r}")
     if not sources:
         raise DataError("load_joined: expected at least one data set, got none")
     if len(sources) == 1:
@@ -234,7 +236,7 @@ def _read(source: Any, image_size: int | None, test_share: float, seed: int) -> 
 
     if source == "digits":
         raw = read_digits()
-    elif isinstance(source, str) and source.partition(":")[0] == "cifar100" and not Path(source).exists():
+    elif isinstance(source, str) and source.partition(":")[0] == "cifar100" and not os.path.exists(source):
         raw = read_cifar100(source.partition(":")[2])
     else:
         paths = existing_paths(source)

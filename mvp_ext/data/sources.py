@@ -80,16 +80,17 @@ def existing_paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[s
     """The existing paths that a source means; a file whose own name has a comma is taken as it is."""
     if isinstance(source, (str, os.PathLike)):
         whole = Path(source).expanduser()
+        # Path.exists raises where many names joined are longer than one may be.
         parts = (
             [whole]
-            if whole.exists()
+            if os.path.exists(whole)
             else [Path(part.strip()).expanduser() for part in str(source).split(",")]
         )
     else:
         parts = [Path(part).expanduser() for part in source]
     several = "; data sets are joined by load_joined, or by --data for each" if len(parts) > 1 else ""
     for part in parts:
-        if not part.exists():
+        if not os.path.exists(part):
             raise DataError(
                 f"load_data: no such data: {str(part)!r}; expected 'digits', 'cifar100', .npz file(s), "
                 f"a directory of .npz parts, or an image folder (class/image.png){several}"

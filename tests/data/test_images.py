@@ -136,6 +136,8 @@ def test_joined_data_are_others(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             load_joined(sources)
+    with pytest.raises(TypeError, match="expected a list of data sets, got 'digits'"):
+        load_joined("digits")
 
 
 def test_tasks_of_joined_data_are_of_one_each(tmp_path: Path) -> None:

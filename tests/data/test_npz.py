@@ -203,6 +203,12 @@ def test_folders_beside_parts_are_told(tmp_path: Path) -> None:
         load_data(f"{tmp_path}/a.NPZ.npz,digits")
 
 
+def test_many_parts_joined_by_commas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [saved(tmp_path / f"part {number}.npz", **arrays(4)).name for number in range(30)]
+    assert len(load_data(",".join(names)).train_labels) > 60
+
+
 CLASSES = 100_000
 
 
