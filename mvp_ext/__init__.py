@@ -6,6 +6,10 @@ result.save("small.safetensors")
 zoo.add(result)
 """
 
+# isort: off
+from mvp_ext import _start_up as _start_up
+
+# isort: on
 from mvp_ext._version import __version__ as __version__
 from mvp_ext.data.images import ImageData, load_data, load_joined
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks

@@ -6,7 +6,7 @@ import copy
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -120,6 +120,7 @@ def bench(
     data: TaskData | None = None,
     device: torch.device | str = "cpu",
     setting: Mapping[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure all models in turn; the result is JSON values, with machine, versions and setting.
 
@@ -136,6 +137,7 @@ def bench(
             int8 is calibrated on noise, and no accuracy is measured.
         device: where PyTorch computes.
         setting: what else a reader must know, stored as it is.
+        progress: told (what is done, its steps done, its steps in all).
 
     Raises:
         ValueError: another model has the dense model's name.
@@ -146,11 +148,17 @@ def bench(
     made_by_others = {name: checkpoint_of(model, None) for name, model in peers.items()}
     session = _Session({DENSE: dense, **others, **made_by_others}, grid, input_shape, data, device)
     with tempfile.TemporaryDirectory() as folder:
-        session.prepare(Path(folder), eager_alone=peers.keys())
+        for number, name in enumerate(session.models):
+            session.prepare(name, Path(folder) / str(number), eager_alone=name in peers)
+            if progress is not None:
+                progress("making files", number + 1, len(session.models))
         # Large batches last: a budget may end before them.
-        for batch, threads, precision in itertools.product(grid.batches, grid.threads, grid.precisions):
+        settings = list(itertools.product(grid.batches, grid.threads, grid.precisions))
+        for number, (batch, threads, precision) in enumerate(settings, 1):
             with torch_threads(threads):
                 session.measure(precision, threads, batch)
+            if progress is not None:
+                progress("timing", number, len(settings))
     return {
         "setting": dict(setting or {}),
         "input_shape": list(input_shape),
@@ -182,26 +190,25 @@ class _Session:
         self.accuracy: dict[_Key, float | None] = {}
         self.began = time.perf_counter()
 
-    def prepare(self, folder: Path, *, eager_alone: Collection[str]) -> None:
-        """Make all files."""
-        for number, (name, small) in enumerate(self.models.items()):
-            place = folder / str(number)
-            place.mkdir()
-            data = self.data or _noise(small, self.shape)
-            for runtime, precision in itertools.product(self.grid.runtimes, self.grid.precisions):
-                if name in eager_alone and (runtime, precision) != ("eager", "float32"):
-                    continue
-                key = _Key(name, runtime, precision)
-                with self._noting(key):
-                    self._check_budget()
-                    self.prepared[key] = prepare(
-                        small,
-                        runtime,
-                        place,
-                        precision=precision,
-                        data=data if precision == "int8" else self._task_of(name),
-                        channels_last=self.grid.channels_last,
-                    )
+    def prepare(self, name: str, folder: Path, *, eager_alone: bool) -> None:
+        """Make one model's files, in a new folder."""
+        folder.mkdir()
+        small = self.models[name]
+        data = self.data or _noise(small, self.shape)
+        for runtime, precision in itertools.product(self.grid.runtimes, self.grid.precisions):
+            if eager_alone and (runtime, precision) != ("eager", "float32"):
+                continue
+            key = _Key(name, runtime, precision)
+            with self._noting(key):
+                self._check_budget()
+                self.prepared[key] = prepare(
+                    small,
+                    runtime,
+                    folder,
+                    precision=precision,
+                    data=data if precision == "int8" else self._task_of(name),
+                    channels_last=self.grid.channels_last,
+                )
 
     def measure(self, precision: Precision, threads: int | None, batch: int) -> None:
         """Time all models of one precision in turn."""

@@ -12,6 +12,7 @@ from typer import Option
 
 from mvp_ext.app.bench import Grid
 from mvp_ext.app.options import DATA, MODEL, PRUNING, RUN, ModelOptions, load_images
+from mvp_ext.app.outputs import check_output
 from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.deploy.formats import FORMATS
 from mvp_ext.deploy.metadata import PRECISIONS
@@ -184,6 +185,12 @@ class PredictOptions:
     ] = None
     batch: Annotated[int, Option(help="Images a pass.", rich_help_panel=RUN, min=1)] = PREDICT_BATCH
 
+    def check_outputs(self) -> None:
+        """ValueError or OSError where a file could not be written."""
+        for option, path in (("--json", self.json), ("--csv", self.csv), ("--confusion", self.confusion)):
+            if path is not None:
+                check_output(option, path)
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -225,8 +232,7 @@ class ExportOptions:
         # An unknown format is for `export` to name.
         suffix = FORMATS[self.to].suffix if self.to in FORMATS else ""
         path = self.out or model.with_suffix(suffix)
-        if path.exists() and not self.force:
-            raise ValueError(f"export: {path} is there already; give --force to replace it, or another --out")
+        check_output("--out", path, replace=self.force)
         return path
 
     def task(self, card: ModelCard) -> TaskData | None:

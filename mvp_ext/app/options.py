@@ -47,6 +47,7 @@ Data = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+Force = Annotated[bool, Option("--force", help="Replace a file that is there.", rich_help_panel=RUN)]
 ZooPath = Annotated[Path, Option("--zoo", help="Directory of the zoo.")]
 
 
@@ -384,6 +385,15 @@ class MethodOptions:
         ),
     ] = "auto"
     steps: Annotated[int, Option(help="Fine-tuning steps.", rich_help_panel=PRUNING)] = 60
+
+
+@dataclass(frozen=True)
+class PruneOutputOptions:
+    """Where `prune`'s result goes."""
+
+    out: Out = Path("small.safetensors")
+    force: Force = False
+    add: Annotated[bool, Option(help="Add the result to the zoo.")] = False
 
 
 @dataclass(frozen=True)

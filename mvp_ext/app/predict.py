@@ -191,7 +191,7 @@ class Judgement:
         """JSON values."""
         return {
             "images": self.images,
-            **self.quality._asdict(),
+            **{name: value for name, value in self.quality._asdict().items() if name != "class_accuracy"},
             "classes": {
                 name: {"images": images, "right": right, "accuracy": right / images}
                 for name, (images, right) in self.per_class().items()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 from torch import nn
 
 from mvp_ext.model.families import find_structure
 from mvp_ext.timm_compat import import_timm
+
+# How long the weights' host may take to answer.
+REACH_SECONDS = 5
 
 
 def create_model(
@@ -51,19 +57,21 @@ def create_model(
         "pretrained": pretrained,
     } | kwargs
     try:
-        try:
-            model = timm.create_model(name, **kwargs)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            kwargs.pop("img_size")
-            model = timm.create_model(name, **kwargs)
+        with _hub() if pretrained else nullcontext():
+            try:
+                model = timm.create_model(name, **kwargs)
+            except TypeError as error:
+                if "img_size" not in str(error):
+                    raise
+                kwargs.pop("img_size")
+                model = timm.create_model(name, **kwargs)
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         raise RuntimeError(
-            f"create_model: the pretrained weights of {name!r} could not be had ({type(error).__name__}: {error}). "
-            "They come from the network: give weights in a local file instead, or pretrained=False."
+            f"create_model: the pretrained weights of {name!r} could not be had: they come from the network, or its "
+            "cache; give weights in a local file instead (--weights), or none "
+            f"({type(error).__name__}: {error})"
         ) from error
     find_structure(model)
     # A checkpoint needs the arguments. A newer timm notes them itself.
@@ -72,6 +80,30 @@ def create_model(
             key: value for key, value in kwargs.items() if key != "pretrained" and value is not None
         }
     return model
+
+
+@contextmanager
+def _hub() -> Iterator[None]:
+    """Where the weights' host cannot be reached, only their cache is looked at: retries would take a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable(url: str) -> bool:
+    try:
+        with urlopen(Request(url, method="HEAD"), timeout=REACH_SECONDS):
+            return True
+    except HTTPError:
+        return True
+    # No route, no name, no answer in time.
+    except OSError:
+        return False
 
 
 def create_empty(arguments: Mapping[str, Any]) -> nn.Module:

@@ -153,6 +153,7 @@ def prune(
         accuracy=quality.accuracy,
         expected_calibration_error=quality.expected_calibration_error,
         mean_confidence=quality.mean_confidence,
+        class_accuracy=quality.class_accuracy,
         trained_accuracy=trained,
         cost=cost,
         preprocessing=backbone.preprocessing,
