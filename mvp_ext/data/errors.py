@@ -25,8 +25,9 @@ class LeftOut:
 
     def add(self, reason: str, what: object, count: int = 1) -> None:
         """One thing, or ``count``, for a reason that is read after a number: "link(s) are broken"."""
-        self._counts[reason] += count
-        self._examples.setdefault(reason, what)
+        if count:
+            self._counts[reason] += count
+            self._examples.setdefault(reason, what)
 
     def add_all(self, reason: str, things: Sequence[object]) -> None:
         """Each of these for one reason."""

@@ -80,7 +80,13 @@ def _read_part(path: Path, left_out: LeftOut) -> dict[str, Any]:
                     f"{path}: has no {missing!r}; expected at least train_images and train_labels, got "
                     f"{has or 'nothing'} (unpack an archive of image files, and give the folder)"
                 )
-            measured = [name for name in _MEASURED if {f"{name}_images", f"{name}_labels"} & set(file.files)]
+            found = {name: {f"{name}_images", f"{name}_labels"} & set(file.files) for name in _MEASURED}
+            halves = [name for name, keys in found.items() if len(keys) == 1]
+            measured = [name for name, keys in found.items() if len(keys) == 2]
+            if measured:
+                left_out.add_all("array(s) of images without labels, or the reverse", halves)
+            else:
+                measured = halves
             part = {key: _array(file, key) for key in _META}
             for split, name in (("train", "train"), ("test", measured[0] if measured else "test")):
                 for what in ("images", "labels"):
@@ -89,8 +95,9 @@ def _read_part(path: Path, left_out: LeftOut) -> dict[str, Any]:
             for name in measured[1:]:
                 # Their labels alone: the images may be many.
                 labels = _array(file, f"{name}_labels")
-                count = 0 if labels is None else len(np.atleast_1d(labels))
-                left_out.add_all(f"{name} image(s), for {measured[0]} images are measured on", [path] * count)
+                left_out.add(
+                    f"{name} image(s), for {measured[0]} images are measured on", path, np.size(labels)
+                )
     except DataError:
         raise
     # zlib, zipfile and NumPy raise almost anything on damaged bytes.

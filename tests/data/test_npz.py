@@ -51,6 +51,14 @@ def test_medmnists_files(tmp_path: Path, shape: tuple[int, ...], splits: tuple[s
     assert all(f"left out: 4 {splits[0]} image(s), for test images are measured on" in each for each in told)
 
 
+def test_images_without_labels_are_left_out(tmp_path: Path) -> None:
+    measured = {"val_images": pixels(2, seed=3), "val_labels": np.array([0, 1])}
+    path = saved(tmp_path / "a.npz", **arrays(4, test_images=pixels(3), **measured))
+    with pytest.warns(UserWarning, match=r"1 array\(s\) of images without labels.*\(e.g. test\)"):
+        data = load_data(path)
+    assert np.array_equal(data.test_images.numpy(), measured["val_images"])
+
+
 @pytest.mark.parametrize("ids", [(5, 10**9, 2**40), (10**9 + 7, 10**9 + 9), (0, 3), (2**62, 2**63 - 1)])
 def test_ids_of_any_size_are_classes(tmp_path: Path, ids: tuple[int, ...]) -> None:
     labels = np.array(ids * 6, np.int64)
