@@ -94,10 +94,8 @@ def _read_part(path: Path, left_out: LeftOut) -> dict[str, Any]:
                 _check_split(part, split, f"{path}: {name}")
             for name in measured[1:]:
                 # Their labels alone: the images may be many.
-                labels = _array(file, f"{name}_labels")
-                left_out.add(
-                    f"{name} image(s), for {measured[0]} images are measured on", path, np.size(labels)
-                )
+                count = len(np.atleast_1d(file[f"{name}_labels"]))
+                left_out.add(f"{name} image(s), for {measured[0]} images are measured on", path, count)
     except DataError:
         raise
     # zlib, zipfile and NumPy raise almost anything on damaged bytes.
