@@ -297,9 +297,8 @@ class _Session:
             return None
         chosen = few_of_each(data.test_labels, ACCURACY_ON, seed=0)
         # The task may have its classes in another order than the model's outputs.
-        labels = torch.tensor([card.class_names.index(label) for label in data.class_names])[
-            data.test_labels[chosen]
-        ]
+        place = {name: number for number, name in enumerate(card.class_names)}
+        labels = torch.tensor([place[name] for name in data.class_names])[data.test_labels[chosen]]
         see = card.need_preprocessing("bench: data")
         batches = data.test_images[chosen].split(ACCURACY_BATCH)
         logits = torch.cat(

@@ -35,7 +35,6 @@ from mvp_ext.app.results import (
     save_results,
     seconds_text,
 )
-from mvp_ext.data.images import load_data
 from mvp_ext.data.sources import find_images
 from mvp_ext.data.tasks import Task
 from mvp_ext.deploy.bundle import save_bundle
@@ -119,7 +118,7 @@ def pretrain(
             rich_help_panel=options.MODEL,
         ),
     ] = None,
-    data: Annotated[str, Option(help="As of `prune`.", rich_help_panel=options.DATA)] = "digits",
+    data: options.Data = None,
     steps: Annotated[int, Option(help="Training steps.", rich_help_panel=options.RUN)] = 500,
     batch_size: Annotated[int | None, Option(help="Images a step.", rich_help_panel=options.RUN)] = None,
     learning_rate: Annotated[
@@ -133,7 +132,7 @@ def pretrain(
     """
     device = run.begin()
     check_output("--out", out, replace=force)
-    images = load_data(data)
+    images = options.load_images(data)
     size = image_size or max(32, *images.image_size)
     # The weights that training starts from.
     torch.manual_seed(run.seed)

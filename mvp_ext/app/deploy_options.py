@@ -11,9 +11,8 @@ import torch
 from typer import Option
 
 from mvp_ext.app.bench import Grid
-from mvp_ext.app.options import DATA, MODEL, PRUNING, RUN, ModelOptions
+from mvp_ext.app.options import DATA, MODEL, PRUNING, RUN, ModelOptions, load_images
 from mvp_ext.app.outputs import check_output
-from mvp_ext.data.images import load_data
 from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.deploy.formats import FORMATS
 from mvp_ext.deploy.metadata import PRECISIONS
@@ -120,7 +119,7 @@ class BenchOptions:
         Option(help="Seconds after which nothing more is begun; what is slow is left out first."),
     ] = None
     data: Annotated[
-        str | None,
+        list[str] | None,
         Option(
             help="Images, as of `prune`: int8 is calibrated on those of the pruned model's classes, and accuracy "
             "measured. Without it int8 is calibrated on noise, for its speed alone.",
@@ -130,14 +129,14 @@ class BenchOptions:
 
     def task(self, pruned: Iterable[PrunedCheckpoint]) -> TaskData | None:
         """The images of the first pruned model's classes; None without --data."""
-        if self.data is None:
+        if not self.data:
             return None
         card = next((small.card for small in pruned if small.class_names), None)
         if card is None:
             raise ValueError(
                 "bench: --data: expected a --pruned file that says which classes its outputs are"
             )
-        return Task.of(card.task or "task", load_data(self.data), card.class_names).split()
+        return Task.of(card.task or "task", load_images(self.data), card.class_names).split()
 
     def grid(self) -> Grid:
         """In what is timed; ValueError for a name or number that there is not."""
@@ -219,7 +218,7 @@ class ExportOptions:
         bool, Option("--force", help="Replace a file that is there.", rich_help_panel=EXPORT)
     ] = False
     data: Annotated[
-        str | None,
+        list[str] | None,
         Option(
             help="As of `prune`: images of the model's classes to check the file on. Default: noise.",
             rich_help_panel=DATA,
@@ -238,11 +237,11 @@ class ExportOptions:
 
     def task(self, card: ModelCard) -> TaskData | None:
         """The images of the model's classes; None without --data."""
-        if self.data is None:
+        if not self.data:
             return None
         if not card.class_names:
             raise ValueError("export: --data: the model does not say which classes its outputs are")
-        return Task.of(card.task or "task", load_data(self.data), card.class_names).split()
+        return Task.of(card.task or "task", load_images(self.data), card.class_names).split()
 
 
 def _split(given: list[str]) -> list[str]:

@@ -173,7 +173,8 @@ class _Images:
             chosen = few_of_each(data.test_labels, count, seed=0).to(data.test_labels.device)
             # Data loaded from elsewhere may have the classes in another order than the model's outputs.
             names = small.card.class_names or data.class_names
-            output = torch.tensor([names.index(name) for name in data.class_names])
+            place = {name: number for number, name in enumerate(names)}
+            output = torch.tensor([place[name] for name in data.class_names])
             labels = output[data.test_labels[chosen].cpu()]
             return cls(resize(data.test_images[chosen].cpu(), see.size), see, labels)
         generator = torch.Generator().manual_seed(0)

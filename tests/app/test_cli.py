@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import run
@@ -65,6 +66,31 @@ def test_zoo_build_goes_on_where_it_was(home: Path) -> None:
     after = {e.name: e.created for e in Zoo(home / "zoo").entries()}
     assert set(after) == set(before) == {"zoo-000", "zoo-001", "zoo-002"}
     assert after["zoo-000"] == before["zoo-000"]
+
+
+def test_a_zoo_of_two_data_sets_with_classes_held_out(home: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        names = np.array(["red", "fox, red", "blue", "grey"])
+        np.savez(
+            tmp_path / folder / "shades.npz",
+            train_images=pixels,
+            train_labels=np.arange(24) % 4,
+            class_names=names,
+        )
+    data = f"--data {tmp_path}/a/shades.npz --data {tmp_path}/b/shades.npz"
+    model = f"--model {home}/backbone.safetensors"
+    held_out = """--exclude-classes 'shades/grey,"shades-2/fox, red"'"""
+    build = BUILD.replace("--tasks 3 --classes-per-task 3", "--tasks 2 --classes-per-task 2")
+    run(f"zoo build --no-refine --no-universal --zoo {tmp_path}/zoo {model} {data} {build} {held_out}")
+    zoo = Zoo(tmp_path / "zoo")
+    tasks = [set(entry.task["classes"]) for entry in zoo.entries()]
+    assert tasks[0] < {"shades/red", "shades/fox, red", "shades/blue"}
+    assert tasks[1] < {"shades-2/red", "shades-2/blue", "shades-2/grey"}
+    task = """--classes '"shades/fox, red",shades/grey'"""
+    said = run(f"prune {model} {data} {task} --method random --steps 0 --out {tmp_path}/small.safetensors")
+    assert "outputs, in order: shades/fox, red, shades/grey" in said.output
 
 
 def test_zoo_build_from_the_dense_model(home: Path, tmp_path: Path) -> None:

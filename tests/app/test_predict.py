@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import mvp_ext
 from mvp_ext.app import cli
 from mvp_ext.app.plots import LIGHT, confusion, to_png
-from mvp_ext.app.predict import Judgement, judgement_tables
+from mvp_ext.app.predict import Judgement, class_of_folder, judgement_tables
 from mvp_ext.data.sources import FoundImage
 from mvp_ext.model.checkpoint import PrunedCheckpoint, save_pruned
 from mvp_ext.model.prediction import Predictions
@@ -121,6 +121,17 @@ def test_judgement_is_counted_by_hand() -> None:
     assert judged.quality.mean_confidence == pytest.approx((0.9 + 0.6 + 0.8 + 1.0) / 4)
     assert judged.quality.expected_calibration_error == pytest.approx((0.1 + 0.6 + 0.2 + 0.0) / 4)
     assert Judgement.of(Predictions(chances, ("c", "d")), images) is None
+
+
+def test_folders_of_joined_data_sets() -> None:
+    """Their classes have the data set's name before theirs; folders need not, where it is clear which is meant."""
+    names = ("a/cat", "a/dog", "b/cat", "b/x/y", "b/plain", "plain")
+    expected = {"dog": "a/dog", "x/y": "b/x/y", **{name: name for name in names}}
+    assert class_of_folder(names) == expected
+    images = [FoundImage(Path("x"), group) for group in ("dog", "cat", "plain")]
+    judged = Judgement.of(Predictions(torch.eye(6)[[1, 0, 5]], names), images)
+    assert judged is not None
+    assert judged.per_class() == {"a/dog": (1, 1), "plain": (1, 1)}
 
 
 def test_many_classes_are_told_by_the_pairs_that_are_confused() -> None:
