@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mvp_ext.data.tasks import Task, TaskData
+from mvp_ext.model.borrowed import own_random_numbers, with_gradients
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
@@ -57,6 +58,8 @@ class RunOptions:
     features: tuple[Tensor, float] | None = None
 
 
+@own_random_numbers()
+@with_gradients()
 def prune(
     model: nn.Module | Backbone,
     task: Task | TaskData,
