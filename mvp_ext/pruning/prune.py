@@ -75,7 +75,7 @@ def prune(
 
     Args:
         model: the dense pre-trained model (timm ResNet or ViT/DeiT), or a ``Backbone`` that also says how it sees
-            images. It is not changed.
+            images. It is not changed. What requires no gradient in it is not trained in the small model either.
         task: the classes and their images.
         zoo: pruned models of earlier tasks; needed by "refined", "mvp" and "universal". An entry of the task's own
             name never votes. It says how images are seen, unless ``model`` is a ``Backbone``.

@@ -238,9 +238,12 @@ def set_head(model: nn.Module, head: LinearHead) -> None:
     """Replace the model's classifier by ``head`` (f32 [k, F] and [k])."""
     classes, _ = head.weight.shape
     model = unwrapped(model)
+    modes = {name: part.training for name, part in model.named_modules()}
     # The fresh one draws weights, which nobody will see; it shall be trainable, wherever it is made.
     with own_random_numbers(), torch.inference_mode(False):
         model.reset_classifier(classes)  # type: ignore[operator]
+    for name, part in model.named_modules():
+        part.training = modes.get(name, model.training)
     classifier = model.get_classifier()  # type: ignore[operator]
     if not isinstance(classifier, nn.Linear) or classifier.weight.shape != head.weight.shape:
         raise ValueError(
