@@ -22,6 +22,7 @@ from mvp_ext.deploy.formats import Format, format_of
 from mvp_ext.deploy.graph import Deployable, deployable
 from mvp_ext.deploy.metadata import Metadata, Precision, Program, precision_of
 from mvp_ext.deploy.quantize import CALIBRATION_IMAGES
+from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.preprocessing import Preprocessing, resize
 from mvp_ext.pruning.result import Result
@@ -220,7 +221,7 @@ def _traced(graph: Deployable, precision: Precision, shape: tuple[int, int, int]
 
 def _compare(model: nn.Module, graph: Deployable, exported: ExportedModel, data: _Images) -> ExportReport:
     """Run the file and the model on the same images; nothing is said of the file itself yet."""
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = copy.deepcopy(unwrapped(model)).cpu().float().eval()
     ours, theirs = [], []
     with torch.inference_mode():
         for images in data.images.split(BATCH):

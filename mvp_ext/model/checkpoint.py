@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mvp_ext import storage
 from mvp_ext._version import __version__
+from mvp_ext.model.borrowed import borrowed, unwrapped
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.create import create_empty
 from mvp_ext.model.create_args import check_args, create_args
@@ -131,7 +132,8 @@ class PrunedCheckpoint:
             ValueError: nobody said how the model sees images, or an image is of another kind. OSError: no image.
         """
         device = next(self.model.parameters()).device
-        return predict(lambda x: self.model(x.to(device)), images, self.card, batch=batch)
+        with borrowed(self.model, compiled=True) as model:
+            return predict(lambda x: model(x.to(device)), images, self.card, batch=batch)
 
 
 def save_pruned(
@@ -186,7 +188,7 @@ def describe(
     extra: Mapping[str, Any] | None = None,
 ) -> PrunedState:
     """What a file of ``save_pruned``, whose arguments these are, would hold; ValueError as there."""
-    card = card or ModelCard()
+    model, card = unwrapped(model), card or ModelCard()
     arguments = create_args(model, structure)
     _check_rebuildable(model, arguments, structure, mask, card)
     versions = {"mvp_ext": __version__, "torch": torch.__version__, "timm": import_timm().__version__}

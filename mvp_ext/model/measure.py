@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from mvp_ext.model.borrowed import borrowed, unwrapped
 
 MAX_ROUNDS = 400
 # Enough for a median and for p10, p90 to differ from the extremes' noise.
@@ -104,13 +106,14 @@ def count_flops(model: nn.Module, input_shape: Sequence[int], *, batch: int = 1)
     Element-wise work (normalisation, activations, softmax) is not counted, as is usual.
 
     Args:
-        model: runs once, in eval mode and without gradients; its mode is restored.
+        model: runs once, in eval mode, uncompiled and without gradients; it is given back as it was.
         input_shape: of one image, (C, H, W).
         batch: images in the pass; the count grows in proportion.
 
     Counts are remembered by all that decides them: modules, with their numbers, and shapes. A pass that counts takes
     tens of milliseconds, and iterative pruning asks for the same shapes again and again.
     """
+    model = unwrapped(model)
     # A replaced forward is not seen in the signature.
     if any("forward" in vars(module) for module in model.modules()):
         return _count_flops(model, input_shape, batch)
@@ -134,7 +137,9 @@ def _signature(model: nn.Module) -> tuple[object, ...]:
 
 
 def _count_flops(model: nn.Module, input_shape: Sequence[int], batch: int) -> int:
-    with _evaluating([model]), FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter:
+    counting = FlopCounterMode(display=False, custom_mapping=_flop_formulas())
+    # The counter hooks parameters that are a module's input (an attention pool's query): not in inference mode.
+    with borrowed(model), torch.inference_mode(False), torch.no_grad(), counting as counter:
         model(_example(model, input_shape, batch))
     return int(counter.get_total_flops())
 
@@ -187,7 +192,8 @@ def latency(
     """Time the forward passes of several models in turn: one pass of each a round, in an order that changes.
 
     Args:
-        models: name → model, all on one device (CPU or CUDA). Run in eval mode; their modes are restored.
+        models: name → model, all on one device (CPU or CUDA). Run in eval mode, as they are compiled; they are given
+            back as they were.
         input_shape: of one image, (C, H, W).
         batch: images in a pass, ≥ 1.
         seconds: about how long a model is timed, at least ``MIN_ROUNDS`` passes.
@@ -219,11 +225,14 @@ def latency(
             torch.cuda.synchronize(device)
 
     with (
+        ExitStack() as lent,
         _weights_in(layout, models.values()),
-        _evaluating(models.values()),
+        torch.inference_mode(),
         torch_threads(threads),
         torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None),
     ):
+        for model in models.values():
+            lent.enter_context(borrowed(model, compiled=True))
         runs = {name: partial(run, model) for name, model in models.items()}
         return time_in_turn(runs, batch=batch, seconds=seconds, rounds=rounds)
 
@@ -309,20 +318,6 @@ def _example(model: nn.Module, input_shape: Sequence[int], batch: int) -> Tensor
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
     return noise.to(device=like.device, dtype=like.dtype)
-
-
-@contextmanager
-def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every submodule has its own mode again."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mvp_ext.data.tasks import Task, TaskData
+from mvp_ext.model.borrowed import own_random_numbers, with_gradients
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
@@ -57,6 +58,8 @@ class RunOptions:
     features: tuple[Tensor, float] | None = None
 
 
+@own_random_numbers()
+@with_gradients()
 def prune(
     model: nn.Module | Backbone,
     task: Task | TaskData,
@@ -72,7 +75,7 @@ def prune(
 
     Args:
         model: the dense pre-trained model (timm ResNet or ViT/DeiT), or a ``Backbone`` that also says how it sees
-            images. It is not changed.
+            images. It is not changed. What requires no gradient in it is not trained in the small model either.
         task: the classes and their images.
         zoo: pruned models of earlier tasks; needed by "refined", "mvp" and "universal". An entry of the task's own
             name never votes. It says how images are seen, unless ``model`` is a ``Backbone``.

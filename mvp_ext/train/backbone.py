@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mvp_ext.model.borrowed import borrowed, own_random_numbers, unwrapped
 from mvp_ext.model.checkpoint import check_fidelity
 from mvp_ext.model.create import create_empty, create_model
 from mvp_ext.model.create_args import check_args, create_args
@@ -34,7 +35,7 @@ class Backbone:
     """A dense pre-trained model and its preprocessing.
 
     Attributes:
-        model: a timm model.
+        model: a timm model, without what torch put around it (torch.compile, DataParallel).
         preprocessing: how images become its input.
         classes: names of the classes it was pre-trained on, where they are known.
     """
@@ -43,11 +44,15 @@ class Backbone:
     preprocessing: Preprocessing
     classes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.model = unwrapped(self.model)
+
     @classmethod
     def wrap(cls, model: nn.Module | Backbone) -> Backbone:
         """``model`` itself if it is one already; otherwise with the preprocessing that timm declares for it."""
         if isinstance(model, Backbone):
             return model
+        model = unwrapped(model)
         if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
             raise TypeError(
                 f"Backbone: expected a timm model (with forward_features and forward_head), got {type(model).__name__}"
@@ -218,24 +223,27 @@ def extract_features(
 ) -> Tensor:
     """Features f32 [n, F] of images u8 [n, H, W, 3] in eval mode, without augmentation, on the model's device.
 
-    The model's train/eval mode is put back afterwards. The result is on the CPU.
+    The model is given back as it was. The result is on the CPU.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     parts = []
-    with autocast(device, precision):
+    with borrowed(model) as inner, autocast(device, precision):
         for chunk in images.split(FEATURE_BATCH):
             batch = to_batch(chunk.to(device), preprocessing.size, preprocessing.mean, preprocessing.std)
-            parts.append(forward_features(model, batch).cpu())
-    model.train(was_training)
+            parts.append(forward_features(inner, batch).cpu())
     return torch.cat(parts) if parts else torch.empty(0, 0)
 
 
 def set_head(model: nn.Module, head: LinearHead) -> None:
     """Replace the model's classifier by ``head`` (f32 [k, F] and [k])."""
     classes, _ = head.weight.shape
-    model.reset_classifier(classes)  # type: ignore[operator]
+    model = unwrapped(model)
+    modes = {name: part.training for name, part in model.named_modules()}
+    # The fresh one draws weights, which nobody will see; it shall be trainable, wherever it is made.
+    with own_random_numbers(), torch.inference_mode(False):
+        model.reset_classifier(classes)  # type: ignore[operator]
+    for name, part in model.named_modules():
+        part.training = modes.get(name, model.training)
     classifier = model.get_classifier()  # type: ignore[operator]
     if not isinstance(classifier, nn.Linear) or classifier.weight.shape != head.weight.shape:
         raise ValueError(
@@ -271,6 +279,7 @@ class BackboneIdentity:
             model: the dense model, as it was before any task.
             structure: of the scope that is pruned; default: the model's default scope.
         """
+        model = unwrapped(model)
         structure = structure or find_structure(model)
         config = getattr(model, "pretrained_cfg", None) or {}
         head = (config.get("classifier") if isinstance(config, Mapping) else config.classifier) or ()

@@ -11,6 +11,7 @@ from torch import nn
 
 from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
+from mvp_ext.model.borrowed import own_random_numbers, with_gradients
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.train.backbone import Backbone
 from mvp_ext.train.cost import Cost
@@ -27,6 +28,8 @@ def measured_normalisation(data: ImageData) -> tuple[tuple[float, ...], tuple[fl
     return tuple(pixels.mean(0).tolist()), tuple(pixels.std(0).clamp_min(1e-3).tolist())
 
 
+@own_random_numbers()
+@with_gradients()
 def pretrain(
     model: nn.Module,
     data: ImageData,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mvp_ext.data.batches import augment, shuffled_indices
 from mvp_ext.data.tasks import TaskData
+from mvp_ext.model.borrowed import borrowed, with_gradients
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.train.backbone import Backbone, autocast, forward_features
@@ -39,11 +40,8 @@ class Teacher:
 
     def loss(self, features: Tensor, batch: Tensor) -> Tensor:
         """Mean over the batch of ‖f − f_dense‖² / var f_dense."""
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            target = forward_features(self.model, batch)
-        self.model.train(was_training)
+        with borrowed(self.model) as model, torch.no_grad():
+            target = forward_features(model, batch)
         return (features - target).square().sum(1).mean() / self.variance
 
 
@@ -143,6 +141,7 @@ class Trainer:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    @with_gradients()
     def run(
         self,
         steps: int,
@@ -228,12 +227,9 @@ def _convolves_one_pixel(model: nn.Module, size: int) -> bool:
         found = found or min(inputs[0].shape[-2:]) == 1
 
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
-    handles = [m.register_forward_pre_hook(look) for m in convolutions]
-    was_training = model.training
     parameter = next(model.parameters())
-    model.eval()
-    model(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))
-    model.train(was_training)
-    for handle in handles:
-        handle.remove()
+    with borrowed(model) as inner:
+        for convolution in convolutions:
+            convolution.register_forward_pre_hook(look)
+        inner(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))
     return found

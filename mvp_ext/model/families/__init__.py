@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.families.resnet import RESNET
 from mvp_ext.model.families.vit import VIT
 from mvp_ext.model.structure import Structure, UnsupportedModelError
@@ -29,7 +30,8 @@ def find_structure(model: nn.Module, scope: str | None = None) -> Structure:
     """The layers of units of ``model``.
 
     Args:
-        model: a timm ResNet (BasicBlock, Bottleneck), ViT or DeiT, dense or already pruned, on any device.
+        model: a timm ResNet (BasicBlock, Bottleneck), ViT or DeiT, dense or already pruned, on any device. What torch
+            puts around one (torch.compile, DataParallel) is looked through: layers have the names of the model inside.
         scope: `inner` (default) or `all` for a ResNet; `heads` (default), `mlp` or `heads+mlp` for a ViT.
 
     Raises:
@@ -38,6 +40,7 @@ def find_structure(model: nn.Module, scope: str | None = None) -> Structure:
     """
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"find_structure: scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+    model = unwrapped(model)
     found = [(family, blocks) for family in FAMILIES if (blocks := family.blocks(model))]
     if not found:
         children = ", ".join(f"{n} ({type(m).__name__})" for n, m in model.named_children()) or "no parts"
