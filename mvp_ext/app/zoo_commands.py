@@ -46,6 +46,7 @@ def build(
     """
     device, opened = run.begin(), Zoo(zoo)
     backbone = model.backbone(device, seen=opened.preprocessing)
+    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
     drawn = sampling.tasks(data.images(), what.tasks, "zoo", data, [], seed=0)
     have = [task for task in drawn if task.name in opened]
     for task in have:
@@ -56,7 +57,6 @@ def build(
             )
     if have:
         say(f"{len(have)} of {what.tasks} entries are there already")
-    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
     with progress_bar("zoo") as progress:
         make = build_refined_zoo if what.refine else build_zoo
         make(backbone, drawn, opened, settings, progress=progress)

@@ -32,6 +32,7 @@ from mvp_ext.model.checkpoint import (
     read_pruned,
 )
 from mvp_ext.model.create_args import check_args
+from mvp_ext.model.ends import as_input
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.prediction import PREDICT_BATCH, Predictions, predict, predict_tasks
 from mvp_ext.model.preprocessing import Preprocessing
@@ -190,7 +191,7 @@ class Bundle:
 
     def _logits(self, x: Tensor, rows: slice, statistics: int) -> Tensor:
         weight, bias = self.linear
-        x = x.to(weight.device)
+        x = as_input(self.features.model, x)
         if len(self.groups) == 1:
             features = self.features(x)
         else:

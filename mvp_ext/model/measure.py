@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from mvp_ext.model.ends import as_input
+
 MAX_ROUNDS = 400
 # Enough for a median and for p10, p90 to differ from the extremes' noise.
 MIN_ROUNDS = 7
@@ -134,8 +136,17 @@ def _signature(model: nn.Module) -> tuple[object, ...]:
 
 
 def _count_flops(model: nn.Module, input_shape: Sequence[int], batch: int) -> int:
-    with _evaluating([model]), FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter:
-        model(_example(model, input_shape, batch))
+    counting = FlopCounterMode(display=False, custom_mapping=_flop_formulas())
+    # The counter would look for gradients of parameters that are a module's input, as an attention pool's query is.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad = False
+        with _evaluating([model]), counting as counter:
+            model(_example(model, input_shape, batch))
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
     return int(counter.get_total_flops())
 
 
@@ -211,9 +222,8 @@ def latency(
         raise ValueError(f"latency: models: expected one device, got {sorted(map(str, devices))}")
     device = devices.pop()
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = _example(next(iter(models.values())), input_shape, batch).contiguous(memory_format=layout)
 
-    def run(model: nn.Module) -> None:
+    def run(model: nn.Module, x: Tensor) -> None:
         model(x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -224,7 +234,10 @@ def latency(
         torch_threads(threads),
         torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None),
     ):
-        runs = {name: partial(run, model) for name, model in models.items()}
+        runs = {
+            name: partial(run, model, _example(model, input_shape, batch).contiguous(memory_format=layout))
+            for name, model in models.items()
+        }
         return time_in_turn(runs, batch=batch, seconds=seconds, rounds=rounds)
 
 
@@ -298,9 +311,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _example(model: nn.Module, input_shape: Sequence[int], batch: int) -> Tensor:
     """Normal noise [batch, *input_shape] in the model's own dtype and on its device; the values do not matter."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    noise = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(device=like.device, dtype=like.dtype)
+    return as_input(model, torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0)))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mvp_ext.model.ends import as_input
 from mvp_ext.model.structure import Structure, UnitLayer
 from mvp_ext.ops import backend_for
 from mvp_ext.train.backbone import autocast
@@ -78,7 +79,8 @@ def _on_activations(
         for images, labels in batches:
             captured.clear()
             count += len(labels)
-            with torch.set_grad_enabled(needs_gradient), autocast(images.device, precision):
+            images = as_input(model, images)
+            with torch.set_grad_enabled(needs_gradient), autocast(images.device, precision, images.dtype):
                 # Summed, not averaged: each example's gradient is then its own, whatever the batch size.
                 loss = nn.functional.cross_entropy(model(images).float(), labels, reduction="sum")
             if needs_gradient:
@@ -135,7 +137,8 @@ def _weight_taylor(model: nn.Module, structure: Structure, batches: Batches, pre
     count = 0
     for images, labels in batches:
         count += len(labels)
-        with autocast(images.device, precision):
+        images = as_input(model, images)
+        with autocast(images.device, precision, images.dtype):
             loss = nn.functional.cross_entropy(model(images).float(), labels, reduction="sum")
         loss.backward()
     if count == 0:

@@ -11,6 +11,7 @@ from torch import nn
 
 from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
+from mvp_ext.model.ends import classifiers, dtype_of
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.train.backbone import Backbone
 from mvp_ext.train.cost import Cost
@@ -56,7 +57,7 @@ def pretrain(
         in [0, 1], and the cost.
 
     Raises:
-        ValueError: ``steps`` < 1.
+        ValueError: ``steps`` < 1, or a model that cannot be trained so (``Backbone.check``).
         FloatingPointError: the loss is no longer finite.
     """
     if steps < 1:
@@ -64,13 +65,15 @@ def pretrain(
     if recipe is None:
         recipe = Recipe.for_model(model)
         recipe = recipe.with_rate(6 * recipe.learning_rate)
-    everything = Task("pretrain", data, data.classes, seed=seed).split()
-    # The seed draws the fresh head's weights; the head follows the model to its device.
-    torch.manual_seed(seed)
-    device = next(model.parameters()).device
-    model.reset_classifier(everything.num_classes)  # type: ignore[operator]
-    model.to(device)
     preprocessing = Preprocessing(image_size, *measured_normalisation(data))
+    Backbone(model, preprocessing).check()
+    everything = Task("pretrain", data, data.classes, seed=seed).split()
+    # The seed draws the fresh head's weights; the head follows the model to its device and type.
+    torch.manual_seed(seed)
+    device, dtype = next(model.parameters()).device, dtype_of(model)
+    model.reset_classifier(everything.num_classes)  # type: ignore[operator]
+    for head in classifiers(model):
+        head.to(device, dtype)
     cost = Cost()
     trainer = Trainer(model, everything, preprocessing, recipe, seed=seed, cost=cost)
     run = RunFile(

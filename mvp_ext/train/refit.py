@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mvp_ext.data.tasks import TaskData
+from mvp_ext.model.ends import as_input, dtype_of
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.train.backbone import autocast, extract_features, set_head
 from mvp_ext.train.heads import LinearHead, class_mean_head, ridge_head
@@ -46,10 +47,10 @@ def reestimate_statistics(
         # A cumulative average.
         layer.momentum = None
         layer.train()
-    with autocast(device, precision):
+    with autocast(device, precision, dtype_of(model)):
         for index in order.chunk(max(1, len(order) // 128)):
             p = preprocessing
-            model(to_batch(images[index].to(device), p.size, p.mean, p.std))
+            model(as_input(model, to_batch(images[index].to(device), p.size, p.mean, p.std)))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     model.eval()
