@@ -165,6 +165,17 @@ def test_every_model_of_one_scope_can_be_created_and_saved_whole(tmp_path: Path)
         assert loaded.preprocessing.size == images.shape[-1]
 
 
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    model = create_model(
+        "vit_tiny_patch16_224", num_classes=4, **{**ACCEPTED["vit_tiny_patch16_224"], "img_size": (32, 48)}
+    )
+    goes_all_the_way(model.eval(), find_structure(model), tmp_path / "m", ("taylor",))
+    with pytest.raises(
+        ValueError, match=r"^Backbone: VisionTransformer: not for images of 32 pixels [^\n]*$"
+    ):
+        Backbone.wrap(model).check()
+
+
 # ---- types of weights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float64)

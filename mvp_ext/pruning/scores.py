@@ -163,8 +163,7 @@ def _synflow(model: nn.Module, structure: Structure, image_shape: tuple[int, ...
         for module in twin.modules():
             if isinstance(module, _BatchNorm) and module.running_mean is not None:
                 module.running_mean.zero_()
-    device = next(twin.parameters()).device
-    output = twin(torch.ones(1, *image_shape, dtype=torch.float64, device=device))
+    output = twin(as_input(twin, torch.ones(1, *image_shape)))
     output.sum().backward()
     terms = {n: (p.detach() * p.grad).abs() for n, p in twin.named_parameters() if p.grad is not None}
     sums = {layer.name: _own_weights(layer, terms, True).double().sum(1) for layer in structure.layers}

@@ -304,10 +304,9 @@ def set_head(model: nn.Module, head: LinearHead) -> None:
     Raises:
         ValueError: the model has no linear classifier of such features, or has another beside it.
     """
-    like = next(model.parameters())
     # Before anything is changed; a model without classes has none to look at.
     _check_classifiers(model, head)
-    model.reset_classifier(len(head.weight))  # type: ignore[operator]
+    fresh_head(model, len(head.weight))
     _check_classifiers(model, head)
     if not classifiers(model):
         raise ValueError(f"set_head: {type(model).__name__}: expected a linear classifier, got none")
@@ -315,6 +314,13 @@ def set_head(model: nn.Module, head: LinearHead) -> None:
         with torch.no_grad():
             classifier.weight.copy_(head.weight)
             classifier.bias.copy_(head.bias)
+
+
+def fresh_head(model: nn.Module, classes: int) -> None:
+    """Give a timm model a classifier of so many classes, drawn anew, on its device and in its type."""
+    like = next(model.parameters())
+    model.reset_classifier(classes)  # type: ignore[operator]
+    for classifier in classifiers(model):
         classifier.to(like.device, like.dtype)
 
 

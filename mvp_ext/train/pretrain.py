@@ -11,9 +11,8 @@ from torch import nn
 
 from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
-from mvp_ext.model.ends import classifiers, dtype_of
 from mvp_ext.model.preprocessing import Preprocessing
-from mvp_ext.train.backbone import Backbone
+from mvp_ext.train.backbone import Backbone, fresh_head
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.evaluate import evaluate
 from mvp_ext.train.recipe import Recipe
@@ -70,10 +69,7 @@ def pretrain(
     everything = Task("pretrain", data, data.classes, seed=seed).split()
     # The seed draws the fresh head's weights; the head follows the model to its device and type.
     torch.manual_seed(seed)
-    device, dtype = next(model.parameters()).device, dtype_of(model)
-    model.reset_classifier(everything.num_classes)  # type: ignore[operator]
-    for head in classifiers(model):
-        head.to(device, dtype)
+    fresh_head(model, everything.num_classes)
     cost = Cost()
     trainer = Trainer(model, everything, preprocessing, recipe, seed=seed, cost=cost)
     run = RunFile(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvp_ext.data.images import DataError, ImageData, load_data
+from mvp_ext.data.images import DataError, ImageData, content_hash, load_data
 
 
 def test_split_is_stratified_seeded_and_without_overlap():
@@ -69,3 +69,21 @@ def test_image_data_checks_itself():
         }
         with pytest.raises(DataError, match=message):
             ImageData(**arguments)
+
+
+def test_a_hash_of_tensors_of_any_type():
+    kinds = (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+    )
+    seen = {
+        content_hash([torch.tensor(bits).to(kind)], ["a"])
+        for kind in kinds
+        for bits in ([0, 1], [1, 0], 1, [])
+    }
+    assert len(seen) == 4 * len(kinds)
