@@ -31,6 +31,7 @@ from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.scores import CRITERIA, score_units
 from mvp_ext.pruning.settings import Schedule, Settings
+from mvp_ext.timm_compat import import_timm
 from mvp_ext.train.backbone import Backbone, classify, forward_features, load_backbone, set_head
 from mvp_ext.train.heads import LinearHead
 from mvp_ext.train.recipe import Recipe
@@ -38,9 +39,8 @@ from mvp_ext.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Heads on every token, or on several branches, beside the one on the pooled features.
-WITHOUT_TASKS = {"volo_d1_224"}
-LARGE = {"volo_d1_224", "mobilevit_xxs", "test_maxvit", "pit_ti_distilled_224"}
+# Models that timm makes no smaller are tried in one scope, the widest.
+LARGE = {"mobilevit_xxs", "test_maxvit", "pit_ti_distilled_224"}
 SWIN = "swin_tiny_patch4_window7_224"
 QUICK = Settings(keep=0.5, schedule=Schedule(share=0.5, steps_per_round=1, score_batches=1))
 
@@ -115,19 +115,12 @@ def test_what_is_accepted_goes_all_the_way(name: str, tmp_path: Path) -> None:
     dense = family_model(name)
     scopes = accepted_scopes(dense)
     assert find_structure(dense).scope in scopes
-    # Models that timm makes no smaller are tried in one scope, the widest.
     tried = list(scopes.values())[-1:] if name in LARGE else list(scopes.values())
     for number, structure in enumerate(tried):
         # Each criterion now and then; those that need gradients and probes always.
         other = CRITERIA[(list(ACCEPTED).index(name) + number) % len(CRITERIA)]
         small = goes_all_the_way(dense, structure, tmp_path / "m", (other, "taylor"))
-    if name in WITHOUT_TASKS:
-        with pytest.raises(ValueError, match=r"set_head: \w+: expected one linear classifier [^\n]*$"):
-            takes_a_head(small)
-        with pytest.raises(ValueError, match=r"^Backbone: [^\n]*$"):
-            prune(dense, digits_task(), method="random", steps=0)
-    else:
-        takes_a_head(small)
+    takes_a_head(small)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -140,9 +133,39 @@ def test_what_is_refused_is_refused_at_once(name: str) -> None:
             refuse()
 
 
-def test_branches_with_a_head_each_are_refused() -> None:
-    model = family_model("crossvit_9_240")
-    with pytest.raises(ValueError, match=r"^Backbone: CrossVit: [^\n]*expected one linear classifier[^\n]*$"):
+def volo() -> nn.Module:
+    """With a head on every token beside the one on the pooled features; smaller than timm makes them."""
+    kind = import_timm().models.volo.VOLO
+    model = kind((1, 1, 1, 1), img_size=32, num_classes=4, embed_dims=(24,) * 4, num_heads=(2,) * 4)
+    whole = import_timm().get_pretrained_cfg("volo_d1_224").to_dict()
+    model.pretrained_cfg = {**whole, "input_size": (3, 32, 32), "architecture": "volo_d1_224"}
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", [volo, lambda: family_model("crossvit_9_240")], ids=["tokens", "branches"])
+def test_outputs_that_are_not_one_head_on_pooled_features_are_refused(make: Any) -> None:
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    width = forward_features(model, images_of(model)).shape[1]
+    message = r"[^\n]*: expected one linear classifier of \d+ features with a bias, got [^\n]*$"
+    for refused in (
+        lambda: set_head(model, LinearHead(torch.zeros(5, width), torch.zeros(5))),
+        lambda: Backbone.wrap(model).check(),
+        lambda: prune(model, digits_task(), method="random", steps=0),
+    ):
+        with pytest.raises(ValueError, match=rf"^(Backbone|set_head): {message}"):
+            refused()
+    # Nothing was changed.
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_a_model_does_behind_its_head_is_refused() -> None:
+    model = family_model("vit_tiny_patch16_224")
+    forward = model.forward_head
+    model.forward_head = lambda x, pre_logits=False: forward(x, pre_logits=pre_logits) ** (3 - 2 * pre_logits)
+    with pytest.raises(
+        ValueError, match="expected outputs that are a linear function of the pooled features"
+    ):
         Backbone.wrap(model).check()
 
 
@@ -179,7 +202,7 @@ def test_images_need_not_be_square(tmp_path: Path) -> None:
 # ---- types of weights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float64)
-KINDS = ("test_resnet", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", SWIN)
+KINDS = ("test_resnet", "deit_tiny_distilled_patch16_224", SWIN)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -214,8 +237,9 @@ def test_every_type_of_weights(name: str, dtype: torch.dtype, tmp_path: Path) ->
 # ---- channels of images
 
 
-@pytest.mark.parametrize("channels", [1, 4, 13])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "channels"), [*zip(KINDS, (1, 4, 13), strict=True), ("naflexvit_base_patch16_gap", 2)]
+)
 def test_every_number_of_channels(name: str, channels: int, tmp_path: Path) -> None:
     """Models of them can be made, scored, cut, counted, saved; what works on pictures refuses them in one line."""
     torch.manual_seed(0)
@@ -247,15 +271,19 @@ def test_every_number_of_channels(name: str, channels: int, tmp_path: Path) -> N
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with files of backbones, as ``--model`` takes them."""
     folder = tmp_path_factory.mktemp("backbones")
-    for name, kwargs in ((SWIN, {}), ("volo_d1_224", {}), ("test_resnet", {"in_chans": 4})):
+    for file, name, channels, dtype in (
+        ("swin", SWIN, 3, torch.float32),
+        ("four", "test_resnet", 4, torch.float32),
+        ("half", "test_resnet", 3, torch.float16),
+    ):
         torch.manual_seed(0)
-        model = create_model(name, num_classes=4, **{**ACCEPTED[name], **kwargs}).eval()
-        Backbone.wrap(model).save(folder / f"{name}.safetensors")
+        model = create_model(name, num_classes=4, in_chans=channels, **ACCEPTED[name]).to(dtype).eval()
+        Backbone.wrap(model).save(folder / f"{file}.safetensors")
     return folder
 
 
 def test_commands_take_a_model_of_one_scope(files: Path, tmp_path: Path) -> None:
-    model, out = files / f"{SWIN}.safetensors", tmp_path / "small.safetensors"
+    model, out = files / "swin.safetensors", tmp_path / "small.safetensors"
     run(
         f"prune --model {model} --classes 0,1,2 --max-train 10 --method one_shot --steps 1 --keep 0.5 --out {out}"
     )
@@ -282,10 +310,10 @@ def test_commands_refuse_files_of_other_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        (SWIN, "--scope heads", "use scope 'mlp'"),
-        (SWIN, "--scope inner", "use scope 'mlp'"),
-        ("volo_d1_224", "", "expected one linear classifier"),
-        ("test_resnet", "", "expected [B, 4, H, W], as the model takes them"),
+        ("swin", "--scope heads", "use scope 'mlp'"),
+        ("swin", "--scope inner", "use scope 'mlp'"),
+        ("half", "", "got float16"),
+        ("four", "", "expected [B, 4, H, W], as the model takes them"),
     ],
 )
 def test_commands_refuse_before_they_begin(
