@@ -54,6 +54,7 @@ def build(
     """
     device, opened = run.begin(), Zoo(zoo)
     backbone = model.backbone(device, seen=opened.preprocessing)
+    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
     drawn = sampling.tasks(data.images(), what.tasks, "zoo", data, [], seed=0)
     have = [task for task in drawn if task.name in opened]
     for task in have:
@@ -64,7 +65,6 @@ def build(
             )
     if have:
         say(f"{len(have)} of {what.tasks} entries are there already")
-    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
     structure = find_structure(backbone.model, settings.scope)
     first, each = planned_zoo_steps(structure, settings, what.tasks, UNIVERSAL_SHARE if what.refine else 0.0)
     total = first + each * what.tasks

@@ -24,6 +24,7 @@ from mvp_ext.deploy.metadata import Metadata, Precision, Program, precision_of
 from mvp_ext.deploy.quantize import CALIBRATION_IMAGES
 from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.checkpoint import PrunedCheckpoint
+from mvp_ext.model.ends import in_channels
 from mvp_ext.model.preprocessing import Preprocessing, resize
 from mvp_ext.pruning.result import Result
 from mvp_ext.storage import write_atomic
@@ -183,8 +184,9 @@ class _Images:
             shape = (NOISE, see.size, see.size, 3)
             return cls(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), see, None)
         size = Preprocessing.of(small.model).size
-        channels = next(p for p in small.model.parameters() if p.ndim == 4).shape[1]
-        return cls(torch.randn(NOISE, channels, size, size, generator=generator), None, None)
+        return cls(
+            torch.randn(NOISE, in_channels(small.model) or 3, size, size, generator=generator), None, None
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mvp_ext.model.borrowed import borrowed, unwrapped
+from mvp_ext.model.ends import as_input
 
 MAX_ROUNDS = 400
 # Enough for a median and for p10, p90 to differ from the extremes' noise.
@@ -217,9 +218,8 @@ def latency(
         raise ValueError(f"latency: models: expected one device, got {sorted(map(str, devices))}")
     device = devices.pop()
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = _example(next(iter(models.values())), input_shape, batch).contiguous(memory_format=layout)
 
-    def run(model: nn.Module) -> None:
+    def run(model: nn.Module, x: Tensor) -> None:
         model(x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -233,7 +233,10 @@ def latency(
     ):
         for model in models.values():
             lent.enter_context(borrowed(model, compiled=True))
-        runs = {name: partial(run, model) for name, model in models.items()}
+        runs = {
+            name: partial(run, model, _example(model, input_shape, batch).contiguous(memory_format=layout))
+            for name, model in models.items()
+        }
         return time_in_turn(runs, batch=batch, seconds=seconds, rounds=rounds)
 
 
@@ -315,9 +318,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _example(model: nn.Module, input_shape: Sequence[int], batch: int) -> Tensor:
     """Normal noise [batch, *input_shape] in the model's own dtype and on its device; the values do not matter."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    noise = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(device=like.device, dtype=like.dtype)
+    return as_input(model, torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0)))
 
 
 @contextmanager

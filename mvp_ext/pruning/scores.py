@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mvp_ext.model.borrowed import borrowed, with_gradients
+from mvp_ext.model.ends import as_input
 from mvp_ext.model.structure import Structure, UnitLayer
 from mvp_ext.ops import backend_for
 from mvp_ext.train.backbone import autocast
@@ -83,7 +84,8 @@ def _passes(
     for batch in batches:
         # What was made in inference mode takes no part in a graph.
         images, labels = (t.clone() if t.is_inference() else t for t in batch)
-        with torch.set_grad_enabled(gradients), autocast(images.device, precision):
+        images = as_input(model, images)
+        with torch.set_grad_enabled(gradients), autocast(images.device, precision, images.dtype):
             # Summed, not averaged: each example's gradient is then its own, whatever the batch size.
             loss = nn.functional.cross_entropy(model(images).float(), labels, reduction="sum")
         yield loss, len(labels)
@@ -182,8 +184,7 @@ def _synflow(model: nn.Module, structure: Structure, image_shape: tuple[int, ...
             if isinstance(module, _BatchNorm) and module.running_mean is not None:
                 module.running_mean.zero_()
     weights = _rows_of_units(twin, structure)
-    device = next(twin.parameters()).device
-    output = twin(torch.ones(1, *image_shape, dtype=torch.float64, device=device))
+    output = twin(as_input(twin, torch.ones(1, *image_shape)))
     terms = {n: (weights[n].detach() * g).abs() for n, g in _gradients(output.sum(), weights).items()}
     sums = {layer.name: _own_weights(layer, terms, True).double().sum(1) for layer in structure.layers}
     # Only ratios within a layer matter; scale before float32 so that nothing overflows.

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.borrowed import borrowed
+from mvp_ext.model.ends import as_input, dtype_of
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.train.backbone import autocast, extract_features, set_head
 from mvp_ext.train.heads import LinearHead, class_mean_head, ridge_head
@@ -43,7 +44,7 @@ def reestimate_statistics(
     momenta = [layer.momentum for layer in layers]
     before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
     try:
-        with borrowed(model) as inner, autocast(device, precision):
+        with borrowed(model) as inner, autocast(device, precision, dtype_of(inner)):
             for layer in layers:
                 layer.reset_running_stats()
                 # A cumulative average.
@@ -51,7 +52,7 @@ def reestimate_statistics(
                 layer.training = True
             for index in order.chunk(max(1, len(order) // 128)):
                 p = preprocessing
-                inner(to_batch(images[index].to(device), p.size, p.mean, p.std))
+                inner(as_input(inner, to_batch(images[index].to(device), p.size, p.mean, p.std)))
     except BaseException:
         for buffer, value in before:
             buffer.copy_(value)
