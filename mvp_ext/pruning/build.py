@@ -103,7 +103,7 @@ def build_refined_zoo(
     backbone, settings = seen_by(zoo, model), settings or Settings.of_zoo(zoo)
     start, lost = zoo.shared(START), zoo.facts().get(f"lost {START}") or {}
     if start is not None and "keep" in start.extra and not start.is_sound():
-        start, lost = None, start.extra
+        lost, start = start.extra, None
     if len(zoo) > 0 and start is None and "keep" not in lost:
         raise ZooError(
             f"build_refined_zoo: {zoo.path}: its {len(zoo)} entries refine no universal model; use another zoo"

@@ -88,9 +88,9 @@ class RunFile:
         tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
         tensors |= {f"trainer/{name}": value for name, value in trainer.snapshot().items()}
         spec = {"run": self._identity, "done": done, "cost": trainer.cost.to_dict(), "values": values}
-        # A link there would lead to somebody else's file.
-        if self._path.is_symlink():
-            self._path.unlink()
+        # A link there would lead to somebody else's file, a pipe would be waited for.
+        if self._path.is_symlink() or not self._path.is_file():
+            self._path.unlink(missing_ok=True)
         write_atomic(self._path, to_bytes(tensors, spec, kind=_KIND, version=_VERSION))
 
     def remove(self) -> None:

@@ -14,7 +14,7 @@ from mvp_ext.zoo.files import BadFile, regular_files
 from mvp_ext.zoo.index import DamagedIndexError, Index, ZooError
 from mvp_ext.zoo.layout import Layout
 from mvp_ext.zoo.rowless import adopt
-from mvp_ext.zoo.rows import read_row
+from mvp_ext.zoo.rows import json_of, read_row
 
 
 def holds_models(layout: Layout) -> bool:
@@ -101,14 +101,10 @@ def _fill(layout: Layout, made: Index, old: Index) -> int:
 
 
 def _salvaged_facts(old: Index) -> dict[str, str]:
+    found = {}
     with contextlib.suppress(ZooError):
-        return {key: value for key, value in old.facts().items() if _is_json(value)}
-    return {}
-
-
-def _is_json(text: Any) -> bool:
-    try:
-        json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
+        for key, value in old.facts().items():
+            with contextlib.suppress(ValueError):
+                json_of(value)
+                found[key] = value
+    return found

@@ -97,7 +97,7 @@ def _check_texts(row: Mapping[str, Any], keys: Iterable[str]) -> None:
 
 
 def _object(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = json.loads(row[key])
+    found = json_of(row[key])
     if not isinstance(found, dict):
         raise TypeError(f"{key}: expected a JSON object")
     return found
@@ -107,16 +107,15 @@ def _object(row: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def sound_state(data: bytes) -> PrunedState:
-    """What a model's file holds; BadFile where it is damaged, or has numbers that are not finite."""
+    """What a model's file holds; BadFile where it is damaged, or has weights that are not finite."""
     try:
         stored = parse_pruned(data, source="the file")
     except ValueError as error:
         raise BadFile("damaged", str(error)) from error
     # Older versions took them; a vote of such an entry is lost.
-    for name, tensor in [*stored.state.items(), *stored.extra.items()]:
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            what = "weights " if name in stored.state else ""
-            raise BadFile("damaged", f"its {what}{name} are not finite")
+    for name, tensor in stored.state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise BadFile("damaged", f"its weights {name} are not finite")
     return stored
 
 
@@ -161,7 +160,7 @@ def read_row(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The row that a file says, and what it says of its zoo: "backbone" and "facts", where it does.
 
     Raises:
-        BadFile: it is none of a model, damaged, or has numbers that are not finite.
+        BadFile: it is none of a model, damaged, or has weights that are not finite.
     """
     _, data = read_regular(path)
     stored = sound_state(data)
@@ -240,6 +239,14 @@ def to_json(value: Any, what: str) -> str:
         return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} must be JSON values ({error})") from error
+
+
+def json_of(text: Any) -> Any:
+    """The inverse of ``to_json``; ValueError where ``text`` is no JSON, or nested too deep."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON, got {str(text)[:50]!r} ({error})") from error
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from mvp_ext.zoo.index import ENTRY_COLUMNS, MEANS_COLUMNS, DamagedIndexError, I
 from mvp_ext.zoo.layout import Layout
 from mvp_ext.zoo.rebuild import rebuild
 from mvp_ext.zoo.rowless import model_row, rowless_models
-from mvp_ext.zoo.rows import DAMAGED_ROW, entry_of, model_of, read_row, row_of_file, sound_state
+from mvp_ext.zoo.rows import DAMAGED_ROW, entry_of, json_of, model_of, read_row, row_of_file, sound_state
 
 # Columns that a file knows as well as the row, where it has a record of it. Masks and class means are always known.
 _RECORDED = ("name", "architecture", "task", "accuracy", "steps", "cost")
@@ -46,7 +47,7 @@ def _mended(layout: Layout, index: Index) -> list[ZooProblem]:
     lost: set[str] = set()
     for bad in _bad_rows(layout, index):
         problems.append(bad.problem)
-        if not index.delete(bad.row["name"], bad.row["file"], bad.table):
+        if not index.delete(bad.row["name"], bad.row["file"], bad.table) and _is_there(index, bad):
             raise DamagedIndexError(f"{index.path}: the row of {bad.row['name']!r} cannot be removed")
         name = str(bad.row["name"])
         lost.add(name)
@@ -63,6 +64,11 @@ def _mended(layout: Layout, index: Index) -> list[ZooProblem]:
     return problems + rowless + _strays(layout, index, repair=True, lost=lost)
 
 
+def _is_there(index: Index, bad: _BadRow) -> bool:
+    rows = index.rows(("name", "file")) if bad.table == "entries" else index.models()
+    return (bad.row["name"], bad.row["file"]) in [(row["name"], row["file"]) for row in rows]
+
+
 # ---- the index as a whole
 
 
@@ -70,8 +76,10 @@ def _of_index(index: Index) -> list[ZooProblem]:
     """What is wrong with the index but for its rows; DamagedIndexError where it cannot be read at all."""
     found = index.problems()
     for key, value in index.facts().items():
-        if value != "null" and _json(value) is None:
-            found.append(f"fact {key!r} cannot be read")
+        try:
+            json_of(value)
+        except ValueError as error:
+            found.append(f"fact {key!r} cannot be read ({error})")
     rows = index.rows(("structure_fingerprint",))
     known = {row["structure_fingerprint"] for row in rows}
     if rows and rows[0]["zoo_fingerprint"] not in (None, *known):
@@ -81,16 +89,9 @@ def _of_index(index: Index) -> list[ZooProblem]:
 
 def _remember(index: Index, name: str, row: Mapping[str, Any]) -> None:
     """What a lost shared model was, so that a build can make it again."""
-    if isinstance(extra := _json(row["extra"]), dict):
-        index.record_facts({f"lost {name}": json.dumps(extra)})
-
-
-def _json(text: Any) -> Any:
-    """What a text of the index says; None where it is no JSON."""
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        return None
+    with contextlib.suppress(ValueError):
+        if isinstance(extra := json_of(row["extra"]), dict):
+            index.record_facts({f"lost {name}": json.dumps(extra)})
 
 
 # ---- rows
@@ -105,7 +106,9 @@ class _BadRow:
 
 def _bad_rows(layout: Layout, index: Index) -> list[_BadRow]:
     found = []
-    meta, bound = index.meta(), _json(index.facts().get("preprocessing"))
+    meta, bound = index.meta(), None
+    with contextlib.suppress(ValueError):
+        bound = json_of(index.facts().get("preprocessing", "null"))
 
     def check_entry(row: Mapping[str, Any], path: Path) -> None:
         record = _check_entry(row, path)
@@ -177,7 +180,7 @@ def _check_model(row: Mapping[str, Any], path: Path) -> None:
 def _check_same(key: str, row: Mapping[str, Any], said: Mapping[str, Any]) -> None:
     mine, theirs = row[key], said[key]
     if key in ("task", "cost", "extra"):
-        mine, theirs = json.loads(mine), json.loads(theirs)
+        mine, theirs = json_of(mine), json_of(theirs)
     if mine != theirs:
         raise ValueError(f"{key}: expected {theirs!r} as in the file, got {mine!r}")
 

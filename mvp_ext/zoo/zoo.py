@@ -45,6 +45,7 @@ from mvp_ext.zoo.rows import (
     entry_of,
     entry_row,
     file_name,
+    json_of,
     means_of,
     model_of,
     timestamp,
@@ -168,8 +169,8 @@ class Zoo:
         found = {}
         for key, value in self._index.facts().items():
             try:
-                found[key] = json.loads(value)
-            except (TypeError, ValueError, RecursionError) as error:
+                found[key] = json_of(value)
+            except ValueError as error:
                 raise ZooError(
                     f"zoo {self.path}: fact {key!r} is damaged ({error}); `mvp-ext zoo verify --repair` restores it"
                 ) from error
