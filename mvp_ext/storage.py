@@ -207,17 +207,20 @@ def _make_alike(handle: int, target: Path) -> None:
 
 def _put_in_place(drafts: list[tuple[Path, Path]]) -> None:
     old: list[tuple[Path, Path]] = []
+    new: list[Path] = []
     try:
-        if len(drafts) > 1:
-            for draft, target in reversed(drafts):
-                if target.is_file():
-                    aside = draft.with_suffix(f".old{PART}")
-                    os.replace(target, aside)
-                    old.append((aside, target))
+        for draft, target in drafts if len(drafts) > 1 else []:
+            if target.is_file():
+                aside = draft.with_suffix(f".old{PART}")
+                os.replace(target, aside)
+                old.append((aside, target))
         for draft, target in drafts:
             os.replace(draft, target)
+            new.append(target)
     except BaseException:
-        for aside, target in reversed(old):
+        for target in new:
+            os.unlink(target)
+        for aside, target in old:
             os.replace(aside, target)
         raise
     for aside, _ in old:

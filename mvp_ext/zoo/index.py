@@ -15,6 +15,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ _MIGRATIONS = (
     ),
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
+# That each version of the schema has beside those before it.
+_TABLES = (("meta", "entries"), ("models", "facts"))
 FILE_COLUMNS = ("name", "file", "sha256", "bytes", "structure_fingerprint", "created")
 ENTRY_COLUMNS = (*FILE_COLUMNS, "architecture", "mask", "task", "keep", "accuracy", "steps", "cost")
 MEANS_COLUMNS = ("class_count", "class_means", "temperature")
@@ -93,10 +96,16 @@ class Index:
         kept_in: of an index outside of its zoo, which is never written: the folder that goes with it.
     """
 
-    def __init__(self, path: Path, *, kept_in: tempfile.TemporaryDirectory[str] | None = None) -> None:
+    def __init__(self, path: Path, *, kept_in: Path | None = None) -> None:
         self.path = path
         self._read_only = kept_in is not None
-        self._folder = kept_in
+        self._folder: Path | None = None
+        if kept_in is not None:
+            self._keep(kept_in)
+
+    def _keep(self, folder: Path) -> None:
+        self._folder = folder
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def version(self) -> int:
         """The schema's version; 0 where there is no index, or one whose creation did not come to its end."""
@@ -104,16 +113,19 @@ class Index:
             return 0
         with self._connect() as connection:
             version = _version(connection)
-            kinds = {kind for (kind,) in connection.execute("SELECT type FROM sqlite_master").fetchall()}
-        if version == 0 and kinds:
+            parts = connection.execute("SELECT type, name FROM sqlite_master").fetchall()
+        if version == 0 and parts:
             raise ZooError(f"{self.path}: a database, but not of a zoo")
         if version > SCHEMA_VERSION:
             raise ZooError(
                 f"{self.path}: written by a newer mvp_ext (schema {version}, this one knows {SCHEMA_VERSION})"
             )
+        tables = {name for kind, name in parts if kind == "table"}
         # Triggers and views would run statements of their maker's.
-        if not kinds <= {"table", "index"}:
-            raise DamagedIndexError(f"{self.path}: it has parts that no zoo has")
+        if not {kind for kind, _ in parts} <= {"table", "index"} or not tables >= {
+            name for names in _TABLES[:version] for name in names
+        }:
+            raise DamagedIndexError(f"{self.path}: its tables are not those of a zoo")
         return version
 
     def writable(self) -> bool:
@@ -271,8 +283,10 @@ class Index:
                 yield connection
             finally:
                 connection.close()
-        except sqlite3.Error as error:
-            if type(error) is sqlite3.DatabaseError or any(text in str(error) for text in _DAMAGE):
+        # Python cannot read all that SQLite says of a damaged schema.
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            plain = type(error) in (sqlite3.DatabaseError, UnicodeDecodeError)
+            if plain or any(text in str(error) for text in _DAMAGE):
                 raise DamagedIndexError(
                     f"{self.path}: {error}; `mvp-ext zoo verify --repair` makes the index again from the entries"
                 ) from error
@@ -290,13 +304,14 @@ class Index:
             return f"{uri}?mode=ro"
         # A killed writer's log, and no place to recover it in.
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="mvp_ext-index-")
+            self._keep(Path(tempfile.mkdtemp(prefix="mvp_ext-index-")))
+            assert self._folder is not None
             for path in (self.path, log):
-                shutil.copyfile(path, Path(self._folder.name) / path.name)
+                shutil.copyfile(path, self._folder / path.name)
             # Whoever closes a database last puts its log into it.
-            with contextlib.closing(sqlite3.connect(Path(self._folder.name) / self.path.name)) as connection:
+            with contextlib.closing(sqlite3.connect(self._folder / self.path.name)) as connection:
                 _version(connection)
-        copy = Path(self._folder.name) / self.path.name
+        copy = self._folder / self.path.name
         return f"{copy.as_uri()}?immutable=1"
 
     @contextlib.contextmanager

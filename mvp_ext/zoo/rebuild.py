@@ -64,8 +64,8 @@ def rebuild(layout: Layout, index: Index, *, force: bool = False) -> int:
 
 def rebuilt_elsewhere(layout: Layout, index: Index) -> tuple[Index, int]:
     """The index of a zoo that may not be written, made again outside of it, for as long as this process needs it."""
-    folder = tempfile.TemporaryDirectory(prefix="mvp_ext-index-")
-    made = Index(Path(folder.name) / layout.index.name)
+    folder = Path(tempfile.mkdtemp(prefix="mvp_ext-index-"))
+    made = Index(folder / layout.index.name)
     count = _fill(layout, made, index)
     # The folder goes with the index that is read in it.
     return Index(made.path, kept_in=folder), count

@@ -94,6 +94,8 @@ def _check_texts(row: Mapping[str, Any], keys: Iterable[str]) -> None:
     for key in keys:
         if not isinstance(row[key], str):
             raise TypeError(f"{key}: expected text, got {row[key]!r}")
+        if key == "created":
+            datetime.fromisoformat(row[key])
 
 
 def _object(row: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ SCRIPT = """
     torch.set_num_threads(1)
     resume.SAVE_EVERY = 1
     tasks = [digits_task(classes, name, seed=i) for i, (name, classes) in enumerate(
-        (("a", (0, 1)), ("b", (2, 3)), ("c", (1, 4)), ("d", (3, 5))))]
+        (("a", (0, 1)), ("b", (2, 3)), ("c", (1, 4))))]
     schedule = Schedule(share=0.5, steps_per_round=1, final_steps=2, distill=False)
     settings = Settings(keep=0.5, schedule=schedule, recipe=Recipe(batch_size=8, precision="float32"))
     backbone = tiny_backbone()
@@ -84,7 +84,7 @@ SCRIPT = """
     while kills < 30 or running:
         while kills < 30 and len(running) < 3:
             # Early moments more often: a later life goes on where others were, and is near its end soon.
-            running.add(child(sys.argv[3], int(3 * 40 ** draw.random())))
+            running.add(child(sys.argv[3], int(2 * 40 ** draw.random())))
         pid, status = os.wait()
         running.remove(pid)
         killed = os.WIFSIGNALED(status)
@@ -117,7 +117,7 @@ def test_killed_builders_leave_what_an_undisturbed_one_does(tmp_path: Path) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pairs = list(zip(expected.entries(), found.entries(), strict=True))
-    assert [mine.name for mine, _ in pairs] == list("abcd")
+    assert [mine.name for mine, _ in pairs] == list("abc")
     for mine, theirs in pairs:
         assert (mine.name, mine.task, mine.accuracy, mine.steps, mine.keep) == (
             *(theirs.name, theirs.task, theirs.accuracy, theirs.steps, theirs.keep),
