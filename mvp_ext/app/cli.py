@@ -408,7 +408,7 @@ def _made_by_torch_pruning(
 
 
 def _has(images: Any, task: dict[str, Any]) -> bool:
-    return set(task.get("classes", ())) <= set(images.class_names)
+    return bool(task.get("classes")) and set(task["classes"]) <= set(images.class_names)
 
 
 def _write(results: dict[str, Any], out: Path) -> None:

@@ -339,7 +339,7 @@ def _with_classes(model: nn.Module, classes: int) -> nn.Module:
 def _foreign(entry: ZooEntry, data: ImageData) -> bool:
     try:
         Task.from_dict(entry.task, data)
-    except ValueError:
+    except (ValueError, TypeError, RuntimeError):
         return True
     return False
 

@@ -27,7 +27,7 @@ from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.ends import in_channels
 from mvp_ext.model.preprocessing import Preprocessing, resize
 from mvp_ext.pruning.result import Result
-from mvp_ext.storage import write_atomic
+from mvp_ext.storage import write_together
 from mvp_ext.timm_compat import import_timm
 from mvp_ext.train.evaluate import accuracy_of
 
@@ -267,21 +267,10 @@ def check_report(report: ExportReport, path: Path, runtime: str) -> None:
 
 def _put_in_place(form: Format, draft: Path, path: Path) -> int:
     """All parts of a file, or none; returns the bytes of all."""
-    parts = list(zip(form.parts(draft), form.parts(path), strict=True))
-    if len(parts) > 1:
-        # Of an older file: its last part would not fit the new others.
-        path.unlink(missing_ok=True)
-    total = 0
-    try:
-        for source, target in parts:
-            data = source.read_bytes()
-            write_atomic(target, data)
-            total += len(data)
-    except BaseException:
-        for _, target in parts if len(parts) > 1 else []:
-            target.unlink(missing_ok=True)
-        raise
-    return total
+    parts = zip(form.parts(path), form.parts(draft), strict=True)
+    files = {target: source.read_bytes() for target, source in parts}
+    write_together(files)
+    return sum(map(len, files.values()))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ tensors: every one and no other. No pickle is read or written, and no file says 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from mvp_ext.timm_compat import import_timm
 _FORMAT = "mvp_ext.pruned_model"
 # 2: with a card.
 _VERSION = 2
+# More than any layer has: what a file says must not take all memory.
+_MOST_UNITS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,17 @@ def save_pruned(
         ValueError: the model could not be built again from what would be written: it is not timm's, has parts of its
             own or a part that was changed (named), is not what ``mask`` leaves, or has weights that are not finite.
             Nothing is written then.
-        TypeError: a value of ``extra`` is neither JSON nor a tensor.
+        TypeError: a value of ``extra`` is neither JSON nor a tensor, or a tensor without plain memory (sparse, meta).
         OSError: the file could not be written; what was at ``path`` is untouched.
     """
     described = describe(model, mask=mask, structure=structure, card=card, extra=extra)
     extra = described.extra
+    for name, value in extra.items():
+        try:
+            json.dumps(None if isinstance(value, Tensor) else value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"save_pruned: extra: {name!r}: expected a tensor or JSON values ({error})") from error
     tensors = {f"model/{name}": tensor for name, tensor in described.state.items()}
     tensors |= {f"extra/{name}": value for name, value in extra.items() if isinstance(value, Tensor)}
     spec = {
@@ -234,6 +243,8 @@ def cut_from_dict(spec: Mapping[str, Any]) -> tuple[Structure, Mask]:
     structure = Structure.from_dict(spec["structure"])
     layers = {}
     for layer in structure:
+        if not isinstance(layer.units, int) or not 0 < layer.units <= _MOST_UNITS:
+            raise ValueError(f"layer {layer.name!r}: expected 1 to {_MOST_UNITS} units, got {layer.units!r}")
         layers[layer.name] = torch.zeros(layer.units, dtype=torch.bool)
         layers[layer.name][torch.tensor(spec["kept"][layer.name], dtype=torch.int64)] = True
     return structure, Mask(layers)
@@ -260,7 +271,7 @@ def parse_pruned(data: bytes, *, source: str = "these bytes") -> PrunedState:
         card = ModelCard.from_dict(spec["card"]) if "card" in spec else _card_of_version_1(extra)
         recipe = check_args(spec["recipe"])
         return PrunedState(state, mask, structure, card, extra, recipe, spec["versions"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileFormatError(f"{source}: its description is damaged ({error})") from error
 
 

@@ -105,7 +105,7 @@ class Settings:
                 "recipe": None if recipe is None else Recipe(**recipe),
             }
             return cls(**{**data, **parts})
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"Settings.from_dict: not a description of settings ({error})") from error
 
 
