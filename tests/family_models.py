@@ -40,7 +40,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "swinv2_cr_tiny_ns_224": {**_WINDOWS, "window_size": None},
     "twins_svt_small": {"img_size": 64, **_STAGES},
     "davit_tiny": {**_STAGES},
-    "hiera_tiny_224": {"stages": (1, 1, 1, 1), "embed_dim": 24, "num_heads": 1},
+    "hiera_tiny_224": {"img_size": 64, "stages": (1, 1, 1, 1), "embed_dim": 24, "num_heads": 1},
     "mobilevit_xxs": {},
     "test_maxvit": {"img_size": 64},
     "pit_ti_distilled_224": {"img_size": 32},
