@@ -1,6 +1,7 @@
 """Whole models in every runtime × precision × batch × threads, dense and pruned in turn; random weights: speed alone.
 
-    python benchmarks/runtimes.py [--budget 1200] [--only resnet18]    # benchmarks/results/cpu/runtimes_<model>.json
+    python benchmarks/runtimes.py [--budget 1200] [--only resnet18] [--threads 2] [--without compile] [--memory]
+    # benchmarks/results/cpu/runtimes_<model>.json
 
 The budget is shared by the models: one gets what those before left of it. Small batches come first, and what there is
 no time for is in the file with that reason.
@@ -52,10 +53,10 @@ def main() -> None:
             for kept, model in pruned_copies(dense, keeps, scope=scope, align=ALIGN).items()
         }
         grid = Grid(
-            RUNTIMES,
+            tuple(runtime for runtime in RUNTIMES if runtime not in options.without),
             PRECISIONS,
             (1, 2) if options.dry_run else (1, 32),
-            (1,) if options.dry_run else (1, 2),
+            (1,) if options.dry_run else tuple(options.threads),
             seconds=0.0 if options.dry_run else options.seconds,
             memory=options.memory,
             budget=budget,
@@ -90,6 +91,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=1200.0, help="seconds for all models")
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--seconds", type=float, default=1.0, help="for the slowest model of a setting")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of CPU threads")
+    parser.add_argument(
+        "--without", nargs="*", default=[], help="runtimes to leave out: compiling takes most of the time"
+    )
     parser.add_argument("--memory", action="store_true", help="also peak memory: seconds more for each")
     parser.add_argument("--out", type=Path, help="folder; default: benchmarks/results/cpu")
     parser.add_argument("--dry-run", action="store_true", help="tiny models, once; no file without --out")

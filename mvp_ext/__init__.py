@@ -6,8 +6,12 @@ result.save("small.safetensors")
 zoo.add(result)
 """
 
+# isort: off
+from mvp_ext import _start_up as _start_up
+
+# isort: on
 from mvp_ext._version import __version__ as __version__
-from mvp_ext.data.images import ImageData, load_data
+from mvp_ext.data.images import ImageData, load_data, load_joined
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
 from mvp_ext.deploy.bundle import Bundle, load_bundle, save_bundle
 from mvp_ext.deploy.export import ExportReport, export
@@ -90,6 +94,7 @@ __all__ = [
     "load_data",
     "load_exported",
     "load_exported_bundle",
+    "load_joined",
     "load_pruned",
     "masked_model",
     "merge",

@@ -6,7 +6,7 @@ import copy
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -43,8 +43,9 @@ from mvp_ext.train.evaluate import accuracy_of
 DENSE = "dense"
 # Images that int8 is calibrated on where there is no task: noise, which is enough for a time.
 NOISE = 32
-# For the threads of one runtime to fall asleep before another is timed.
-PAUSE_SECONDS = 0.01
+# For the threads of one runtime to fall asleep before another is timed: ONNX Runtime's spin for tens of milliseconds,
+# which halved OpenVINO's speed on two cores.
+PAUSE_SECONDS = 0.1
 # Of a task's test images, in passes of so many.
 ACCURACY_ON, ACCURACY_BATCH = 1000, 32
 
@@ -120,6 +121,7 @@ def bench(
     data: TaskData | None = None,
     device: torch.device | str = "cpu",
     setting: Mapping[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measure all models in turn; the result is JSON values, with machine, versions and setting.
 
@@ -136,6 +138,7 @@ def bench(
             int8 is calibrated on noise, and no accuracy is measured.
         device: where PyTorch computes.
         setting: what else a reader must know, stored as it is.
+        progress: told (what is done, its steps done, its steps in all).
 
     Raises:
         ValueError: another model has the dense model's name.
@@ -146,11 +149,17 @@ def bench(
     made_by_others = {name: checkpoint_of(model, None) for name, model in peers.items()}
     session = _Session({DENSE: dense, **others, **made_by_others}, grid, input_shape, data, device)
     with tempfile.TemporaryDirectory() as folder:
-        session.prepare(Path(folder), eager_alone=peers.keys())
+        for number, name in enumerate(session.models):
+            session.prepare(name, Path(folder) / str(number), eager_alone=name in peers)
+            if progress is not None:
+                progress("making files", number + 1, len(session.models))
         # Large batches last: a budget may end before them.
-        for batch, threads, precision in itertools.product(grid.batches, grid.threads, grid.precisions):
+        settings = list(itertools.product(grid.batches, grid.threads, grid.precisions))
+        for number, (batch, threads, precision) in enumerate(settings, 1):
             with torch_threads(threads):
                 session.measure(precision, threads, batch)
+            if progress is not None:
+                progress("timing", number, len(settings))
     return {
         "setting": dict(setting or {}),
         "input_shape": list(input_shape),
@@ -182,26 +191,25 @@ class _Session:
         self.accuracy: dict[_Key, float | None] = {}
         self.began = time.perf_counter()
 
-    def prepare(self, folder: Path, *, eager_alone: Collection[str]) -> None:
-        """Make all files."""
-        for number, (name, small) in enumerate(self.models.items()):
-            place = folder / str(number)
-            place.mkdir()
-            data = self.data or _noise(small, self.shape)
-            for runtime, precision in itertools.product(self.grid.runtimes, self.grid.precisions):
-                if name in eager_alone and (runtime, precision) != ("eager", "float32"):
-                    continue
-                key = _Key(name, runtime, precision)
-                with self._noting(key):
-                    self._check_budget()
-                    self.prepared[key] = prepare(
-                        small,
-                        runtime,
-                        place,
-                        precision=precision,
-                        data=data if precision == "int8" else self._task_of(name),
-                        channels_last=self.grid.channels_last,
-                    )
+    def prepare(self, name: str, folder: Path, *, eager_alone: bool) -> None:
+        """Make one model's files, in a new folder."""
+        folder.mkdir()
+        small = self.models[name]
+        data = self.data or _noise(small, self.shape)
+        for runtime, precision in itertools.product(self.grid.runtimes, self.grid.precisions):
+            if eager_alone and (runtime, precision) != ("eager", "float32"):
+                continue
+            key = _Key(name, runtime, precision)
+            with self._noting(key):
+                self._check_budget()
+                self.prepared[key] = prepare(
+                    small,
+                    runtime,
+                    folder,
+                    precision=precision,
+                    data=data if precision == "int8" else self._task_of(name),
+                    channels_last=self.grid.channels_last,
+                )
 
     def measure(self, precision: Precision, threads: int | None, batch: int) -> None:
         """Time all models of one precision in turn."""
@@ -239,11 +247,14 @@ class _Session:
                     raise
         if not runs:
             return
-        # The threads of one runtime need no rest from each other.
-        pause = PAUSE_SECONDS if len({key.runtime for key in runs}) > 1 else 0.0
-        for key, latency in measure.time_in_turn(
-            runs, batch=batch, seconds=self.grid.seconds, pause=pause
-        ).items():
+        latencies = measure.time_in_turn(
+            runs,
+            batch=batch,
+            seconds=self.grid.seconds,
+            group=lambda key: key.runtime,
+            pause=PAUSE_SECONDS,
+        )
+        for key, latency in latencies.items():
             size, accuracy = self.prepared[key].bytes, self.accuracy[key]
             self.cells.append(_Cell(key, number, latency, size, self._peak(key, batch, threads), accuracy))
 
@@ -286,9 +297,8 @@ class _Session:
             return None
         chosen = few_of_each(data.test_labels, ACCURACY_ON, seed=0)
         # The task may have its classes in another order than the model's outputs.
-        labels = torch.tensor([card.class_names.index(label) for label in data.class_names])[
-            data.test_labels[chosen]
-        ]
+        place = {name: number for number, name in enumerate(card.class_names)}
+        labels = torch.tensor([place[name] for name in data.class_names])[data.test_labels[chosen]]
         see = card.need_preprocessing("bench: data")
         batches = data.test_images[chosen].split(ACCURACY_BATCH)
         logits = torch.cat(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,16 +16,25 @@ from mvp_ext._version import __version__
 from mvp_ext.app import deploy_options, options, zoo_commands
 from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, checkpoint_of, pruned_copies, reasons
-from mvp_ext.app.comparison import NEED_ZOO
+from mvp_ext.app.comparison import NEED_ZOO, arms_of
 from mvp_ext.app.comparison import compare as run_comparison
-from mvp_ext.app.console import Commands, complain, console, progress_bar, say, warn_in_one_line
+from mvp_ext.app.console import Commands, complain, console, say, warn_in_one_line
 from mvp_ext.app.demo import FULL, QUICK, run_demo
 from mvp_ext.app.environment import command
 from mvp_ext.app.export_command import export_file
+from mvp_ext.app.outputs import check_folder, check_output
 from mvp_ext.app.predict import ask, open_model, publish
+from mvp_ext.app.progress import progress_bar
 from mvp_ext.app.report import save_report, summary_table
-from mvp_ext.app.results import count_text, flops_text, load_results, save_results, seconds_text
-from mvp_ext.data.images import load_data
+from mvp_ext.app.results import (
+    class_accuracy_text,
+    count_text,
+    flops_text,
+    kept_text,
+    load_results,
+    save_results,
+    seconds_text,
+)
 from mvp_ext.data.sources import find_images
 from mvp_ext.data.tasks import Task
 from mvp_ext.deploy.bundle import save_bundle
@@ -36,6 +46,7 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.prune import RunOptions
 from mvp_ext.pruning.prune import prune as run_prune
 from mvp_ext.pruning.settings import Settings
+from mvp_ext.storage import write_atomic
 from mvp_ext.train.pretrain import pretrain as run_pretraining
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo
@@ -51,6 +62,8 @@ app.add_typer(zoo_commands.app, name="zoo")
 
 def main() -> None:
     """The console script."""
+    # Until now nobody would have caught it (``_start_up``).
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     app()
 
 
@@ -83,8 +96,9 @@ def demo(
     Run again with the same OUT it goes on where it was.
     """
     device = run.begin()
+    check_folder("--out", out)
     size = dataclasses.replace(QUICK if quick else FULL, seed=run.seed)
-    results = run_demo(size, out, bar=progress_bar, device=device)
+    results = run_demo(size, out, device=device)
     results["command"] = command()
     _write(results, out)
 
@@ -95,7 +109,7 @@ def pretrain(
     run: options.ExecutionOptions,
     out: options.Out = Path("backbone.safetensors"),
     model: Annotated[
-        str, Option(help="timm's name of a ResNet, ViT or DeiT.", rich_help_panel=options.MODEL)
+        str, Option(help="timm's name of a ResNet or a transformer.", rich_help_panel=options.MODEL)
     ] = "resnet18",
     image_size: Annotated[
         int | None,
@@ -104,24 +118,25 @@ def pretrain(
             rich_help_panel=options.MODEL,
         ),
     ] = None,
-    data: Annotated[str, Option(help="As of `prune`.", rich_help_panel=options.DATA)] = "digits",
+    data: options.Data = None,
     steps: Annotated[int, Option(help="Training steps.", rich_help_panel=options.RUN)] = 500,
     batch_size: Annotated[int | None, Option(help="Images a step.", rich_help_panel=options.RUN)] = None,
     learning_rate: Annotated[
         float | None, Option(help="Peak learning rate. Default: the family's.", rich_help_panel=options.RUN)
     ] = None,
+    force: options.Force = False,
 ) -> None:
     """Train a backbone from scratch on all classes, where no pre-trained weights are at hand.
 
     After Ctrl-C or a crash the same command goes on where it was.
     """
     device = run.begin()
-    images = load_data(data)
+    check_output("--out", out, replace=force)
+    images = options.load_images(data)
     size = image_size or max(32, *images.image_size)
     # The weights that training starts from.
     torch.manual_seed(run.seed)
     network = create_model(model, num_classes=len(images.classes), img_size=size).to(device)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar("pre-training") as progress:
         backbone, accuracy, cost = run_pretraining(
             network,
@@ -150,37 +165,39 @@ def prune(
     how: options.MethodOptions,
     voters: options.NeighbourOptions,
     run: options.ExecutionOptions,
-    out: options.Out = Path("small.safetensors"),
+    what: options.PruneOutputOptions,
     zoo: options.ZooPath = Path("zoo"),
-    add: Annotated[bool, Option(help="Add the result to the zoo.")] = False,
 ) -> None:
     """Make a small model for one task by a vote of the zoo's nearest entries."""
     device = run.begin()
     task.check()
-    opened = Zoo(zoo, create=False) if how.method in NEED_ZOO or add else None
+    check_output("--out", what.out, replace=what.force)
+    opened = Zoo(zoo, create=False) if how.method in NEED_ZOO or what.add else None
     backbone = model.backbone(device, seen=None if opened is None else opened.preprocessing)
+    settings = cut.settings(opened, backbone, run.seed)
     chosen = task.of(data.images(), data, run.seed)
     with progress_bar("fine-tuning") as progress:
         result = run_prune(
             backbone,
             chosen,
             opened,
-            cut.settings(opened, backbone, run.seed),
+            settings,
             method=how.method,
             steps=how.steps,
             vote=voters.vote(),
             run=RunOptions(on_step=lambda done, total: progress(chosen.name, done, total)),
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    result.save(out)
-    if add and opened is not None:
+    result.save(what.out)
+    if what.add and opened is not None:
         opened.add(result)
     if result.neighbours:
         nearest = ", ".join(f"{name} ({similarity:.2f})" for name, similarity in result.neighbours)
         say(f"voters: {nearest}")
+    say(f"kept: {kept_text(result.mask)}")
     say(f"outputs, in order: {', '.join(result.class_names)}")
+    say(f"accuracy by class: {class_accuracy_text(result.class_names, result.class_accuracy)}")
     say(
-        f"{out}: accuracy {100 * result.accuracy:.1f} %, mean confidence {100 * result.mean_confidence:.1f} %, "
+        f"{what.out}: accuracy {100 * result.accuracy:.1f} %, mean confidence {100 * result.mean_confidence:.1f} %, "
         f"calibration error {100 * result.expected_calibration_error:.1f} %, "
         f"{count_text(result.parameters)} parameters, {flops_text(result.flops)} an image, "
         f"{result.cost.steps} steps, {flops_text(result.cost.flops)} and {seconds_text(result.cost.seconds)} to make"
@@ -216,18 +233,24 @@ def compare(
     The tasks are drawn so that none has the class set of an entry. Run again with the same OUT it goes on where it was.
     """
     device = run.begin()
+    check_folder("--out", out)
     opened = Zoo(zoo, create=False)
     backbone = model.backbone(device, seen=opened.preprocessing)
+    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.final_steps)
     images = data.images()
     known = [Task.of(e.name, images, e.task["classes"]) for e in opened.entries() if _has(images, e.task)]
     drawn = sampling.tasks(images, what.tasks, "held-out", data, known, seed=1000)
-    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.final_steps)
-    with progress_bar("compare") as progress:
+    compared = what.comparison(settings, voters.vote())
+    structure = find_structure(backbone.model, settings.scope)
+    arms = arms_of(opened, compared)
+    steps = len(drawn) * sum(compared.all_steps(arm, structure) for arm in arms)
+    say(f"to do: {len(arms)} methods on {len(drawn)} tasks, {steps} optimizer steps")
+    with progress_bar("compare", steps) as progress:
         results = run_comparison(
             backbone,
             drawn,
             opened,
-            what.comparison(settings, voters.vote()),
+            compared,
             title=f"{backbone.architecture} on {images.name}: pruned models for new tasks",
             journal=out / "runs.jsonl",
             progress=progress,
@@ -267,6 +290,7 @@ def predict(
     In a folder whose subfolders have the classes' names, also accuracy, calibration and what is taken for what. Images
     that cannot be read are named and passed over; the exit code is then 1.
     """
+    what.check_outputs()
     found = find_images(images)
     model = open_model(file, run, what.task)
     with progress_bar("predict") as progress:
@@ -286,13 +310,14 @@ def bundle(
         ),
     ],
     out: options.Out = Path("tasks.safetensors"),
+    force: options.Force = False,
 ) -> None:
     """Store small models that share a backbone as one file: the backbone once, and each task's classifier.
 
     They may differ in nothing else but the running statistics of batch norms. `predict` asks all tasks, or one.
     """
+    check_output("--out", out, replace=force)
     named = [_named(text) for text in files]
-    out.parent.mkdir(parents=True, exist_ok=True)
     save_bundle(named, out)
     together, apart = out.stat().st_size, sum(path.stat().st_size for _, path in named)
     say(f"{out}: {len(named)} tasks, {count_text(together)}B; as separate files {count_text(apart)}B")
@@ -314,6 +339,8 @@ def bench(
 ) -> None:
     """Dense against pruned, in one runtime or several: latency, throughput, FLOPs, size, saving that became time."""
     device, grid = place.begin(), what.grid()
+    if out is not None:
+        check_output("--out", out)
     files = {path: read_pruned(path) for path in what.pruned or ()}
     pruned = {path: state.checkpoint(state.build()) for path, state in files.items()}
     backbone = model.beside(pruned, next((state.create_args for state in files.values()), None))
@@ -327,31 +354,32 @@ def bench(
         peers = _made_by_torch_pruning(dense, copies, settings, keeps, shape)
     others = {name: checkpoint_of(copy, see) for name, copy in copies.items()}
     threads = [number or torch.get_num_threads() for number in grid.threads]
-    result = run_bench(
-        checkpoint_of(dense, see),
-        others | {path.name: small for path, small in pruned.items()},
-        shape,
-        grid,
-        peers=peers,
-        data=what.task(pruned.values()),
-        device=device,
-        setting={
-            "model": model.model or create_args(dense, find_structure(dense))["name"],
-            "scope": find_structure(dense, what.scope).scope,
-            "align": what.align,
-            "device": str(device),
-            "threads": threads[0] if len(threads) == 1 else threads,
-            "command": command(),
-        },
-    )
+    with progress_bar("bench") as progress:
+        result = run_bench(
+            checkpoint_of(dense, see),
+            others | {path.name: small for path, small in pruned.items()},
+            shape,
+            grid,
+            peers=peers,
+            data=what.task(pruned.values()),
+            device=device,
+            setting={
+                "model": model.model or create_args(dense, find_structure(dense))["name"],
+                "scope": find_structure(dense, what.scope).scope,
+                "align": what.align,
+                "device": str(device),
+                "threads": threads[0] if len(threads) == 1 else threads,
+                "command": command(),
+            },
+            progress=progress,
+        )
     console.print(bench_table(result))
     for reason in reasons(result):
         say(reason)
     said = " and ".join(map(str, threads))
     say(f"{result['setting']['model']} at {shape[1]} pixels on {device}, {said} threads")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_atomic(out, f"{json.dumps(result, indent=1, ensure_ascii=False)}\n".encode())
         say(f"{out}")
 
 

@@ -32,7 +32,7 @@ from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import RunOptions, prune, seen_by
 from mvp_ext.pruning.settings import Settings, VoteOptions
-from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features
+from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, fresh_head
 from mvp_ext.train.cost import Cost
 from mvp_ext.zoo.neighbours import proxy_leep
 from mvp_ext.zoo.shared import START
@@ -95,6 +95,12 @@ class Comparison:
         return replace(self.settings, keep=keep, recipe=recipe, seed=self.settings.seed + position)
 
 
+def arms_of(zoo: Zoo, options: Comparison, unrefined: Zoo | None = None) -> tuple[str, ...]:
+    """The methods that are compared: those asked for, or what suits the zoo and the controls."""
+    suits = (method_for(zoo), *(("mvp",) if unrefined is not None else ()))
+    return tuple(options.arms) or (*suits, *CONTROLS)
+
+
 def compare(
     model: nn.Module | Backbone,
     tasks: Sequence[Task],
@@ -123,11 +129,7 @@ def compare(
     options = options or Comparison()
     if not tasks:
         raise ValueError("compare: expected at least one task, got none")
-    methods = tuple(options.arms) or (
-        method_for(zoo),
-        *(("mvp",) if unrefined is not None else ()),
-        *CONTROLS,
-    )
+    methods = arms_of(zoo, options, unrefined)
     voters = {"mvp": unrefined} if unrefined is not None else {}
     if unknown := [method for method in methods if method not in NAMES]:
         raise ValueError(f"compare: arms: expected some of {', '.join(NAMES)}, got {unknown[0]!r}")
@@ -149,6 +151,9 @@ def compare(
                 run = done.put(
                     task, method, _run(backbone, task, asked, method, options, position, what, progress)
                 )
+            elif progress is not None:
+                steps = options.all_steps(method, structure)
+                progress(what, steps, steps)
             arm["tasks"].append(run)
         run = done.get(task, "dense")
         if run is None:
@@ -300,6 +305,7 @@ def _run(
         "expected_calibration_error": result.expected_calibration_error,
         "mean_confidence": result.mean_confidence,
         "history": [[point.step, point.refit_accuracy] for point in result.history],
+        "class_accuracy": summary["class_accuracy"],
         "cost": summary["cost"],
         "kept": summary["kept"],
         "neighbours": summary["neighbours"],
@@ -326,7 +332,7 @@ def _measure(
 
 
 def _with_classes(model: nn.Module, classes: int) -> nn.Module:
-    model.reset_classifier(classes)  # type: ignore[operator]
+    fresh_head(model, classes)
     return model.eval()
 
 
@@ -358,7 +364,8 @@ def _setting(
         "model": f"{structure.architecture or structure.family} at {size}×{size} pixels",
         "scope": structure.scope,
         "keep": options.settings.keep,
-        "zoo": f"{len(zoo)} entries, {options.vote.neighbours} neighbours by {options.vote.similarity}",
+        "zoo": f"{len(zoo)} entries, {min(len(zoo), options.vote.neighbours)} neighbours by {options.vote.similarity}",
+        "dense model": "a ridge classifier on its features as they are: it is not fine-tuned to a task",
         "fine-tuning": f"{options.steps} steps; from scratch {options.all_steps('ifp', structure)} with the removals",
         "learning rates": ", ".join(f"{k} {v:g}" for k, v in options.rates.items())
         or "the family's, for every arm",

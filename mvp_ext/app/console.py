@@ -1,4 +1,4 @@
-"""What every command shares: one console, progress bars, and errors as one clear line."""
+"""What every command shares: one console, and errors as one clear line."""
 
 from __future__ import annotations
 
@@ -6,20 +6,10 @@ import os
 import sqlite3
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from typer.core import TyperGroup
 
 # A file or a log has no width: do not squeeze tables into 80 columns.
@@ -29,6 +19,8 @@ errors = Console(stderr=True)
 
 # What the API raises for wrong input and wrong surroundings: one line says it all. The rest is a mistake of ours.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, sqlite3.Error)
+# Commands that keep what is finished, and go on from there.
+RESUME = ("demo", "pretrain", "build", "compare")
 # Exit codes; 130 is what a shell reports of a command that Ctrl-C ended.
 WRONG_INPUT, OUR_MISTAKE, INTERRUPTED = 2, 1, 130
 
@@ -40,9 +32,13 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            errors.print(
-                "[yellow]interrupted[/]; what was finished is kept, and the same command goes on from there"
+            resumes = ctx.invoked_subcommand in RESUME
+            kept = (
+                "what was finished is kept, and the same command goes on from there"
+                if resumes
+                else "nothing was written"
             )
+            complain(f"interrupted; {kept}", "yellow")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             # typer's own exceptions (a wrong option, an exit code) are not ours to print.
@@ -82,26 +78,3 @@ def warn_in_one_line() -> None:
             complain(f"warning: {message}", "yellow")
 
     warnings.showwarning = show
-
-
-@contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar fed by ``advance(what, done, total)``; each new ``what`` gets a line of its own."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        lines: dict[str, Any] = {}
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in lines:
-                for line in lines.values():
-                    bars.update(line, visible=False)
-                lines[what] = bars.add_task(f"{description}: {what}" if what else description, total=total)
-            bars.update(lines[what], completed=done, total=total)
-
-        yield advance

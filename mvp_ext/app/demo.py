@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mvp_ext.app.comparison import Comparison, Progress, compare
+from mvp_ext.app.comparison import Comparison, arms_of, compare
 from mvp_ext.app.console import say
+from mvp_ext.app.progress import progress_bar
 from mvp_ext.app.results import seconds_text
 from mvp_ext.data.images import ImageData, load_data
 from mvp_ext.data.tasks import sample_tasks
 from mvp_ext.model.create import create_model
-from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
+from mvp_ext.model.families import find_structure
+from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo, planned_zoo_steps
+from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.storage import write_atomic
 from mvp_ext.train.backbone import Backbone, load_backbone
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo
-
-Bar = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ QUICK = DemoSize(
 )
 
 
-def run_demo(size: DemoSize, out: Path, *, bar: Bar, device: torch.device | str = "cpu") -> dict[str, Any]:
+def run_demo(size: DemoSize, out: Path, *, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Everything, into the folder ``out`` (backbone, zoo, finished runs); what is there already is used again.
 
     Returns:
@@ -74,7 +73,7 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar, device: torch.device | str 
     """
     _check_folder(size, out)
     data = load_data("digits")
-    backbone = _backbone(size, data, out, bar, device)
+    backbone = _backbone(size, data, out, device)
     zoo, unrefined = Zoo(out / "zoo"), Zoo(out / "unrefined-zoo")
     tasks = sample_tasks(data, size.zoo_tasks, size.classes_per_task, size.seed, "zoo")
     held_out = sample_tasks(
@@ -88,13 +87,18 @@ def run_demo(size: DemoSize, out: Path, *, bar: Bar, device: torch.device | str 
     )
     recipe = replace(Recipe.for_model(backbone.model), batch_size=size.batch_size)
     settings = Settings(keep=size.keep, schedule=size.schedule, recipe=recipe, seed=size.seed)
-    with bar("2. zoo") as progress:
+    structure = find_structure(backbone.model, settings.scope)
+    first, each = planned_zoo_steps(structure, settings, len(tasks))
+    refined = first + each * len(tasks)
+    alone = planned_steps(structure, settings) * len(tasks)
+    with progress_bar("2. zoo", 2 * refined + alone) as progress:
         build_refined_zoo(backbone, tasks, zoo, settings, progress=progress)
         build_universal(backbone, tasks, zoo, settings, progress=progress)
         build_zoo(backbone, tasks, unrefined, settings, progress=progress)
     vote = VoteOptions(neighbours=size.neighbours)
     options = Comparison(settings=settings, steps=size.steps, vote=vote, seconds=size.seconds)
-    with bar("3. held-out tasks") as progress:
+    steps = sum(options.all_steps(arm, structure) for arm in arms_of(zoo, options, unrefined))
+    with progress_bar("3. held-out tasks", steps * len(held_out)) as progress:
         return compare(
             backbone,
             held_out,
@@ -130,14 +134,14 @@ def _check_folder(size: DemoSize, out: Path) -> None:
         )
 
 
-def _backbone(size: DemoSize, data: ImageData, out: Path, bar: Bar, device: torch.device | str) -> Backbone:
+def _backbone(size: DemoSize, data: ImageData, out: Path, device: torch.device | str) -> Backbone:
     path = out / "backbone.safetensors"
     if path.exists():
         return load_backbone(path).to(device)
     # The weights that training starts from.
     torch.manual_seed(size.seed)
     model = create_model(size.model, num_classes=len(data.classes)).to(device)
-    with bar("1. pre-training") as progress:
+    with progress_bar("1. pre-training") as progress:
         backbone, accuracy, cost = pretrain(
             model,
             data,

@@ -11,8 +11,8 @@ import torch
 from typer import Option
 
 from mvp_ext.app.bench import Grid
-from mvp_ext.app.options import DATA, MODEL, PRUNING, RUN, ModelOptions
-from mvp_ext.data.images import load_data
+from mvp_ext.app.options import DATA, MODEL, PRUNING, RUN, ModelOptions, load_images
+from mvp_ext.app.outputs import check_output
 from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.deploy.formats import FORMATS
 from mvp_ext.deploy.metadata import PRECISIONS
@@ -20,6 +20,7 @@ from mvp_ext.deploy.runtimes import RUNTIMES
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.create import create_model
+from mvp_ext.model.ends import in_channels
 from mvp_ext.model.prediction import PREDICT_BATCH
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.settings import Settings
@@ -36,7 +37,7 @@ class BenchModelOptions(ModelOptions):
     model: Annotated[
         str,
         Option(
-            help="timm's name of a ResNet, ViT or DeiT, or a file that `pretrain` wrote. Default: what the first "
+            help="timm's name of a ResNet or a transformer, or a file that `pretrain` wrote. Default: what the first "
             f"--pruned was cut from, or {ModelOptions.model}.",
             show_default=False,
             rich_help_panel=MODEL,
@@ -53,11 +54,16 @@ class BenchModelOptions(ModelOptions):
             arguments: of ``create_model``, for the first one's dense model.
 
         Raises:
-            ValueError: they take images of different sizes, or --image-size is another one.
+            ValueError: they take images of different sizes, or --image-size is another one, or no pictures.
         """
         seen = {
             path: small.card.preprocessing or Preprocessing.of(small.model) for path, small in pruned.items()
         }
+        for path, small in pruned.items():
+            if (channels := in_channels(small.model)) not in (None, 3):
+                raise ValueError(
+                    f"bench: {path.name}: expected a model of images of 3 channels, got {channels}"
+                )
         sizes = {path.name: preprocessing.size for path, preprocessing in seen.items()}
         if self.image_size is not None:
             sizes["--image-size"] = self.image_size
@@ -119,7 +125,7 @@ class BenchOptions:
         Option(help="Seconds after which nothing more is begun; what is slow is left out first."),
     ] = None
     data: Annotated[
-        str | None,
+        list[str] | None,
         Option(
             help="Images, as of `prune`: int8 is calibrated on those of the pruned model's classes, and accuracy "
             "measured. Without it int8 is calibrated on noise, for its speed alone.",
@@ -129,14 +135,14 @@ class BenchOptions:
 
     def task(self, pruned: Iterable[PrunedCheckpoint]) -> TaskData | None:
         """The images of the first pruned model's classes; None without --data."""
-        if self.data is None:
+        if not self.data:
             return None
         card = next((small.card for small in pruned if small.class_names), None)
         if card is None:
             raise ValueError(
                 "bench: --data: expected a --pruned file that says which classes its outputs are"
             )
-        return Task.of(card.task or "task", load_data(self.data), card.class_names).split()
+        return Task.of(card.task or "task", load_images(self.data), card.class_names).split()
 
     def grid(self) -> Grid:
         """In what is timed; ValueError for a name or number that there is not."""
@@ -185,6 +191,12 @@ class PredictOptions:
     ] = None
     batch: Annotated[int, Option(help="Images a pass.", rich_help_panel=RUN, min=1)] = PREDICT_BATCH
 
+    def check_outputs(self) -> None:
+        """ValueError or OSError where a file could not be written."""
+        for option, path in (("--json", self.json), ("--csv", self.csv), ("--confusion", self.confusion)):
+            if path is not None:
+                check_output(option, path)
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -212,7 +224,7 @@ class ExportOptions:
         bool, Option("--force", help="Replace a file that is there.", rich_help_panel=EXPORT)
     ] = False
     data: Annotated[
-        str | None,
+        list[str] | None,
         Option(
             help="As of `prune`: images of the model's classes to check the file on. Default: noise.",
             rich_help_panel=DATA,
@@ -226,17 +238,16 @@ class ExportOptions:
         # An unknown format is for `export` to name.
         suffix = FORMATS[self.to].suffix if self.to in FORMATS else ""
         path = self.out or model.with_suffix(suffix)
-        if path.exists() and not self.force:
-            raise ValueError(f"export: {path} is there already; give --force to replace it, or another --out")
+        check_output("--out", path, replace=self.force)
         return path
 
     def task(self, card: ModelCard) -> TaskData | None:
         """The images of the model's classes; None without --data."""
-        if self.data is None:
+        if not self.data:
             return None
         if not card.class_names:
             raise ValueError("export: --data: the model does not say which classes its outputs are")
-        return Task.of(card.task or "task", load_data(self.data), card.class_names).split()
+        return Task.of(card.task or "task", load_images(self.data), card.class_names).split()
 
 
 def _split(given: list[str]) -> list[str]:

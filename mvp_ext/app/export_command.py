@@ -24,7 +24,6 @@ def export_file(file: Path, options: ExportOptions) -> None:
         _export_tasks(file, path, options)
         return
     small = load_pruned(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     report = export(
         small,
         path,
@@ -44,7 +43,6 @@ def _export_tasks(file: Path, path: Path, options: ExportOptions) -> None:
             f"export: {file} is a bundle: its tasks become outputs of one .onnx file, float32 logits"
         )
     bundle = load_bundle(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     for line in described(export_bundle(bundle, path, preprocess=options.preprocess)):
         say(line)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +22,9 @@ import torch
 from typer import Option
 
 from mvp_ext.app.comparison import NAMES, Comparison
-from mvp_ext.data.images import ImageData, load_data
+from mvp_ext.data.images import ImageData, load_joined
 from mvp_ext.data.tasks import Task, sample_tasks
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
@@ -32,9 +34,21 @@ from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.similarity import SIMILARITIES
 from mvp_ext.zoo.zoo import Zoo
 
+# A name in quotes, up to the comma behind it or the end.
+_QUOTED = re.compile(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)')
+
 MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
 
 Out = Annotated[Path, Option(help="Where the result goes.", rich_help_panel=RUN)]
+Data = Annotated[
+    list[str] | None,
+    Option(
+        help="digits; a folder class/image.png; an .npz, several joined by commas, or a folder of them; cifar100. "
+        "Given several times, the data sets are joined, and classes named photos/cat. Default: digits.",
+        rich_help_panel=DATA,
+    ),
+]
+Force = Annotated[bool, Option("--force", help="Replace a file that is there.", rich_help_panel=RUN)]
 ZooPath = Annotated[Path, Option("--zoo", help="Directory of the zoo.")]
 
 
@@ -119,7 +133,7 @@ class ModelOptions:
     model: Annotated[
         str,
         Option(
-            help="timm's name of a ResNet, ViT or DeiT, or a file that `pretrain` wrote.",
+            help="timm's name of a ResNet or a transformer, or a file that `pretrain` wrote.",
             rich_help_panel=MODEL,
         ),
     ] = "resnet18"
@@ -171,33 +185,43 @@ class ModelOptions:
             image_size=self.image_size or (None if seen is None else seen.size),
             mean=_numbers("mean", self.mean) or (None if seen is None else seen.mean),
             std=_numbers("std", self.std) or (None if seen is None else seen.std),
-        )
-        return backbone.to(device)
+        ).to(device)
+        if need_weights:
+            backbone.check()
+        return backbone
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """Which images."""
 
-    data: Annotated[
-        str,
-        Option(
-            help="digits; a folder class/image.png; an .npz, several joined by commas, or a folder of them; cifar100.",
-            rich_help_panel=DATA,
-        ),
-    ] = "digits"
+    data: Data = None
     max_train: Annotated[
         int | None, Option(help="At most so many training images a class.", rich_help_panel=DATA)
     ] = None
 
     def images(self) -> ImageData:
-        return load_data(self.data)
+        return load_images(self.data)
+
+
+def load_images(given: list[str] | None) -> ImageData:
+    """What the options ``--data`` name, as one data set."""
+    return load_joined(given or ["digits"])
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How tasks are drawn."""
 
+    classes: Annotated[
+        str | None,
+        Option(
+            help="Draw tasks of these classes alone, joined by commas as of `prune`.", rich_help_panel=DATA
+        ),
+    ] = None
+    exclude_classes: Annotated[
+        str | None, Option(help="Draw no task with one of these classes.", rich_help_panel=DATA)
+    ] = None
     classes_per_task: Annotated[int, Option(help="Classes of each sampled task.", rich_help_panel=DATA)] = 5
     task_seed: Annotated[
         int | None,
@@ -208,6 +232,11 @@ class SamplingOptions:
         self, data: ImageData, count: int, prefix: str, options: DataOptions, exclude: list[Task], seed: int
     ) -> list[Task]:
         """``count`` tasks of ``data``, none with the class set of one of ``exclude``; ``seed`` unless given."""
+        pool = data.usable
+        if self.classes is not None:
+            pool = frozenset(data.numbers_of(names_in("classes", self.classes)))
+        if self.exclude_classes is not None:
+            pool -= set(data.numbers_of(names_in("exclude-classes", self.exclude_classes)))
         return sample_tasks(
             data,
             count,
@@ -215,6 +244,7 @@ class SamplingOptions:
             seed if self.task_seed is None else self.task_seed,
             prefix,
             exclude=exclude,
+            classes=pool,
             max_train_per_class=options.max_train,
         )
 
@@ -233,7 +263,7 @@ class CutOptions:
     scope: Annotated[
         str | None,
         Option(
-            help="ResNet: inner, all. ViT: heads, mlp, heads+mlp. Default: the zoo's, or the first.",
+            help="ResNet: inner, all. ViT: heads, mlp, heads+mlp. Default: the zoo's, or the first that the model has.",
             rich_help_panel=PRUNING,
         ),
     ] = None
@@ -257,7 +287,11 @@ class CutOptions:
     ] = None
 
     def settings(self, zoo: Zoo | None, backbone: Backbone, seed: int) -> Settings:
-        """The zoo's settings, with what was given on the command line in their place."""
+        """The zoo's settings, with what was given on the command line in their place.
+
+        Raises:
+            ValueError: the model does not have the scope; before anything else is done.
+        """
         settings = Settings.of_zoo(zoo)
         given = {"keep": self.keep, "scope": self.scope, "align": self.align}
         settings = replace(settings, seed=seed, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
@@ -266,6 +300,7 @@ class CutOptions:
         if self.learning_rate is not None:
             recipe = settings.recipe_for(backbone.model)
             settings = replace(settings, recipe=recipe.with_rate(self.learning_rate))
+        find_structure(backbone.model, settings.scope)
         return settings
 
 
@@ -313,7 +348,11 @@ class TaskOptions:
     """Which task `prune` prunes for."""
 
     classes: Annotated[
-        str | None, Option(help="The task: class names joined by commas.", rich_help_panel=DATA)
+        str | None,
+        Option(
+            help="The task: class names joined by commas; a name with a comma in quotes: 'cat,\"fox, red\"'.",
+            rich_help_panel=DATA,
+        ),
     ] = None
     task: Annotated[
         Path | None, Option(help="The task: a file that --save-task wrote.", rich_help_panel=DATA)
@@ -332,7 +371,7 @@ class TaskOptions:
         if self.task is not None:
             task = Task.load(self.task, data)
         else:
-            names = [name.strip() for name in str(self.classes).split(",") if name.strip()]
+            names = names_in("classes", str(self.classes))
             limit = options.max_train
             task = Task.of("task", data, names, seed=seed, max_train_per_class=limit)
             # In the order of the outputs, whatever the order on the command line.
@@ -354,6 +393,15 @@ class MethodOptions:
         ),
     ] = "auto"
     steps: Annotated[int, Option(help="Fine-tuning steps.", rich_help_panel=PRUNING)] = 60
+
+
+@dataclass(frozen=True)
+class PruneOutputOptions:
+    """Where `prune`'s result goes."""
+
+    out: Out = Path("small.safetensors")
+    force: Force = False
+    add: Annotated[bool, Option(help="Add the result to the zoo.")] = False
 
 
 @dataclass(frozen=True)
@@ -421,6 +469,28 @@ def pretraining_recipe(family: Recipe, learning_rate: float | None, batch_size: 
         return None
     rate = learning_rate or family.learning_rate * (10 if family.optimizer == "sgd" else 3)
     return replace(family, learning_rate=rate, batch_size=batch_size or family.batch_size)
+
+
+def names_in(option: str, text: str) -> list[str]:
+    """Names that are joined by commas. In quotes a name may have commas, a quote twice for one, and outer spaces."""
+    names = []
+    at = 0
+    while at <= len(text):
+        quoted = _QUOTED.match(text, at)
+        if quoted is not None:
+            names.append(quoted[1].replace('""', '"'))
+            at = quoted.end()
+            continue
+        end = text.find(",", at)
+        end = len(text) if end < 0 else end
+        name = text[at:end].strip()
+        if name.startswith('"') and '"' not in name[1:]:
+            raise ValueError(f"--{option}: expected a closing quote and then a comma, got {text[at:]!r}")
+        names += [name] if name else []
+        at = end + 1
+    if not names:
+        raise ValueError(f"--{option}: expected class names joined by commas, got {text!r}")
+    return names
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

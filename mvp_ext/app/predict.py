@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -164,7 +165,8 @@ class Judgement:
     def of(cls, predictions: Predictions, images: Sequence[FoundImage]) -> Judgement | None:
         """None where no image is in a folder of a class."""
         names = predictions.class_names
-        label_of = {name: label for label, name in enumerate(names)}
+        number_of = {name: number for number, name in enumerate(names)}
+        label_of = {folder: number_of[name] for folder, name in class_of_folder(names).items()}
         known = [row for row, image in enumerate(images) if image.group in label_of]
         if not known:
             return None
@@ -189,7 +191,7 @@ class Judgement:
         """JSON values."""
         return {
             "images": self.images,
-            **self.quality._asdict(),
+            **{name: value for name, value in self.quality._asdict().items() if name != "class_accuracy"},
             "classes": {
                 name: {"images": images, "right": right, "accuracy": right / images}
                 for name, (images, right) in self.per_class().items()
@@ -197,6 +199,13 @@ class Judgement:
             "confusion": self.confusion,
             "in_no_class_folder": self.strangers,
         }
+
+
+def class_of_folder(class_names: Sequence[str]) -> dict[str, str]:
+    """Which class a folder's name says: its own, or without the data set that joined classes are named by."""
+    short = [(name.partition("/")[2], name) for name in class_names if "/" in name]
+    counts = Counter([*class_names, *(folder for folder, _ in short)])
+    return {folder: name for folder, name in short if counts[folder] == 1} | {n: n for n in class_names}
 
 
 def publish(answers: Answers, what: PredictOptions) -> None:
@@ -294,6 +303,7 @@ def _in_words(judgement: Judgement) -> str:
 def to_json(answers: Answers, judged: Mapping[str, Judgement], top: int) -> dict[str, Any]:
     """The answers as JSON values: the model, an entry an image and task, the damaged images, the quality."""
     best = {task: predictions.top(top) for task, predictions in answers.tasks.items()}
+    labels = {task: class_of_folder(predictions.class_names) for task, predictions in answers.tasks.items()}
     return {
         "model": {
             "file": answers.model.path.name,
@@ -304,7 +314,7 @@ def to_json(answers: Answers, judged: Mapping[str, Judgement], top: int) -> dict
             {
                 "file": str(image.path),
                 "task": task,
-                **({"label": image.group} if image.group in answers.tasks[task].class_names else {}),
+                **({"label": labels[task][image.group]} if image.group in labels[task] else {}),
                 "classes": [{"name": name, "probability": chance} for name, chance in ranked[position]],
             }
             for position, image in enumerate(answers.images)
@@ -325,10 +335,11 @@ def to_csv(answers: Answers, top: int) -> str:
     ranked_columns = [f"{what} {rank}" for rank in ranks for what in ("class", "probability")]
     writer.writerow(["file", "task", "label", *ranked_columns, *classes])
     best = {task: predictions.top(top) for task, predictions in answers.tasks.items()}
+    labels = {task: class_of_folder(predictions.class_names) for task, predictions in answers.tasks.items()}
     for position, image in enumerate(answers.images):
         for task, predictions in answers.tasks.items():
             ranked = [cell for pair in best[task][position] for cell in pair]
-            label = image.group if image.group in predictions.class_names else ""
+            label = labels[task].get(image.group or "", "")
             chances = predictions.probabilities[position].tolist()
             chance_of = dict(zip(predictions.class_names, chances, strict=True))
             padding = [""] * (2 * len(ranks) - len(ranked))

@@ -37,6 +37,9 @@ DIGITS_NOTE = (
     "tasks share classes with the held-out ones. That flatters voting."
 )
 
+# A difference whose p is smaller is one.
+SIGNIFICANT = 0.05
+
 
 def save_report(
     results: Results, path: str | os.PathLike[str], *, figures: str | os.PathLike[str] | None = None
@@ -163,7 +166,7 @@ def _summary_rows(results: Results, arms: Sequence[ArmSummary]) -> list[tuple[st
     dense, accuracy = results["models"]["dense"], results.get("dense_accuracy")
     rows.append(
         (
-            "dense model",
+            "dense model, ridge head",
             "" if accuracy is None else f"{100 * accuracy:.1f}",
             *("",) * 4,
             count_text(dense["parameters"]),
@@ -175,7 +178,7 @@ def _summary_rows(results: Results, arms: Sequence[ArmSummary]) -> list[tuple[st
 
 
 def findings(results: Results, arms: Sequence[ArmSummary]) -> list[str]:
-    """What the numbers say of the first arm, in sentences; a difference within two standard errors is none."""
+    """What the numbers say of the first arm, in sentences; one that a paired t-test does not find is none."""
     first, sentences = arms[0], []
     for arm in arms[1:]:
         if arm.difference is None:
@@ -183,11 +186,14 @@ def findings(results: Results, arms: Sequence[ArmSummary]) -> list[str]:
         points = f"{arm.difference.percent(sign=True)} points"
         if arm.difference.error is None:
             verdict = f"{first.name} against {arm.name}: {points} on one task, which proves nothing"
-        elif abs(arm.difference.value) <= 2 * arm.difference.error:
-            verdict = f"no clear difference between {first.name} and {arm.name} ({points}, within two standard errors)"
+        elif arm.p is None or arm.p >= SIGNIFICANT:
+            tested = "the same on every task" if arm.p is None else f"p = {arm.p:.2g}, paired t-test"
+            verdict = f"no clear difference between {first.name} and {arm.name} ({points}; {tested})"
         else:
             word = "more" if arm.difference.value > 0 else "less"
-            verdict = f"{first.name} is {word} accurate than {arm.name} ({points})"
+            verdict = (
+                f"{first.name} is {word} accurate than {arm.name} ({points}; p = {arm.p:.2g}, paired t-test)"
+            )
         if first.flops > 0 and arm.flops > 0 and not 0.5 < arm.flops / first.flops < 2:
             times = arm.flops / first.flops
             ratio = f"{times:.3g} times" if times > 1 else f"1/{1 / times:.3g} of"
@@ -207,6 +213,11 @@ def limits(results: Results) -> list[str]:
             f"The zoo's {zoo['entries']} entries cost {seconds_text(zoo['seconds'])} and "
             f"{flops_text(zoo['flops'])} once, which is in no arm's cost"
             + (f"; their mean accuracy is {100 * zoo['accuracy']:.1f} %." if zoo.get("accuracy") else ".")
+        )
+    if len(results["arms"]) > 2:
+        sentences.append(
+            f"The {len(results['arms']) - 1} p values are not corrected for being several: one in "
+            f"{1 / SIGNIFICANT:.0f} comparisons of equal methods looks like a difference."
         )
     return [*sentences, PROVENANCE]
 

@@ -27,9 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mvp_ext.model.mask import Mask
 from mvp_ext.storage import write_atomic
 
 FORMAT = 1
+# Of more classes the worst are named.
+NAMED_CLASSES = 10
 Results = Mapping[str, Any]
 
 
@@ -61,6 +64,15 @@ class Mean:
         return text if self.error is None else f"{text} ± {100 * self.error:.1f}"
 
 
+def p_value(differences: Sequence[float]) -> float | None:
+    """Two-sided, of a t-test of paired differences against none; None of fewer than two, or of equal ones."""
+    if len(differences) < 2 or len(set(differences)) < 2:
+        return None
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(differences, 0.0).pvalue)
+
+
 @dataclass(frozen=True)
 class ArmSummary:
     """One arm over its tasks.
@@ -71,6 +83,7 @@ class ArmSummary:
         tasks: how many it ran on.
         accuracy: top-1, in [0, 1].
         difference: accuracy of the first arm minus this one's, task by task; None for the first.
+        p: of that difference, from a paired t-test over tasks; None where there is none.
         steps: optimizer steps a task, on average.
         flops: floating-point operations a task.
         seconds: time a task.
@@ -81,6 +94,7 @@ class ArmSummary:
     tasks: int
     accuracy: Mean
     difference: Mean | None
+    p: float | None
     steps: float
     flops: float
     seconds: float
@@ -143,6 +157,7 @@ def summarise(results: Results) -> list[ArmSummary]:
                 tasks=len(tasks),
                 accuracy=Mean.of([t["accuracy"] for t in tasks]),
                 difference=Mean.of(paired) if position and paired else None,
+                p=p_value(paired) if position else None,
                 steps=_mean(costs, "steps"),
                 flops=_mean(costs, "flops"),
                 seconds=_mean(costs, "seconds"),
@@ -198,6 +213,20 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def kept_text(mask: Mask) -> str:
+    """``0.29 of all units, 0.25 to 0.31 of a layer``: rounding makes it another share than was asked for."""
+    shares = [float(bits.float().mean()) for bits in mask.layers.values()]
+    return f"{mask.keep:.3g} of all units, {min(shares):.3g} to {max(shares):.3g} of a layer"
+
+
+def class_accuracy_text(names: Sequence[str], accuracies: Sequence[float | None]) -> str:
+    """``cat 91 %, dog 88 %``; of many classes the worst."""
+    known = [(value, name) for name, value in zip(names, accuracies, strict=True) if value is not None]
+    shown = known if len(known) <= NAMED_CLASSES else sorted(known)[:NAMED_CLASSES]
+    text = ", ".join(f"{name} {value:.0%}" for value, name in shown)
+    return text if shown is known else f"the worst of {len(known)}: {text}"
 
 
 def _mean(costs: Sequence[Mapping[str, float]], key: str) -> float:

@@ -8,12 +8,16 @@ from html import escape
 from textwrap import wrap
 from typing import Literal
 
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from mvp_ext.app.console import plain
 
 Side = Literal["left", "right"]
+# What a column takes beside its text: a space on both sides, and a line.
+_FRAME = 3
 
 
 @dataclass(frozen=True)
@@ -55,21 +59,42 @@ class Table:
             for cell, (_, side) in zip(row, self.columns, strict=True)
         )
 
-    def __rich__(self) -> RichTable:
-        """Headings of numbers are no wider than these; what still does not fit is folded, never left out."""
-        title = Text(plain(self.title), style="table.title") if self.title else None
-        table = RichTable(title=title, title_justify="left")
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """In a terminal too narrow for all columns, as several tables, each with the first column.
+
+        Headings of numbers are no wider than these; what still does not fit is folded, never left out.
+        """
+        headings, widths = [], []
         for position, (heading, side) in enumerate(self.columns):
+            widest = max((cell_len(plain(row[position])) for row in self.rows), default=0)
             if side == "right":
-                widest = max((len(row[position]) for row in self.rows), default=0)
                 heading = "\n".join(wrap(heading, max([1, widest, *map(len, heading.split())])))
-            table.add_column(Text(plain(heading)), justify=side, overflow="fold")
-        grouped = any(not row[0] for row in self.rows)
-        for row in self.rows:
-            if grouped and row[0]:
-                table.add_section()
-            table.add_row(*(Text(plain(cell)) for cell in row))
-        return table
+            headings.append(plain(heading))
+            # Long texts are folded.
+            widths.append(min(max(widest, *map(cell_len, headings[-1].split("\n"))), options.max_width // 2))
+        title = Text(plain(self.title), style="table.title") if self.title else None
+        for columns in _blocks([width + _FRAME for width in widths], options.max_width - 1):
+            table = RichTable(title=title, title_justify="left")
+            title = None
+            for position in columns:
+                table.add_column(Text(headings[position]), justify=self.columns[position][1], overflow="fold")
+            grouped = any(not row[0] for row in self.rows)
+            for row in self.rows:
+                if grouped and row[0]:
+                    table.add_section()
+                table.add_row(*(Text(plain(row[position])) for position in columns))
+            yield table
+
+
+def _blocks(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Columns that fit beside each other, the first among them every time."""
+    blocks = [[0]]
+    for position in range(1, len(widths)):
+        used = sum(widths[column] for column in blocks[-1])
+        if len(blocks[-1]) > 1 and used + widths[position] > room:
+            blocks.append([0])
+        blocks[-1].append(position)
+    return blocks
 
 
 def _markdown_cell(text: str) -> str:

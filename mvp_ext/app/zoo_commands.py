@@ -10,11 +10,19 @@ from rich.text import Text
 
 from mvp_ext.app import options
 from mvp_ext.app.comparison import zoo_cost
-from mvp_ext.app.console import Commands, console, plain, progress_bar, say
-from mvp_ext.app.results import count_text, flops_text, seconds_text
+from mvp_ext.app.console import Commands, console, plain, say
+from mvp_ext.app.progress import progress_bar
+from mvp_ext.app.results import count_text, flops_text, kept_text, seconds_text
 from mvp_ext.app.tables import Side, Table
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.measure import count_parameters
-from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
+from mvp_ext.pruning.build import (
+    UNIVERSAL_SHARE,
+    build_refined_zoo,
+    build_universal,
+    build_zoo,
+    planned_zoo_steps,
+)
 from mvp_ext.train.cost import Cost
 from mvp_ext.zoo.zoo import Zoo
 
@@ -46,6 +54,7 @@ def build(
     """
     device, opened = run.begin(), Zoo(zoo)
     backbone = model.backbone(device, seen=opened.preprocessing)
+    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
     drawn = sampling.tasks(data.images(), what.tasks, "zoo", data, [], seed=0)
     have = [task for task in drawn if task.name in opened]
     for task in have:
@@ -56,8 +65,14 @@ def build(
             )
     if have:
         say(f"{len(have)} of {what.tasks} entries are there already")
-    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
-    with progress_bar("zoo") as progress:
+    structure = find_structure(backbone.model, settings.scope)
+    first, each = planned_zoo_steps(structure, settings, what.tasks, UNIVERSAL_SHARE if what.refine else 0.0)
+    total = first + each * what.tasks
+    refined = f"one model of all tasks in {first} optimizer steps, then " if what.refine else ""
+    say(f"to make: {refined}{what.tasks} entries in {each} steps each")
+    if what.with_universal:
+        total += total if what.universal_steps is None else what.universal_steps
+    with progress_bar("zoo", total) as progress:
         make = build_refined_zoo if what.refine else build_zoo
         make(backbone, drawn, opened, settings, progress=progress)
         if what.with_universal:
@@ -106,7 +121,7 @@ def show(
         "data": entry.task.get("data", ""),
         "model": entry.architecture,
         "accuracy": "unknown" if entry.accuracy is None else f"{100 * entry.accuracy:.1f} %",
-        "keep": f"{entry.keep:.3f} of all units",
+        "keep": kept_text(entry.mask),
         "parameters": count_text(count_parameters(entry.load().model)),
         "cost": f"{entry.steps} steps, {flops_text(Cost.from_dict(entry.cost).flops)}, "
         + seconds_text(Cost.from_dict(entry.cost).seconds),

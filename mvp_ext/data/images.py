@@ -6,21 +6,30 @@ floats, and what augmentation works on fastest). Everything later (tasks, batche
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mvp_ext.data.sources import DataError, existing_paths, read_cifar100, read_digits, read_paths
+from mvp_ext.data.decoding import decode_images, default_size
+from mvp_ext.data.errors import DataError, LeftOut
+from mvp_ext.data.sources import existing_paths, read_cifar100, read_digits, read_paths
 from mvp_ext.model.preprocessing import resize
 
-__all__ = ["DataError", "ImageData", "content_hash", "load_data"]
+__all__ = ["DataError", "ImageData", "content_hash", "load_data", "load_joined", "members_of", "number_of"]
+
+# Images that are copied or resized at once.
+_CHUNK = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +46,7 @@ class ImageData:
         flip: whether a mirror image shows the same class, so that augmentation may flip.
         superclass_of_class: group of every class, or None where the source knows no groups.
         superclass_names: names of the groups, or None.
+        domains: the classes of each data set that was joined, or None. See ``load_joined``.
     """
 
     name: str
@@ -48,6 +58,7 @@ class ImageData:
     flip: bool = True
     superclass_of_class: tuple[int, ...] | None = None
     superclass_names: tuple[str, ...] | None = None
+    domains: tuple[range, ...] | None = None
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -55,9 +66,9 @@ class ImageData:
         if self.train_images.shape[1:] != self.test_images.shape[1:]:
             train, test = (list(x.shape[1:]) for x in (self.train_images, self.test_images))
             raise DataError(f"{self.name}: train images are {train}, test images {test}; expected one shape")
-        repeated = sorted({name for name in self.class_names if self.class_names.count(name) > 1})
-        if repeated:
-            raise DataError(f"{self.name}: class names must differ, got more than one {repeated[0]!r}")
+        if len(self.number_of_class) < len(self.class_names):
+            repeated = min(name for name, count in Counter(self.class_names).items() if count > 1)
+            raise DataError(f"{self.name}: class names must differ, got more than one {repeated!r}")
         groups = self.superclass_of_class
         if groups is not None:
             known = len(self.superclass_names or ())
@@ -85,11 +96,36 @@ class ImageData:
         return tuple(torch.nonzero((train > 0) & (test > 0)).flatten().tolist())
 
     @cached_property
+    def usable(self) -> frozenset[int]:
+        """``classes``, to look one up."""
+        return frozenset(self.classes)
+
+    @cached_property
+    def number_of_class(self) -> Mapping[str, int]:
+        """The number of each class name."""
+        return {name: number for number, name in enumerate(self.class_names)}
+
+    def numbers_of(self, class_names: Iterable[str]) -> tuple[int, ...]:
+        """The number of each of these classes; ValueError names an unknown one and the nearest known."""
+        return tuple(number_of("class", name, self.number_of_class, self.name) for name in class_names)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of every image, label and class name: equal exactly where the data are equal."""
         return content_hash(
             [self.train_images, self.train_labels, self.test_images, self.test_labels], self.class_names
         )
+
+
+def number_of(kind: str, name: str, known: Mapping[str, int], where: str) -> int:
+    """The number of ``name``, or a ValueError that suggests which known name may have been meant."""
+    if name in known:
+        return known[name]
+    # Of a name with a comma that was taken for several.
+    near = [each for each in known if "," in each and name in map(str.strip, each.split(","))][:3]
+    near = near or difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"known: {', '.join(list(known)[:20])}"
+    raise ValueError(f"unknown {kind} {name!r} in {where!r}; {hint}")
 
 
 def content_hash(tensors: Iterable[Tensor], names: Iterable[str]) -> str:
@@ -99,7 +135,8 @@ def content_hash(tensors: Iterable[Tensor], names: Iterable[str]) -> str:
         digest.update(repr(name).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        # NumPy has no bfloat16.
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -111,17 +148,18 @@ def load_data(
     seed: int = 0,
     flip: bool | None = None,
 ) -> ImageData:
-    """Load a labelled image data set.
+    """Load a labelled image data set. What of it is left out is told in one warning, with counts and reasons.
 
     Args:
         source: one of
             ``"digits"``: scikit-learn's 1,797 handwritten digits, 8×8, nothing to download;
             an ``.npz`` file, several (a list, or joined by commas), or a directory of ``.npz`` parts that
-            share one label numbering: ``train_images`` uint8 [n, H, W(, 1 or 3)], ``train_labels`` int [n],
-            and optionally ``test_images``, ``test_labels``, ``class_names``, ``superclass_of_class``,
-            ``superclass_names``;
+            share one label numbering: ``train_images`` uint8 [n, H, W(, 1 or 3)], ``train_labels`` int [n] or [n, 1],
+            and optionally the same of ``test`` or ``val`` (MedMNIST's files, say), ``class_names``,
+            ``superclass_of_class``, ``superclass_names``;
             an image folder ``class/image.png`` (anything Pillow reads), or ``train/class/image.png`` with
-            ``test/`` or ``val/`` beside it;
+            ``test/`` or ``val/`` beside it (also ``training``, ``testing``, ``valid``, ``validation``, in any case).
+            Where there are both, ``test`` is measured on and ``val`` left out;
             ``"cifar100"``: through torchvision, which downloads it to the user's cache;
             ``"cifar100:FOLDER"`` keeps it in FOLDER, where a copy is used without network.
         image_size: side of the stored squares in pixels (shorter side resized, centre cropped). Default: as
@@ -132,25 +170,11 @@ def load_data(
 
     Raises:
         DataError: unknown source, files that do not decode (each is named; nothing is half-loaded),
-            parts that do not fit together, a class with too few images to split.
+            parts that do not fit together, a class with too few images to split, a class with test images alone.
     """
-    if image_size is not None and image_size < 1:
-        raise DataError(f"load_data: image_size must be at least 1, got {image_size}")
-    if not 0 < test_share < 1:
-        raise DataError(f"load_data: test_share must be in (0, 1), got {test_share}")
-
-    if source == "digits":
-        raw = read_digits()
-    elif isinstance(source, str) and source.partition(":")[0] == "cifar100" and not Path(source).exists():
-        raw = read_cifar100(source.partition(":")[2])
-    else:
-        raw = read_paths(existing_paths(source), image_size)
-
-    if raw["test_images"] is None:
-        test = _stratified(raw["train_labels"], test_share, seed, raw["class_names"], raw["name"])
-        for key in ("images", "labels"):
-            whole = raw[f"train_{key}"]
-            raw[f"train_{key}"], raw[f"test_{key}"] = whole[~test], whole[test]
+    raw = _read(source, image_size, test_share, seed)
+    if isinstance(raw["train_images"], list):
+        return _gathered([raw], image_size, flip)
     for key in ("train_images", "test_images"):
         raw[key] = _to_squares(torch.from_numpy(np.ascontiguousarray(raw[key])), image_size)
     for key in ("train_labels", "test_labels"):
@@ -158,6 +182,149 @@ def load_data(
     if flip is not None:
         raw["flip"] = flip
     return ImageData(**raw)
+
+
+def load_joined(
+    sources: Sequence[str | os.PathLike[str] | Sequence[str | os.PathLike[str]]],
+    *,
+    image_size: int | None = None,
+    test_share: float = 0.2,
+    seed: int = 0,
+    flip: bool | None = None,
+) -> ImageData:
+    """Load several data sets as one. Of one alone: as ``load_data``.
+
+    Classes are named ``data set/class`` (``photos/cat``), superclasses likewise; a data set without superclasses is
+    one. The second data set of a name is called ``name-2``, and so on. ``domains`` tells which classes are whose;
+    ``sample_tasks`` draws each task from one of them, in turn.
+
+    Args:
+        sources: at least one, each as ``load_data`` takes it.
+        image_size: side of all stored squares. Default: the largest that ``load_data`` would store one of them with.
+        test_share: as of ``load_data``, of each data set that has no test split.
+        seed: of these splits.
+        flip: whether mirroring keeps the class. Default: whether it does in all of them.
+
+    Raises:
+        DataError: as ``load_data``; no source, or one that is given twice. TypeError: one that is in no list.
+    """
+    if isinstance(sources, (str, os.PathLike)):
+        raise TypeError(f"load_joined: sources: expected a list of data sets, got {os.fspath(sources)!r}")
+    if not sources:
+        raise DataError("load_joined: expected at least one data set, got none")
+    if len(sources) == 1:
+        return load_data(sources[0], image_size=image_size, test_share=test_share, seed=seed, flip=flip)
+    places = [_place(source) for source in sources]
+    for number, place in enumerate(places):
+        if place in places[:number]:
+            raise DataError(f"load_joined: {place!r} is given twice")
+    return _gathered([_read(source, image_size, test_share, seed) for source in sources], image_size, flip)
+
+
+def _place(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        path = os.path.expanduser(source)
+        return os.path.realpath(path) if os.path.exists(path) else os.fspath(source)
+    return ", ".join(map(_place, source))
+
+
+def _read(source: Any, image_size: int | None, test_share: float, seed: int) -> dict[str, Any]:
+    """What a reader gives, with a test split; images in files are not decoded yet."""
+    if image_size is not None and image_size < 1:
+        raise DataError(f"load_data: image_size must be at least 1, got {image_size}")
+    if not 0 < test_share < 1:
+        raise DataError(f"load_data: test_share must be in (0, 1), got {test_share}")
+
+    if source == "digits":
+        raw = read_digits()
+    elif isinstance(source, str) and source.partition(":")[0] == "cifar100" and not os.path.exists(source):
+        raw = read_cifar100(source.partition(":")[2])
+    else:
+        paths = existing_paths(source)
+        left_out = LeftOut(", ".join(map(str, paths)))
+        raw = read_paths(paths, left_out)
+        left_out.tell()
+    if raw["test_images"] is None:
+        labels = raw["train_labels"]
+        test = _stratified(labels, test_share, seed, raw["class_names"], raw["name"])
+        raw["train_images"], raw["test_images"] = _parted(raw["train_images"], test)
+        raw["train_labels"], raw["test_labels"] = labels[~test], labels[test]
+    return raw
+
+
+def _gathered(raws: list[dict[str, Any]], size: int | None, flip: bool | None) -> ImageData:
+    """Data sets as one: the pixels of all in one array, so that they are in memory once."""
+    if size is None:
+        size = max(map(_side, raws))
+    splits = [(raw, split) for split in ("train", "test") for raw in raws]
+    ends = np.cumsum([len(raw[f"{split}_labels"]) for raw, split in splits]).tolist()
+    # All memory that the images of files take; it could as well be that of a mapped file.
+    pixels = np.empty((ends[-1], size, size, 3), np.uint8)
+    files: list[Path] = []
+    rows: list[np.ndarray] = []
+    for (raw, split), start, end in zip(splits, [0, *ends], ends, strict=False):
+        images = raw.pop(f"{split}_images")
+        if isinstance(images, list):
+            files += images
+            rows.append(np.arange(start, end))
+            continue
+        for first in range(0, len(images), _CHUNK):
+            chunk = torch.from_numpy(np.ascontiguousarray(images[first : first + _CHUNK]))
+            pixels[start + first : start + first + len(chunk)] = _to_squares(chunk, size).numpy()
+    if files:
+        decode_images(files, pixels, np.concatenate(rows))
+    counts = [len(raw["class_names"]) for raw in raws]
+    first_class = np.cumsum([0, *counts[:-1]]).tolist()
+    labels = [
+        raw[f"{split}_labels"].astype(np.int64) + first_class[number % len(raws)]
+        for number, (raw, split) in enumerate(splits)
+    ]
+    middle = ends[len(raws) - 1]
+    every = torch.from_numpy(np.concatenate(labels))
+    return ImageData(
+        train_images=torch.from_numpy(pixels[:middle]),
+        train_labels=every[:middle],
+        test_images=torch.from_numpy(pixels[middle:]),
+        test_labels=every[middle:],
+        flip=all(raw.get("flip", True) for raw in raws) if flip is None else flip,
+        **_named(raws),
+    )
+
+
+def _named(raws: list[dict[str, Any]]) -> dict[str, Any]:
+    """The name of the whole, of its classes and of its superclasses."""
+    if len(raws) == 1:
+        keys = ("name", "class_names", "superclass_of_class", "superclass_names")
+        return {key: raws[0][key] for key in keys if key in raws[0]}
+    names: list[str] = []
+    for raw in raws:
+        numbered = (f"{raw['name']}-{number}" if number > 1 else raw["name"] for number in itertools.count(1))
+        names.append(next(name for name in numbered if name not in names))
+    class_names: list[str] = []
+    groups: list[int] = []
+    group_names: list[str] = []
+    domains: list[range] = []
+    for name, raw in zip(names, raws, strict=True):
+        own = raw["class_names"]
+        domains.append(range(len(class_names), len(class_names) + len(own)))
+        class_names += (f"{name}/{each}" for each in own)
+        groups += (len(group_names) + group for group in raw.get("superclass_of_class", [0] * len(own)))
+        group_names += (
+            (f"{name}/{each}" for each in raw["superclass_names"]) if "superclass_names" in raw else [name]
+        )
+    return {
+        "name": "+".join(names),
+        "class_names": tuple(class_names),
+        "superclass_of_class": tuple(groups),
+        "superclass_names": tuple(group_names),
+        "domains": tuple(domains),
+    }
+
+
+def _side(raw: dict[str, Any]) -> int:
+    """Of the squares that ``load_data`` stores by default, in pixels."""
+    images = raw["train_images"]
+    return default_size(images + raw["test_images"]) if isinstance(images, list) else min(images.shape[1:3])
 
 
 def _to_squares(images: Tensor, size: int | None) -> Tensor:
@@ -174,8 +341,7 @@ def _stratified(labels: np.ndarray, share: float, seed: int, names: Sequence[str
     """bool [n], True for test: ``share`` of every class, at least one image each way."""
     generator = torch.Generator().manual_seed(seed)
     test = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
+    for label, members in members_of(labels):
         if len(members) < 2:
             raise DataError(
                 f"{what}: class {names[label]!r} has one image; a train/test split needs at least 2"
@@ -183,6 +349,28 @@ def _stratified(labels: np.ndarray, share: float, seed: int, names: Sequence[str
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         test[members[torch.randperm(len(members), generator=generator)[:count].numpy()]] = True
     return test
+
+
+def members_of(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Of each label in int [n], ascending: the label and its places, ascending. One sort, however many labels."""
+    if not len(labels):
+        return
+    order = np.argsort(labels, kind="stable")
+    found, starts = np.unique(labels[order], return_index=True)
+    yield from zip(found.tolist(), np.split(order, starts[1:]), strict=True)
+
+
+def _parted(images: Any, test: np.ndarray) -> tuple[Any, Any]:
+    """(those that are not for ``test``, those that are). Of an array the first are moved together within it: a copy
+    would need its memory again."""
+    if isinstance(images, list):
+        marked = list(zip(images, test.tolist(), strict=True))
+        return [file for file, held in marked if not held], [file for file, held in marked if held]
+    held, kept = images[test], np.flatnonzero(~test)
+    for start in range(0, len(kept), _CHUNK):
+        chunk = images[kept[start : start + _CHUNK]]
+        images[start : start + len(chunk)] = chunk
+    return images[: len(kept)], held
 
 
 def _check_split(name: str, split: str, images: Tensor, labels: Tensor, *, classes: int) -> None:

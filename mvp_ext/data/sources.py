@@ -1,33 +1,24 @@
-"""Reading images from files: each reader returns the fields of ``ImageData`` as NumPy arrays.
+"""What a user's words name: data sets, and image files.
 
-``test_images`` and ``test_labels`` are None where the source has no test split. A reader returns everything
-or raises ``DataError``; nothing is left out silently.
+Each reader returns the fields of ``ImageData`` as NumPy arrays; images may also be a list of files, which are not
+decoded yet. ``test_images`` and ``test_labels`` are None where the source has no test split.
 """
 
 from __future__ import annotations
 
-import functools
 import glob
 import os
 import pickle
-import warnings
-import zipfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mvp_ext.model.preprocessing import square_rgb
+from mvp_ext.data.errors import DataError, LeftOut
+from mvp_ext.data.folders import images_below, is_image, list_images, split_folders, visible_folders
+from mvp_ext.data.npz import as_rgb, read_npz
 from mvp_ext.timm_compat import import_timm
-
-# Beyond this, stored squares cost memory (150 kB an image) that the models' usual input size cannot use.
-LARGEST_DEFAULT_SIZE = 224
-
-
-class DataError(ValueError):
-    """Images or labels that cannot be used; the message names the file and what to do about it."""
 
 
 def read_digits() -> dict[str, Any]:
@@ -39,7 +30,7 @@ def read_digits() -> dict[str, Any]:
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     return {
         "name": "digits",
-        "train_images": _as_rgb(grey, "digits"),
+        "train_images": as_rgb(grey, "digits"),
         "train_labels": digits.target,
         "test_images": None,
         "test_labels": None,
@@ -89,125 +80,49 @@ def existing_paths(source: str | os.PathLike[str] | Sequence[str | os.PathLike[s
     """The existing paths that a source means; a file whose own name has a comma is taken as it is."""
     if isinstance(source, (str, os.PathLike)):
         whole = Path(source).expanduser()
+        # Path.exists raises where many names joined are longer than one may be.
         parts = (
             [whole]
-            if whole.exists()
+            if os.path.exists(whole)
             else [Path(part.strip()).expanduser() for part in str(source).split(",")]
         )
     else:
         parts = [Path(part).expanduser() for part in source]
+    several = "; data sets are joined by load_joined, or by --data for each" if len(parts) > 1 else ""
     for part in parts:
-        if not part.exists():
+        if not os.path.exists(part):
             raise DataError(
                 f"load_data: no such data: {str(part)!r}; expected 'digits', 'cifar100', .npz file(s), "
-                f"a directory of .npz parts, or an image folder (class/image.png)"
+                f"a directory of .npz parts, or an image folder (class/image.png){several}"
+            )
+        if several and part.is_dir():
+            raise DataError(
+                f"load_data: several parts must be .npz files, got the folder {str(part)!r}{several}"
             )
     if not parts:
         raise DataError("load_data: an empty list of files")
     return parts
 
 
-def read_paths(paths: list[Path], image_size: int | None) -> dict[str, Any]:
-    """``.npz`` parts, a directory of them, or an image folder."""
+def read_paths(paths: list[Path], left_out: LeftOut) -> dict[str, Any]:
+    """``.npz`` parts, a directory of them, or an image folder: that one's images are lists of files."""
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
-        paths = sorted(folder.glob("*.npz"))
-        if not paths:
-            return _read_folder(folder, image_size)
         name = folder.resolve().name
+        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".npz" and p.name[0] != ".")
+        if not paths:
+            return {"name": name, **list_images(folder, left_out)._asdict()}
+        left_out.add_all("folder(s) beside .npz files", visible_folders(folder))
     else:
         name = paths[0].stem if len(paths) == 1 else f"{paths[0].stem}+{len(paths) - 1}"
-    return {"name": name, **_join_parts([(path, _read_npz(path)) for path in paths])}
-
-
-_NPZ_KEYS = (
-    *("train_images", "train_labels", "test_images", "test_labels"),
-    *("class_names", "superclass_of_class", "superclass_names"),
-)
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray | None]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            part = {key: file.get(key) for key in _NPZ_KEYS}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise DataError(f"{path}: not a readable .npz file ({error})") from error
-    for key in ("train_images", "train_labels"):
-        if part[key] is None:
-            raise DataError(f"{path}: has no {key!r}; expected at least train_images and train_labels")
-    if (part["test_images"] is None) != (part["test_labels"] is None):
-        raise DataError(f"{path}: test_images and test_labels must come together")
-    for split in ("train", "test"):
-        images, labels = part[f"{split}_images"], part[f"{split}_labels"]
-        if images is None or labels is None:
-            continue
-        part[f"{split}_images"] = _as_rgb(images, f"{path}: {split}_images")
-        if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
-            raise DataError(
-                f"{path}: {split}_labels must be {len(images)} integers, "
-                f"got {labels.dtype} {list(labels.shape)}"
-            )
-    return part
-
-
-def _join_parts(parts: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
-    first_path, first = parts[0]
-    for path, part in parts[1:]:
-        for key in ("class_names", "superclass_of_class", "superclass_names"):
-            same = np.array_equal(first[key], part[key]) if first[key] is not None else part[key] is None
-            if not same:
-                raise DataError(
-                    f"{path}: its {key} differ from those of {first_path}; parts share one numbering"
-                )
-        if (part["test_images"] is None) != (first["test_images"] is None):
-            raise DataError(f"{path} and {first_path}: either every part has a test split or none")
-        if part["train_images"].shape[1:] != first["train_images"].shape[1:]:
-            got, expected = list(part["train_images"].shape[1:]), list(first["train_images"].shape[1:])
-            raise DataError(f"{path}: images are {got}, those of {first_path} {expected}")
-
-    def join(key: str) -> np.ndarray | None:
-        return None if first[key] is None else np.concatenate([part[key] for _, part in parts])
-
-    data: dict[str, Any] = {key: join(key) for key in _NPZ_KEYS[:4]}
-    labels = np.concatenate([data[key] for key in ("train_labels", "test_labels") if data[key] is not None])
-    if first["class_names"] is None:
-        data["class_names"] = tuple(str(label) for label in range(int(labels.max(initial=-1)) + 1))
-    else:
-        data["class_names"] = tuple(str(name) for name in first["class_names"])
-    if first["superclass_of_class"] is not None:
-        groups = tuple(int(group) for group in first["superclass_of_class"])
-        names = first["superclass_names"]
-        data["superclass_of_class"] = groups
-        data["superclass_names"] = tuple(map(str, range(max(groups) + 1) if names is None else names))
-    return data
-
-
-def _read_folder(root: Path, image_size: int | None) -> dict[str, Any]:
-    train_root = root / "train"
-    has_splits = train_root.is_dir() and any(child.is_dir() for child in train_root.iterdir())
-    test_root = next((root / name for name in ("test", "val") if has_splits and (root / name).is_dir()), None)
-    class_names, files, labels = _list_folder(train_root if has_splits else root)
-    count = len(files)
-    if test_root is not None:
-        test_names, test_files, test_labels = _list_folder(test_root)
-        unknown = [name for name in test_names if name not in class_names]
-        if unknown:
-            raise DataError(f"{test_root}: class {unknown[0]!r} has no training images")
-        files += test_files
-        labels += [class_names.index(test_names[label]) for label in test_labels]
-    images, targets = _decode(files, image_size), np.asarray(labels)
-    return {
-        "name": root.resolve().name,
-        "train_images": images[:count],
-        "train_labels": targets[:count],
-        "test_images": images[count:] if test_root is not None else None,
-        "test_labels": targets[count:] if test_root is not None else None,
-        "class_names": class_names,
-    }
+    return {"name": name, **read_npz(paths, left_out)}
 
 
 class FoundImage(NamedTuple):
-    """An image file; ``group`` names the subfolder of the given folder that it is in, None where it is in none."""
+    """An image file; ``group`` names the subfolder of the given folder that it is in, None where it is in none.
+
+    Of ``train/class/image`` (or another split's name in ``train``'s place) that is the class.
+    """
 
     path: Path
     group: str | None = None
@@ -219,7 +134,7 @@ def find_images(places: Sequence[str | os.PathLike[str]]) -> list[FoundImage]:
     Args:
         places: files, taken as they are whatever their names; folders, searched with all their subfolders for names
             with the suffix of an image; patterns as of ``glob``, ``**`` too, of both. Hidden files and folders, and
-            what a Mac puts into archives (``__MACOSX``), are passed over.
+            those of systems (``__MACOSX``, ``Thumbs.db``), are passed over.
 
     Raises:
         DataError: one of them names nothing, or a folder or pattern no image.
@@ -229,7 +144,7 @@ def find_images(places: Sequence[str | os.PathLike[str]]) -> list[FoundImage]:
         place = os.fspath(given)
         path = Path(place).expanduser()
         if path.is_dir():
-            images = list(_images_in(path))
+            images = _images_in(path)
         elif path.exists():
             images = [FoundImage(path)]
         else:
@@ -238,7 +153,7 @@ def find_images(places: Sequence[str | os.PathLike[str]]) -> list[FoundImage]:
                 raise DataError(f"find_images: no such file or folder, nor a match of a pattern: {place!r}")
             images = []
             for match in matches:
-                images += _images_in(match) if match.is_dir() else [FoundImage(match)] * _is_image(match)
+                images += _images_in(match) if match.is_dir() else [FoundImage(match)] * is_image(match.name)
         if not images:
             raise DataError(f"find_images: no image in {place!r}; known by suffixes like .png, .jpg, .webp")
         for image in images:
@@ -246,108 +161,13 @@ def find_images(places: Sequence[str | os.PathLike[str]]) -> list[FoundImage]:
     return list(found.values())
 
 
-def _images_in(root: Path) -> Iterator[FoundImage]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    # Links to folders are followed, but no folder is read twice: a link may lead back.
-    read: set[str] = set()
-    for folder, inner, names in os.walk(root, onerror=fail, followlinks=True):
-        real = os.path.realpath(folder)
-        inner[:] = (
-            [] if real in read else sorted(n for n in inner if not n.startswith(".") and n != "__MACOSX")
-        )
-        parts = Path(folder).relative_to(root).parts
-        if real not in read:
-            images = (Path(folder, name) for name in sorted(names))
-            yield from (FoundImage(path, parts[0] if parts else None) for path in images if _is_image(path))
-        read.add(real)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in _image_suffixes() and not path.name.startswith(".")
-
-
-@functools.cache
-def _image_suffixes() -> frozenset[str]:
-    """Of what Pillow reads, in lower case, with their dots."""
-    from PIL import Image
-
-    return frozenset(s for s, form in Image.registered_extensions().items() if form in Image.OPEN)
-
-
-def _list_folder(root: Path) -> tuple[tuple[str, ...], list[Path], list[int]]:
-    """Class names, image files and their labels of a ``class/image`` tree, in sorted, repeatable order."""
-    known = _image_suffixes()
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not names:
-        raise DataError(f"{root}: no class folders; expected {root}/<class>/<image>, or .npz files")
-    files: list[Path] = []
-    labels: list[int] = []
-    others: list[Path] = []
-    for label, name in enumerate(names):
-        found = sorted(p for p in (root / name).rglob("*") if p.is_file() and not p.name.startswith("."))
-        images = [path for path in found if path.suffix.lower() in known]
-        others += [path for path in found if path.suffix.lower() not in known]
-        if not images:
-            raise DataError(f"{root / name}: a class folder without images")
-        files += images
-        labels += [label] * len(images)
-    if others:
-        warnings.warn(
-            f"{root}: {len(others)} file(s) are no images and were left out, e.g. {others[0]}", stacklevel=2
-        )
-    return tuple(names), files, labels
-
-
-def _decode(files: list[Path], image_size: int | None) -> np.ndarray:
-    """Decode to uint8 [n, S, S, 3]; DataError names every file that does not decode."""
-    from PIL import Image
-
-    # Pillow's decoders raise almost anything on damaged bytes.
-    bad: dict[Path, str] = {}
-
-    def shorter_side(path: Path) -> int:
-        try:
-            with Image.open(path) as image:
-                return min(image.size)
-        except Exception as error:
-            bad[path] = str(error) or type(error).__name__
-            return 0
-
-    def square(path: Path) -> np.ndarray | None:
-        try:
-            with Image.open(path) as image:
-                return square_rgb(image, size)
-        except Exception as error:
-            bad[path] = str(error) or type(error).__name__
-            return None
-
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        if image_size is not None:
-            size = image_size
-        else:
-            sides = [side for side in pool.map(shorter_side, files) if side > 0]
-            size = min(int(np.median(sides)) if sides else 1, LARGEST_DEFAULT_SIZE)
-        images = np.empty((len(files), size, size, 3), np.uint8)
-        for row, decoded in zip(images, pool.map(square, files), strict=True):
-            if decoded is not None:
-                row[:] = decoded
-    if bad:
-        listed = "; ".join(f"{path}: {reason}" for path, reason in sorted(bad.items())[:10])
-        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise DataError(
-            f"{len(bad)} of {len(files)} image(s) do not decode, nothing was loaded: {listed}{more}"
-        )
-    return images
-
-
-def _as_rgb(images: np.ndarray, what: str) -> np.ndarray:
-    """uint8 [n, H, W], [n, H, W, 1] or [n, H, W, 3] → uint8 [n, H, W, 3]."""
-    if images.dtype != np.uint8:
-        raise DataError(f"{what}: expected uint8 pixels in 0..255, got {images.dtype}")
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise DataError(f"{what}: expected [n, H, W], [n, H, W, 1] or [n, H, W, 3], got {list(images.shape)}")
-    return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else images
+def _images_in(root: Path) -> list[FoundImage]:
+    # Below train/ and its like the classes are, as for load_data.
+    splits = split_folders(root)
+    found = []
+    for path in images_below(root):
+        folders = path.relative_to(root).parts[:-1]
+        if folders and folders[0] in splits:
+            folders = folders[1:]
+        found.append(FoundImage(path, folders[0] if folders else None))
+    return found

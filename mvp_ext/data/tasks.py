@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvp_ext.data.images import ImageData, content_hash
+from mvp_ext.data.images import ImageData, content_hash, members_of, number_of
 from mvp_ext.storage import write_atomic
 
 TASK_FORMAT = 1
@@ -93,7 +92,7 @@ class Task:
             raise ValueError(f"Task {self.name!r}: at least 2 classes are needed, got {len(classes)}")
         if len(set(classes)) != len(classes):
             raise ValueError(f"Task {self.name!r}: classes must differ, got {classes}")
-        usable = set(self.data.classes)
+        usable = self.data.usable
         for label in classes:
             if not 0 <= label < len(self.data.class_names):
                 known = len(self.data.class_names)
@@ -113,8 +112,7 @@ class Task:
     @classmethod
     def of(cls, name: str, data: ImageData, class_names: Sequence[str], **options: Any) -> Task:
         """A task by class names; ValueError names an unknown one and the nearest known."""
-        classes = tuple(_nearest_name("class", known, data.class_names, data.name) for known in class_names)
-        return cls(name, data, classes, **options)
+        return cls(name, data, data.numbers_of(class_names), **options)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -128,7 +126,7 @@ class Task:
         return content_hash(tensors, data.class_names)
 
     def split(self) -> TaskData:
-        """Copy out the task's images, in the order of the data set."""
+        """The task's images, in the order of the data set: a copy, or the data set's own where they are all of them."""
         generator = torch.Generator().manual_seed(self.seed)
         renumber = torch.full((len(self.data.class_names),), -1)
         renumber[list(self.classes)] = torch.arange(len(self.classes))
@@ -138,11 +136,11 @@ class Task:
             own = renumber[labels]
             keep = own >= 0
             if which == "train" and self.max_train_per_class is not None:
-                for label in range(len(self.classes)):
-                    members = torch.nonzero(own == label).flatten()
-                    order = torch.randperm(len(members), generator=generator)
-                    keep[members[order[self.max_train_per_class :]]] = False
-            parts |= {f"{which}_images": images[keep], f"{which}_labels": own[keep]}
+                for label, members in members_of(own.cpu().numpy()):
+                    if label >= 0:
+                        order = torch.randperm(len(members), generator=generator)
+                        keep[torch.from_numpy(members)[order[self.max_train_per_class :]]] = False
+            parts |= {f"{which}_images": images if keep.all() else images[keep], f"{which}_labels": own[keep]}
         return TaskData(name=self.name, class_names=self.class_names, flip=self.data.flip, **parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -214,7 +212,8 @@ def sample_tasks(
 ) -> list[Task]:
     """Draw tasks whose class sets all differ.
 
-    A longer list starts with the shorter one, other arguments equal, so that a zoo can grow.
+    A longer list starts with the shorter one, other arguments equal, so that a zoo can grow. Of joined data sets
+    (``load_joined``) each task has classes of one, in turn.
 
     Args:
         data: where the classes come from.
@@ -237,30 +236,45 @@ def sample_tasks(
         wanted = set(classes)
         missing = sorted(wanted - set(data.classes))
         if missing:
-            raise ValueError(f"sample_tasks: classes {missing} have no images in {data.name!r}")
+            named = [data.class_names[c] if 0 <= c < len(data.class_names) else c for c in missing]
+            raise ValueError(f"sample_tasks: classes {named} have no images in {data.name!r}")
         pool = [label for label in pool if label in wanted]
     if classes_per_task < 2:
         raise ValueError(
             f"sample_tasks: a task needs at least 2 classes, got classes_per_task={classes_per_task}"
         )
     taken = {task.classes for task in exclude}
-    members = set(pool)
-    blocked = sum(len(c) == classes_per_task and members.issuperset(c) for c in taken)
-    available = math.comb(len(pool), classes_per_task) - blocked
-    if count > available:
-        raise ValueError(
-            f"sample_tasks: {count} different sets of {classes_per_task} classes were asked for, {len(pool)} "
-            f"classes ({blocked} sets excluded) give {available}"
-        )
+    pools = [pool]
+    if data.domains is not None:
+        pools = [[c for c in pool if c in domain] for domain in data.domains]
+        pools = [pool for pool in pools if pool] or [[]]
+    draws = []
+    for number, pool in enumerate(pools):
+        wanted_here = len(range(number, count, len(pools)))
+        _check_enough(data, pool, classes_per_task, wanted_here, taken)
+        sets = _class_sets(pool, classes_per_task, seed + number)
+        draws.append(chosen for chosen in sets if chosen not in taken)
     tasks: list[Task] = []
-    for chosen in _class_sets(pool, classes_per_task, seed):
-        if len(tasks) == count:
-            break
-        if chosen not in taken:
-            taken.add(chosen)
-            index = len(tasks)
-            tasks.append(Task(f"{prefix}-{index:03d}", data, chosen, seed + index, max_train_per_class))
+    while len(tasks) < count:
+        index = len(tasks)
+        chosen = next(draws[index % len(draws)])
+        taken.add(chosen)
+        tasks.append(Task(f"{prefix}-{index:03d}", data, chosen, seed + index, max_train_per_class))
     return tasks
+
+
+def _check_enough(
+    data: ImageData, pool: list[int], size: int, count: int, taken: set[tuple[int, ...]]
+) -> None:
+    members = set(pool)
+    blocked = sum(len(c) == size and members.issuperset(c) for c in taken)
+    available = math.comb(len(pool), size) - blocked
+    if count > available:
+        of = f" of {data.class_names[pool[0]].partition('/')[0]!r}" if pool and data.domains else ""
+        raise ValueError(
+            f"sample_tasks: {count} different sets of {size} classes were asked for, {len(pool)} "
+            f"classes{of} ({blocked} sets excluded) give {available}"
+        )
 
 
 def _class_sets(pool: list[int], size: int, seed: int) -> Iterator[tuple[int, ...]]:
@@ -279,17 +293,9 @@ def _class_sets(pool: list[int], size: int, seed: int) -> Iterator[tuple[int, ..
 def _of_superclasses(data: ImageData, pool: list[int], superclasses: Iterable[str]) -> list[int]:
     if data.superclass_of_class is None or data.superclass_names is None:
         raise ValueError(f"sample_tasks: {data.name!r} knows no superclasses")
-    wanted = {_nearest_name("superclass", name, data.superclass_names, data.name) for name in superclasses}
+    numbers = {name: number for number, name in enumerate(data.superclass_names)}
+    wanted = {number_of("superclass", name, numbers, data.name) for name in superclasses}
     return [label for label in pool if data.superclass_of_class[label] in wanted]
-
-
-def _nearest_name(kind: str, name: str, known: Sequence[str], where: str) -> int:
-    """Index of ``name`` in ``known``, or a ValueError that suggests what may have been meant."""
-    if name in known:
-        return known.index(name)
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"known: {', '.join(known[:20])}"
-    raise ValueError(f"unknown {kind} {name!r} in {where!r}; {hint}")
 
 
 def few_of_each(labels: Tensor, count: int, seed: int) -> Tensor:
@@ -306,5 +312,5 @@ def few_of_each(labels: Tensor, count: int, seed: int) -> Tensor:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     shuffled = labels[order]
     each = -(-count // max(1, len(labels.unique())))
-    chosen = [order[shuffled == label][:each] for label in labels.unique()]
-    return torch.cat(chosen).sort().values if chosen else order
+    chosen = [torch.from_numpy(members[:each]) for _, members in members_of(shuffled.cpu().numpy())]
+    return order[torch.cat(chosen)].sort().values if chosen else order

@@ -22,7 +22,9 @@ from mvp_ext.deploy.formats import Format, format_of
 from mvp_ext.deploy.graph import Deployable, deployable
 from mvp_ext.deploy.metadata import Metadata, Precision, Program, precision_of
 from mvp_ext.deploy.quantize import CALIBRATION_IMAGES
+from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.checkpoint import PrunedCheckpoint
+from mvp_ext.model.ends import in_channels
 from mvp_ext.model.preprocessing import Preprocessing, resize
 from mvp_ext.pruning.result import Result
 from mvp_ext.storage import write_together
@@ -173,7 +175,8 @@ class _Images:
             chosen = few_of_each(data.test_labels, count, seed=0).to(data.test_labels.device)
             # Data loaded from elsewhere may have the classes in another order than the model's outputs.
             names = small.card.class_names or data.class_names
-            output = torch.tensor([names.index(name) for name in data.class_names])
+            place = {name: number for number, name in enumerate(names)}
+            output = torch.tensor([place[name] for name in data.class_names])
             labels = output[data.test_labels[chosen].cpu()]
             return cls(resize(data.test_images[chosen].cpu(), see.size), see, labels)
         generator = torch.Generator().manual_seed(0)
@@ -181,8 +184,9 @@ class _Images:
             shape = (NOISE, see.size, see.size, 3)
             return cls(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), see, None)
         size = Preprocessing.of(small.model).size
-        channels = next(p for p in small.model.parameters() if p.ndim == 4).shape[1]
-        return cls(torch.randn(NOISE, channels, size, size, generator=generator), None, None)
+        return cls(
+            torch.randn(NOISE, in_channels(small.model) or 3, size, size, generator=generator), None, None
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -219,7 +223,7 @@ def _traced(graph: Deployable, precision: Precision, shape: tuple[int, int, int]
 
 def _compare(model: nn.Module, graph: Deployable, exported: ExportedModel, data: _Images) -> ExportReport:
     """Run the file and the model on the same images; nothing is said of the file itself yet."""
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = copy.deepcopy(unwrapped(model)).cpu().float().eval()
     ours, theirs = [], []
     with torch.inference_mode():
         for images in data.images.split(BATCH):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 from torch import nn
 
 from mvp_ext.model.families import find_structure
 from mvp_ext.timm_compat import import_timm
+
+# How long the weights' host may take to answer.
+REACH_SECONDS = 5
 
 
 def create_model(
@@ -22,7 +28,7 @@ def create_model(
     pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm model of a supported family (ResNet, ViT, DeiT), by its timm name.
+    """A timm model that can be cut in one scope at least, by its timm name.
 
     Args:
         name: timm's model name, like ``resnet18`` or ``vit_tiny_patch16_224``; a tag after a dot picks the
@@ -34,7 +40,8 @@ def create_model(
         kwargs: further arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: timm has no model of that name (the message lists close names).
+        ValueError: timm has no model of that name (the message lists close names), or cannot build it of these
+            arguments.
         UnsupportedModelError: the model is built of parts that cannot be cut here (the message names one).
         RuntimeError: the pretrained weights cannot be had.
     """
@@ -51,19 +58,25 @@ def create_model(
         "pretrained": pretrained,
     } | kwargs
     try:
-        try:
-            model = timm.create_model(name, **kwargs)
-        except TypeError as error:
-            if "img_size" not in str(error):
-                raise
-            kwargs.pop("img_size")
-            model = timm.create_model(name, **kwargs)
+        with _hub() if pretrained else nullcontext():
+            try:
+                model = timm.create_model(name, **kwargs)
+            except TypeError as error:
+                if "img_size" not in str(error):
+                    raise
+                kwargs.pop("img_size")
+                model = timm.create_model(name, **kwargs)
+    except AssertionError as error:
+        raise ValueError(
+            f"create_model: timm builds no {name!r} of these arguments ({' '.join(str(error).split()) or kwargs})"
+        ) from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
         raise RuntimeError(
-            f"create_model: the pretrained weights of {name!r} could not be had ({type(error).__name__}: {error}). "
-            "They come from the network: give weights in a local file instead, or pretrained=False."
+            f"create_model: the pretrained weights of {name!r} could not be had: they come from the network, or its "
+            "cache; give weights in a local file instead (--weights), or none "
+            f"({type(error).__name__}: {error})"
         ) from error
     find_structure(model)
     # A checkpoint needs the arguments. A newer timm notes them itself.
@@ -72,6 +85,30 @@ def create_model(
             key: value for key, value in kwargs.items() if key != "pretrained" and value is not None
         }
     return model
+
+
+@contextmanager
+def _hub() -> Iterator[None]:
+    """Where the weights' host cannot be reached, only their cache is looked at: retries would take a minute."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _reachable(url: str) -> bool:
+    try:
+        with urlopen(Request(url, method="HEAD"), timeout=REACH_SECONDS):
+            return True
+    except HTTPError:
+        return True
+    # No route, no name, no answer in time.
+    except OSError:
+        return False
 
 
 def create_empty(arguments: Mapping[str, Any]) -> nn.Module:

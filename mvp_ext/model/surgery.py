@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.families import SCOPES, find_structure
 from mvp_ext.model.mask import Mask, RowsCols
 from mvp_ext.model.scatter_block import ScatterBlock
@@ -230,6 +231,7 @@ def masked_model(model: nn.Module, mask: Mask, *, structure: Structure | None = 
     Raises:
         ValueError: the mask does not fit the model.
     """
+    model = unwrapped(model)
     structure = structure or structure_for(model, mask)
     mask.check(structure)
     masked = copy.deepcopy(model)

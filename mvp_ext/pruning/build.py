@@ -24,8 +24,10 @@ from mvp_ext.zoo.entry import ZooEntry
 from mvp_ext.zoo.shared import START, UNIVERSAL
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
-# (what is being made, steps done, steps in all)
+# (what is being made, steps done, steps in all); what is there already is told once, as done.
 Progress = Callable[[str, int, int], None]
+# Of a refined zoo's optimizer steps: what goes into the model that its entries refine.
+UNIVERSAL_SHARE = 0.8
 
 
 def build_zoo(
@@ -62,7 +64,9 @@ def build_zoo(
     results = []
     for task in tasks:
         if zoo.is_sound(task.name):
-            _check_same_budget(zoo[task.name], structure, settings)
+            entry = zoo[task.name]
+            _check_same_budget(entry, structure, settings)
+            _tell_done(progress, task.name, entry.steps)
             continue
         result = prune(
             backbone,
@@ -84,7 +88,7 @@ def build_refined_zoo(
     zoo: Zoo,
     settings: Settings | None = None,
     *,
-    share: float = 0.8,
+    share: float = UNIVERSAL_SHARE,
     progress: Progress | None = None,
 ) -> list[Result]:
     """One pruned model of all tasks, and for each task an entry that refines it: what ``prune`` serves best from.
@@ -109,22 +113,24 @@ def build_refined_zoo(
             f"build_refined_zoo: {zoo.path}: its {len(zoo)} entries refine no universal model; use another zoo"
         )
     structure = _bind(backbone, zoo, settings)
-    each = planned_steps(structure, settings)
+    steps, each = planned_zoo_steps(structure, settings, len(tasks), share)
     if start is None:
-        pooled, steps = pooled_task(tasks, START, settings.seed), round(share * each * len(tasks))
+        pooled = pooled_task(tasks, START, settings.seed)
         if lost:
             # Of the tasks at that time, which need not be these.
             pooled = replace(pooled, classes=tuple(lost["classes"]))
             steps = int(lost["result"]["cost"]["steps"])
         _build_universal(backbone, pooled, zoo, settings, steps, progress)
         start = zoo.shared(START)
+    else:
+        _tell_done(progress, START, steps)
     assert start is not None
     if start.extra.get("keep") != settings.keep:
         raise ZooError(
             f"build_refined_zoo: {start.path}: expected a universal model with keep {settings.keep}, got "
             f"{start.extra.get('keep', 'one that build_zoo was given')}; use another zoo"
         )
-    refining = replace(settings.schedule, final_steps=max(1, round((1 - share) * each)))
+    refining = replace(settings.schedule, final_steps=each)
     settings = replace(settings, schedule=refining)
     loaded = start.load()
     if lost and len(zoo) > 0 and all(entry.mask != loaded.mask for entry in zoo):
@@ -133,6 +139,17 @@ def build_refined_zoo(
             "settings or images; give those of before, or use another zoo"
         )
     return build_zoo(backbone, tasks, zoo, settings, start=loaded, progress=progress)
+
+
+def planned_zoo_steps(
+    structure: Structure, settings: Settings, tasks: int, share: float = UNIVERSAL_SHARE
+) -> tuple[int, int]:
+    """Optimizer steps of the model that a zoo's entries refine, and of each of ``tasks`` entries.
+
+    With ``share`` 0 they refine none: those of ``build_zoo``.
+    """
+    each = planned_steps(structure, settings)
+    return round(share * each * tasks), max(1, round((1 - share) * each)) if share else each
 
 
 def zoo_steps(zoo: Zoo, tasks: Sequence[Task]) -> int:
@@ -169,6 +186,7 @@ def build_universal(
     """
     settings, known = settings or Settings.of_zoo(zoo), zoo.shared(UNIVERSAL)
     if known is not None and known.extra.get("keep") == settings.keep and known.is_sound():
+        _tell_done(progress, UNIVERSAL, int(known.extra.get("result", {}).get("cost", {}).get("steps", 0)))
         return None
     steps = steps if steps is not None else zoo_steps(zoo, tasks)
     pooled = pooled_task(tasks, UNIVERSAL, settings.seed)
@@ -252,6 +270,11 @@ def _check_same_budget(entry: ZooEntry, structure: Structure, settings: Settings
             f"{settings.keep:.4g} (expected {sum(expected)} units, got {sum(entry.mask.kept.values())}); remove it or "
             "use another zoo"
         )
+
+
+def _tell_done(progress: Progress | None, name: str, steps: int) -> None:
+    if progress is not None:
+        progress(name, steps, steps)
 
 
 def _named(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:

@@ -42,6 +42,7 @@ class Result:
         accuracy: top-1 on the task's test images, in [0, 1]. trained_accuracy: before the ridge refit.
         expected_calibration_error: how far the probabilities are from the shares that are right, in [0, 1].
         mean_confidence: mean of the largest probability, in [0, 1].
+        class_accuracy: of each class's test images, in [0, 1]; None of a class without any.
         neighbours: (zoo entry, similarity) of the voters, nearest first; empty for other methods.
         tensors: what a zoo needs to compare and to run it later: "class_means" f32 [k, F] and "temperature" f32 []
             under the dense backbone, "head_weight" f32 [k, F] and "head_bias" f32 [k] as trained, before the refit.
@@ -59,6 +60,7 @@ class Result:
     preprocessing: Preprocessing
     expected_calibration_error: float
     mean_confidence: float
+    class_accuracy: tuple[float | None, ...]
     history: list[Point] = field(default_factory=list)
     neighbours: list[tuple[str, float]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class Result:
             "trained_accuracy": self.trained_accuracy,
             "expected_calibration_error": self.expected_calibration_error,
             "mean_confidence": self.mean_confidence,
+            "class_accuracy": list(self.class_accuracy),
             "cost": self.cost.to_dict(),
             "history": [asdict(point) for point in self.history],
             "neighbours": self.neighbours,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.preprocessing import Preprocessing
-from mvp_ext.train.backbone import extract_features
+from mvp_ext.train.backbone import classify, extract_features
 
 # Of equal width, as is usual (Guo et al. 2017, arXiv 1706.04599).
 CALIBRATION_BINS = 15
@@ -19,12 +19,14 @@ class Quality(NamedTuple):
     """A classifier on a task's test images; every number is in [0, 1].
 
     ``accuracy`` is top-1, ``mean_confidence`` the mean of the largest probability, ``expected_calibration_error`` the
-    mean over images of |share that is right − mean confidence| of the images that are about as confident.
+    mean over images of |share that is right − mean confidence| of the images that are about as confident, and
+    ``class_accuracy`` the accuracy of each of the k classes; None of one without images.
     """
 
     accuracy: float
     expected_calibration_error: float
     mean_confidence: float
+    class_accuracy: tuple[float | None, ...]
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor) -> Quality:
@@ -33,8 +35,12 @@ class Quality(NamedTuple):
         right = (answers == labels).double()
         bins = (confidence * CALIBRATION_BINS).ceil().long().clamp_(1, CALIBRATION_BINS) - 1
         gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, bins, right - confidence)
+        images, rights = (labels.bincount(part, logits.shape[1]).tolist() for part in (None, right))
         return cls(
-            accuracy_of(logits, labels), float(gaps.abs().sum() / len(labels)), float(confidence.mean())
+            accuracy_of(logits, labels),
+            float(gaps.abs().sum() / len(labels)),
+            float(confidence.mean()),
+            tuple(right / n if n else None for right, n in zip(rights, images, strict=True)),
         )
 
 
@@ -48,6 +54,5 @@ def evaluate(
 ) -> Quality:
     """The model's quality on the task's test images."""
     features = extract_features(model, data.test_images, preprocessing, precision)
-    classifier = model.get_classifier()  # type: ignore[operator]
     with torch.no_grad():
-        return Quality.of(classifier(features.to(classifier.weight.device)).cpu(), data.test_labels)
+        return Quality.of(classify(model, features).cpu(), data.test_labels)

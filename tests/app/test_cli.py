@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import run
@@ -63,6 +66,31 @@ def test_zoo_build_goes_on_where_it_was(home: Path) -> None:
     after = {e.name: e.created for e in Zoo(home / "zoo").entries()}
     assert set(after) == set(before) == {"zoo-000", "zoo-001", "zoo-002"}
     assert after["zoo-000"] == before["zoo-000"]
+
+
+def test_a_zoo_of_two_data_sets_with_classes_held_out(home: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        names = np.array(["red", "fox, red", "blue", "grey"])
+        np.savez(
+            tmp_path / folder / "shades.npz",
+            train_images=pixels,
+            train_labels=np.arange(24) % 4,
+            class_names=names,
+        )
+    data = f"--data {tmp_path}/a/shades.npz --data {tmp_path}/b/shades.npz"
+    model = f"--model {home}/backbone.safetensors"
+    held_out = """--exclude-classes 'shades/grey,"shades-2/fox, red"'"""
+    build = BUILD.replace("--tasks 3 --classes-per-task 3", "--tasks 2 --classes-per-task 2")
+    run(f"zoo build --no-refine --no-universal --zoo {tmp_path}/zoo {model} {data} {build} {held_out}")
+    zoo = Zoo(tmp_path / "zoo")
+    tasks = [set(entry.task["classes"]) for entry in zoo.entries()]
+    assert tasks[0] < {"shades/red", "shades/fox, red", "shades/blue"}
+    assert tasks[1] < {"shades-2/red", "shades-2/blue", "shades-2/grey"}
+    task = """--classes '"shades/fox, red",shades/grey'"""
+    said = run(f"prune {model} {data} {task} --method random --steps 0 --out {tmp_path}/small.safetensors")
+    assert "outputs, in order: shades/fox, red, shades/grey" in said.output
 
 
 def test_zoo_build_from_the_dense_model(home: Path, tmp_path: Path) -> None:
@@ -337,3 +365,58 @@ def test_evaluation_steps_start_at_zero_and_end_with_the_last() -> None:
     from_scratch = options.evaluate_at("ifp", structure)
     assert from_scratch[0] == 0
     assert 60 < from_scratch[-1] <= 12 * 10 + 60
+
+
+@pytest.mark.parametrize(
+    ("command", "patched", "kept"),
+    [
+        (
+            "prune --classes 0,1 --zoo {home}/zoo --model {home}/backbone.safetensors --out {out}/a",
+            "run_prune",
+            False,
+        ),
+        ("pretrain --model test_resnet --image-size 16 --out {out}/b", "run_pretraining", True),
+        ("bench --model test_resnet --seconds 0", "run_bench", False),
+    ],
+)
+def test_ctrl_c_promises_only_what_holds(
+    command: str, patched: str, kept: bool, home: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, patched, stopped)
+    said = run(command.format(home=home, out=tmp_path), code=130).stderr
+    assert ("goes on from there" in said) == kept
+    assert ("nothing was written" in said) != kept
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_the_command_starts_shows_no_traceback() -> None:
+    """From the first import of this package on, whenever it comes."""
+    script = (
+        "import sys, os, signal; sys.argv = ['/somewhere/mvp-ext', '--help']\n"
+        "class Killer:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Killer())\n"
+        "from mvp_ext.app.cli import main\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stderr == ""
+
+
+def test_no_network_is_found_in_seconds_and_named(monkeypatch: Any) -> None:
+    """Nothing listens at the hub's address: no retries, and the way out is said."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    before = constants.HF_HUB_OFFLINE
+    began = time.monotonic()
+    said = run("bench --model resnet18 --pretrained --seconds 0", code=2).stderr
+    assert time.monotonic() - began < 10
+    assert "could not be had" in said
+    assert "--weights" in said
+    assert len(said.splitlines()) == 1
+    assert before == constants.HF_HUB_OFFLINE

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pytest
 import torch
 import typer
+from digits import few_digits
 from typer.testing import CliRunner
 
 from mvp_ext.app import options
@@ -73,3 +76,51 @@ def test_a_device_that_is_not_there() -> None:
     assert options.ExecutionOptions(device="cpu").begin() == torch.device("cpu")
     with pytest.raises(ValueError, match="--device: expected cpu, cuda, cuda:N or auto, got 'abacus'"):
         options.ExecutionOptions(device="abacus").begin()
+
+
+def written(name: str, rng: random.Random) -> str:
+    """A name as one may write it: in quotes where it must be, or for no reason."""
+    plain = name == name.strip() and "," not in name and not name.startswith('"')
+    if plain and rng.random() < 0.5:
+        return rng.choice(("", " ")) + name + rng.choice(("", "  "))
+    return rng.choice(("", " ")) + '"' + name.replace('"', '""') + '"' + rng.choice(("", " "))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_any_name_can_be_asked_for(seed: int) -> None:
+    rng = random.Random(seed)
+    names = ["".join(rng.choices("ab\",' é/=", k=rng.randint(1, 6))) for _ in range(4)]
+    names = [name for name in names if name.strip()] or ["a"]
+    assert options.names_in("classes", ",".join(written(name, rng) for name in names)) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("3,5, 8", ["3", "5", "8"]), ("a b ,,c,", ["a b", "c"]), ("19\" rack,5'", ['19" rack', "5'"])],
+)
+def test_plain_names_need_no_quotes(text: str, names: list[str]) -> None:
+    assert options.names_in("classes", text) == names
+
+
+@pytest.mark.parametrize("text", ['"fox, red', 'cat,"fox, red"x', ""])
+def test_names_that_are_not_closed(text: str) -> None:
+    with pytest.raises(ValueError, match="--exclude-classes: expected"):
+        options.names_in("exclude-classes", text)
+
+
+def test_tasks_of_some_classes() -> None:
+    data = few_digits()
+    some = options.SamplingOptions(classes_per_task=3, classes="1,2,3,4,5", exclude_classes="2")
+    tasks = some.tasks(data, 4, "t", options.DataOptions(), [], seed=0)
+    assert {name for task in tasks for name in task.class_names} == set("1345")
+    for wrong in (options.SamplingOptions(classes="1,x"), options.SamplingOptions(exclude_classes="x")):
+        with pytest.raises(ValueError, match="unknown class 'x'"):
+            wrong.tasks(data, 1, "t", options.DataOptions(), [], seed=0)
+
+
+def test_a_name_with_a_comma_is_suggested() -> None:
+    data = dataclasses.replace(few_digits(), class_names=("fox, red", *"123456789"))
+    task = options.TaskOptions(classes='"fox, red",3').of(data, options.DataOptions(), 0)
+    assert task.class_names == ("fox, red", "3")
+    with pytest.raises(ValueError, match=r"unknown class 'fox' in .*; did you mean 'fox, red'"):
+        options.TaskOptions(classes="fox, red,3").of(data, options.DataOptions(), 0)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import mvp_ext
 from mvp_ext.app import cli
 from mvp_ext.app.plots import LIGHT, confusion, to_png
-from mvp_ext.app.predict import Judgement, judgement_tables
+from mvp_ext.app.predict import Judgement, class_of_folder, judgement_tables
 from mvp_ext.data.sources import FoundImage
 from mvp_ext.model.checkpoint import PrunedCheckpoint, save_pruned
 from mvp_ext.model.prediction import Predictions
@@ -76,13 +76,13 @@ def test_json_and_csv_say_what_the_model_says(home: Path, small: PrunedCheckpoin
     for image, ranked in zip(told["images"], expected.top(2), strict=True):
         assert [one["name"] for one in image["classes"]] == [name for name, _ in ranked]
         chances = [one["probability"] for one in image["classes"]]
-        assert chances == pytest.approx([chance for _, chance in ranked], abs=1e-6)
+        assert chances == pytest.approx([chance for _, chance in ranked], abs=1e-5)
         assert f"{ranked[0][0]} {100 * ranked[0][1]:.1f} %" in said.output
     assert [image.get("label") for image in told["images"]] == [c for c in (*CLASSES, None) for _ in range(5)]
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
     assert [row["file"] for row in rows] == list(map(str, files))
     every = torch.tensor([[float(row[name]) for name in CLASSES] for row in rows])
-    torch.testing.assert_close(every, expected.probabilities, atol=1e-6, rtol=0)
+    torch.testing.assert_close(every, expected.probabilities, atol=1e-5, rtol=0)
     assert [row["class 1"] for row in rows] == expected.labels
     assert {"class 2", "probability 2"} < rows[0].keys()
     assert "class 3" not in rows[0]
@@ -121,6 +121,17 @@ def test_judgement_is_counted_by_hand() -> None:
     assert judged.quality.mean_confidence == pytest.approx((0.9 + 0.6 + 0.8 + 1.0) / 4)
     assert judged.quality.expected_calibration_error == pytest.approx((0.1 + 0.6 + 0.2 + 0.0) / 4)
     assert Judgement.of(Predictions(chances, ("c", "d")), images) is None
+
+
+def test_folders_of_joined_data_sets() -> None:
+    """Their classes have the data set's name before theirs; folders need not, where it is clear which is meant."""
+    names = ("a/cat", "a/dog", "b/cat", "b/x/y", "b/plain", "plain")
+    expected = {"dog": "a/dog", "x/y": "b/x/y", **{name: name for name in names}}
+    assert class_of_folder(names) == expected
+    images = [FoundImage(Path("x"), group) for group in ("dog", "cat", "plain")]
+    judged = Judgement.of(Predictions(torch.eye(6)[[1, 0, 5]], names), images)
+    assert judged is not None
+    assert judged.per_class() == {"a/dog": (1, 1), "plain": (1, 1)}
 
 
 def test_many_classes_are_told_by_the_pairs_that_are_confused() -> None:

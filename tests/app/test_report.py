@@ -149,6 +149,8 @@ def test_the_page_is_honest(page: str) -> None:
         ([0.1, 0.1, 0.12], "MVP is more accurate than other"),
         ([-0.1, -0.1, -0.12], "MVP is less accurate than other"),
         ([-0.1, 0.1, 0.02], "No clear difference between MVP and other"),
+        # Two standard errors and more, but of two tasks.
+        ([0.05, 0.06], "No clear difference between MVP and other"),
         ([0.1], "on one task, which proves nothing"),
     ],
 )

@@ -63,3 +63,17 @@ def test_rows_fit_their_columns() -> None:
 
 def test_a_table_without_rows_or_headings() -> None:
     assert "no" in printed(Table((("no", "left"), ("", "right")), ()), 30)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_many_columns_stand_below_each_other_and_are_all_there(width: int) -> None:
+    """Each part has the first column, and no word is broken that has room."""
+    columns = [("arm", "left"), *((f"accuracy {number}", "right") for number in range(9))]
+    rows = [("iterative from scratch", *(f"{number}.5 ± 0.{number}" for number in range(9)))] * 2
+    text = printed(Table(columns, rows, "title"), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("title") == 1
+    for number in range(9):
+        assert text.count(f"{number}.5 ± 0.{number} ") == 2
+    if width >= 60:
+        assert text.count("iterative from scratch") >= 2
