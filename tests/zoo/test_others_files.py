@@ -109,7 +109,7 @@ def use(zoo: Zoo) -> None:
         lambda: zoo.backbone,
         lambda: zoo.shared(START),
         lambda: [entry.read() for entry in zoo.entries()],
-        lambda: [zoo[name].load() for name in NAMES],
+        lambda: [zoo[name] for name in NAMES],
         lambda: zoo.is_sound("a"),
         zoo.verify,
     ):
@@ -158,15 +158,16 @@ def test_a_row_names_a_file_of_the_zoo_or_none(path, small, table, file):
         use(zoo)
         whose = [(p.kind in ("missing", "damaged"), p.entry, p.model) for p in zoo.verify()]
         assert (True, *((name, None) if table == "entries" else (None, name))) in whose
-        copy = path.with_name("copy")
-        shutil.copytree(path, copy)
-        if table == "entries":
-            again = Zoo(copy)
-            again.add_model(NewEntry(name, *small[0], {"name": name}), replace=True)
-            again.remove(name)
-        else:
-            Zoo(copy).save_shared(name, *small[0])
-        shutil.rmtree(copy)
+        if "victim" in str(file):
+            copy = path.with_name("copy")
+            shutil.copytree(path, copy)
+            if table == "entries":
+                again = Zoo(copy)
+                again.add_model(NewEntry(name, *small[0], {"name": name}), replace=True)
+                again.remove(name)
+            else:
+                Zoo(copy).save_shared(name, *small[0])
+            shutil.rmtree(copy)
         zoo.verify(repair=True)
     assert zoo.verify() == []
     # Its file was there all the time.
@@ -332,8 +333,8 @@ def test_a_zoo_that_may_only_be_read(shared_path, kind):
             found = content(zoo)
             assert [p.kind for p in zoo.verify()] == (["index"] if lost else [])
             assert zoo.masks().shape[0] == len(NAMES)
-            assert zoo["a"].load().model is not None
-            assert zoo.shared(START).load() is not None
+            assert zoo["a"].read().state
+            assert zoo.shared(START).read().state
             assert zoo.preprocessing == SEEN
             assert zoo.backbone.weights_sha256 == "5eed"
             for write, options in (
