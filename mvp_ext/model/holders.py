@@ -69,6 +69,7 @@ class Holders:
         self.todo: dict[bool, deque[tuple[str, Any, _Owner | None]]] = {True: deque(), False: deque()}
         self.edits: list[Callable[[], None]] = []
         self.doubts: list[str] = []
+        self.counts: list[str] = []
         self.pointer = ""
         self.within = ""
 
@@ -90,11 +91,13 @@ class Holders:
                 )
         for path, optimizer, _ in parts:
             self.within = f"{path} {type(optimizer).__name__}"
-            self.doubts, self.pointer = [], ""
+            self.doubts, self.counts, self.pointer = [], [], ""
             own = self.roots[id(optimizer)]
             self.follow(path, optimizer, own=own)
             if self.doubts:
                 raise UnsupportedModelError(self.doubts[0])
+            if self.counts:
+                raise UnsupportedModelError(f"prune_model: {self.within}: {self.counts[0]}")
             if self.pointer and not own:
                 self._refuse(
                     self.pointer,
@@ -199,7 +202,7 @@ class Holders:
         place = storage_of(tensor)
         if place in self.memory and key not in self.names:
             self._refuse(path, f"expected no tensor that shares memory with {self.memory[place]}, got one")
-        if key in self.trained or tensor.numel() <= 1:
+        if key in self.trained or key in self.names or tensor.numel() <= 1:
             return None
         if owner is None:
             self._refuse(
@@ -349,8 +352,8 @@ class Holders:
             totals = {sum(parameter.numel() for parameter in order) for order in self.orders}
             for name, number in attributes.items():
                 if type(number) is int and number > 1 and number in totals:
-                    self._refuse(
-                        f"{path}.{name}", f"expected no count of the parameters' entries, got {number}"
+                    self.counts.append(
+                        f"{path}.{name}: expected no count of the parameters' entries, got {number}"
                     )
         self._dict(path, attributes, owner, own, dot=True)
         done = {id(attributes), *map(id, attributes.values())}
@@ -421,7 +424,7 @@ def _optimizers_in(root: Any) -> list[Any]:
 
 def _is_torchs(value: Any) -> bool:
     """An object of torch's own that is no optimizer: a compiler's leads to everything, and none to a parameter."""
-    inside_torch = type(value).__module__.partition(".")[0] == "torch"
+    inside_torch = str(type(value).__module__).partition(".")[0] == "torch"
     return inside_torch and not isinstance(value, torch.optim.Optimizer)
 
 
@@ -483,24 +486,30 @@ def check_wrappers(model: nn.Module, inner: nn.Module, argument: str) -> None:
     modules = list(model.modules())
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # Whoever calls may give the model inside of its wrapper.
-        modules += [live for live in _live(nn.Module) if any(part is inner for part in live.modules())]
+        modules += [
+            live
+            for live in _live(nn.Module)
+            if _sharded(live) and any(part is inner for part in live.modules())
+        ]
     for module in modules:
-        for kind in type(module).__mro__:
-            if kind.__name__ in _SHARDED:
-                raise UnsupportedModelError(
-                    f"prune_model: {argument}: expected a model that is not in {kind.__name__}, got one: "
-                    f"{_SHARDED[kind.__name__]}. Cut the model first, then wrap it"
-                )
+        if kind := _sharded(module):
+            raise UnsupportedModelError(
+                f"prune_model: {argument}: expected a model that is not in {kind}, got one: {_SHARDED[kind]}. Cut the "
+                "model first, then wrap it"
+            )
 
 
-def check_others(model: nn.Module, holders: Holders, *, named: bool) -> None:
+def _sharded(module: nn.Module) -> str | None:
+    # By name, where importing the classes takes long.
+    return next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _SHARDED), None)
+
+
+def check_others(holders: Holders, *, named: bool) -> None:
     """What to do about optimizers that hold an old parameter and that the caller did not name.
 
     Where others were named (``named``), it is an error: UnsupportedModelError. Where none was, a warning: it may be one
     that has done its work.
     """
-    if not _has_holders(model):
-        return
     for collect in (False, True):
         # One that is only waiting to be collected does not count, and this takes its time.
         if collect:
@@ -518,8 +527,8 @@ def _live(kind: type) -> list[Any]:
     return [each for each in gc.get_objects() if issubclass(type(each), kind)]
 
 
-def _has_holders(model: nn.Module) -> bool:
-    """Whether anybody but the model refers to its parameters: quick, where looking for whom is slow."""
+def is_held(model: nn.Module) -> bool:
+    """Whether anything but the model refers to its parameters: quick, where looking for what is slow."""
 
     def references(tensors: dict[str, Any]) -> int:
         return max((sys.getrefcount(tensor) for tensor in tensors.values() if tensor is not None), default=0)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.families import SCOPES, find_structure
-from mvp_ext.model.holders import Holders, check_others, check_wrappers
+from mvp_ext.model.holders import Holders, check_others, check_wrappers, is_held
 from mvp_ext.model.mask import Mask, RowsCols
 from mvp_ext.model.scatter_block import ScatterBlock
-from mvp_ext.model.structure import Structure
+from mvp_ext.model.structure import Structure, UnsupportedModelError
 from mvp_ext.ops import backend_for
 
 
@@ -67,9 +67,10 @@ def prune_model(
     several = isinstance(optimizer, (list, tuple))
     optimizers = list(optimizer) if several else [] if optimizer is None else [optimizer]
     names = [f"optimizer[{i}]" if several else "optimizer" for i in range(len(optimizers))]
+    held = is_held(inner)
     plan = _Plan(inner, structure, mask, list(zip(names, optimizers, strict=True)))
-    if optimizers or not several:
-        check_others(inner, plan.holders, named=bool(optimizers))
+    if held and (optimizers or not several):
+        check_others(plan.holders, named=bool(optimizers))
     plans = [plan, *([] if average is None else [_Plan(average, structure, mask, [])])]
     packed = [each.pack() for each in plans]
     for each, tensors in zip(plans, packed, strict=True):
@@ -96,16 +97,20 @@ def _average(ema: Any, model: nn.Module) -> nn.Module:
 
 def structure_for(model: nn.Module, mask: Mask) -> Structure:
     """The structure of ``model`` whose layers are the mask's; ValueError if no scope has them."""
+    reason = ""
     for scope in SCOPES:
         try:
             structure = find_structure(model, scope)
+        except UnsupportedModelError as error:
+            reason = f"; {error}"
+            continue
         except ValueError:
             continue
         if set(structure.names) == set(mask.layers):
             return structure
     # A model with a part that is not understood says so.
     find_structure(model)
-    raise ValueError(f"no scope of this model has the layers of the mask ({', '.join(mask.layers)})")
+    raise ValueError(f"no scope of this model has the layers of the mask ({', '.join(mask.layers)}){reason}")
 
 
 class _Plan:
