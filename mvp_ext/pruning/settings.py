@@ -11,6 +11,7 @@ from torch import nn
 
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import ALIGN
+from mvp_ext.ops.checks import plain_numbers
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.similarity import SIMILARITIES, Similarity
 from mvp_ext.zoo.zoo import Zoo
@@ -42,6 +43,7 @@ class Schedule:
     distill: bool = True
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not 0.0 < self.share < 1.0:
             raise ValueError(f"Schedule: share: expected a value in (0, 1), got {self.share}")
 
@@ -72,6 +74,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not 0.0 < self.keep <= 1.0:
             raise ValueError(f"Settings: keep: expected a ratio in (0, 1], got {self.keep}")
         if self.align < 1:
@@ -138,6 +141,7 @@ class VoteOptions:
     prior: str = "l2"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.neighbours < 1:
             raise ValueError(f"VoteOptions: neighbours: expected at least 1, got {self.neighbours}")
         if not callable(self.similarity) and self.similarity not in SIMILARITIES:
