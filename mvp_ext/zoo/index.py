@@ -23,6 +23,9 @@ from typing import Any
 # Writers hold the index for milliseconds (weights are written before), so this only runs out where one hangs.
 BUSY_TIMEOUT_SECONDS = 60.0
 
+# A commit outlives a power cut.
+DURABLE = "PRAGMA synchronous = FULL"
+
 # What leads from each version of the schema to the next; all of them make a new index.
 _MIGRATIONS = (
     (
@@ -279,7 +282,7 @@ class Index:
             )
             try:
                 connection.text_factory = _text
-                connection.execute("PRAGMA synchronous = FULL")  # a commit outlives a power cut
+                connection.execute(DURABLE)
                 yield connection
             finally:
                 connection.close()

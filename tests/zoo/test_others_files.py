@@ -32,6 +32,12 @@ NAMES = ("a", "b", "c")
 SEEN = Preprocessing(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
+@pytest.fixture(autouse=True)
+def _not_durable(monkeypatch):
+    """Nobody pulls the plug: the disk need not be waited for."""
+    monkeypatch.setattr("mvp_ext.zoo.index.DURABLE", "PRAGMA synchronous = OFF")
+
+
 @pytest.fixture(scope="module")
 def small():
     """Two pruned models with their masks and structure."""
@@ -80,6 +86,7 @@ def outside(path: Path) -> dict[str, bytes]:
 
 def sql(path: Path, statement: str, *values: object) -> None:
     connection = sqlite3.connect(path / "index.sqlite")
+    connection.execute("PRAGMA synchronous = OFF")
     connection.execute(statement, values)
     connection.commit()
     connection.close()
@@ -111,7 +118,6 @@ def use(zoo: Zoo) -> None:
         lambda: [entry.read() for entry in zoo.entries()],
         lambda: [zoo[name] for name in NAMES],
         lambda: zoo.is_sound("a"),
-        zoo.verify,
     ):
         with contextlib.suppress(ZooError):
             question()
@@ -142,17 +148,15 @@ def no_waiting(seconds: float = 20) -> Iterator[None]:
 @pytest.mark.parametrize(
     "file",
     [
-        *("../../victim.txt", "../victim.txt", "/etc/passwd", "..", ".", "", "/", "a/../../../victim.txt"),
-        *("shared/../../victim.txt", "shared/..", "shared/", "../index.sqlite", "index.sqlite", ".lock"),
-        *(b"\xff\xfe", 5, "no\0name", "\udc80", "x" * 5000),
+        *("../../victim.txt", "/etc/passwd", "..", "", "shared/../../victim.txt", "../index.sqlite"),
+        *("index.sqlite", b"\xff\xfe", 5, "no\0name", "x" * 5000),
     ],
     ids=ascii,
 )
 def test_a_row_names_a_file_of_the_zoo_or_none(path, small, table, file):
     before = outside(path)
     name = {"entries": "a", "models": START}[table]
-    value = file.encode("utf-8", "surrogateescape") if file == "\udc80" else file
-    sql(path, f"UPDATE {table} SET file = CAST(? AS TEXT), bytes = 16 WHERE name = ?", value, name)
+    sql(path, f"UPDATE {table} SET file = CAST(? AS TEXT), bytes = 16 WHERE name = ?", file, name)
     with quietly(), no_waiting():
         zoo = Zoo(path)
         use(zoo)
@@ -207,18 +211,19 @@ SPECIAL = [pipe, link, link_to_its_like, device, nowhere, folder]
 
 @pytest.mark.parametrize("make", SPECIAL)
 @pytest.mark.parametrize("which", ["entry", "model"])
-@pytest.mark.parametrize("size", ["as it was", "as it is"])
-def test_what_is_no_regular_file_is_not_opened(path, make, which, size):
+def test_what_is_no_regular_file_is_not_opened(path, make, which):
     zoo = Zoo(path)
     place = zoo["a"].path if which == "entry" else zoo.shared(START).path
     place.rename(place.with_name("kept"))
     make(place, path.parent / "victim.txt")
     (place.with_name("kept")).unlink()
-    if size == "as it is":
-        size_now = place.stat().st_size if place.exists() else 0
-        for table in ("entries", "models"):
-            sql(path, f"UPDATE {table} SET bytes = ?", size_now)
-            sql(path, f"UPDATE {table} SET bytes = bytes + 1 WHERE name NOT IN ('a', 'start')")
+    # Of the size that the row says.
+    size = place.stat().st_size if place.exists() else 0
+    sql(
+        path,
+        f"UPDATE {'entries' if which == 'entry' else 'models'} SET bytes = ? WHERE name IN ('a', 'start')",
+        size,
+    )
     before = outside(path)
     with quietly(), no_waiting():
         use(Zoo(path, create=False))
@@ -433,23 +438,19 @@ def test_a_folder_of_something_else_is_not_made_a_zoo(tmp_path):
 
 DEEP = "[" * 100_000
 BAD_VALUES = [
-    *[
-        ("task", value)
-        for value in ("[]", "5", "{", DEEP, "null", '{"classes": 3}', b"\xff", '{"a": "\xff"}')
-    ],
-    *[("cost", value) for value in ("[]", '{"train_flops": "many"}', DEEP, "{}", 3)],
-    *[("keep", value) for value in ("half", 0.75, -1, 1e300)],
-    *[("accuracy", value) for value in ("good", 2, -0.5, float("inf"), 0.125)],
-    *[("steps", value) for value in ("few", -1, 2.5, b"x", 9)],
-    *[("mask", value) for value in (b"", b"\0" * 50, "text", 7)],
-    *[("class_means", value) for value in (b"", b"abc", "text", b"\0" * 64)],
-    *[("class_count", value) for value in (3, -2, "two", 2**62)],
-    *[("temperature", value) for value in (None, "warm", 0, -1.0)],
-    *[("sha256", value) for value in ("", b"\xff", "0" * 64)],
-    *[("bytes", value) for value in (0, "many", -1, 2**62)],
-    *[("created", b"\x1b[2J"), ("architecture", "vit"), ("architecture", b"\xff")],
-    *[("structure_fingerprint", value) for value in ("0" * 16, b"\xff", "")],
-    *[("name", value) for value in ("z", b"\xff\xfe", "\x1b[2J")],
+    *[("task", value) for value in ("[]", "{", DEEP, '{"classes": 3}', b"\xff", '{"a": "\xff"}')],
+    *[("cost", value) for value in ("[]", '{"train_flops": "many"}', "{}")],
+    *[("keep", value) for value in ("half", 0.75)],
+    *[("accuracy", value) for value in ("good", 2, float("inf"), 0.125)],
+    *[("steps", value) for value in ("few", -1, b"x", 9)],
+    *[("mask", value) for value in (b"", "text")],
+    *[("class_means", value) for value in (b"abc", "text", b"\0" * 64)],
+    *[("class_count", value) for value in (3, "two", 2**62)],
+    *[("temperature", value) for value in (None, "warm", -1.0)],
+    *[("sha256", value) for value in (b"\xff", "0" * 64)],
+    *[("bytes", value) for value in (0, "many")],
+    *[("created", b"\x1b[2J"), ("architecture", "vit"), ("structure_fingerprint", "0" * 16)],
+    *[("name", value) for value in ("z", b"\xff\xfe")],
 ]
 
 
@@ -526,7 +527,7 @@ def test_weights_that_are_not_finite_are_named(path):
 # ---- anything
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_damage_costs_what_it_hit(path, seed):
     """A byte, a tail, or a whole file of the zoo; then everything is asked, mended, and asked again."""
     draw = random.Random(seed)
