@@ -53,16 +53,11 @@ Isa choose_isa() {
 #define MVP_SELECT(isa, op) (&mvp::baseline::op)
 #endif
 
-bool is_floating(mvp::DType dtype) {
-  return dtype == mvp::DType::f32 || dtype == mvp::DType::f16 || dtype == mvp::DType::bf16 ||
-         dtype == mvp::DType::f64;
-}
-
 // See same_kind in mvp_ext/ops/checks.py.
 bool same_kind(py::handle tensor, py::handle other, py::handle index, int64_t dim) {
   mvp::TensorView a, b, list;
   if (!mvp::read_plain(tensor, a) || !mvp::read_plain(other, b)) return false;
-  if (!is_floating(a.dtype) || a.dtype != b.dtype || a.ndim != b.ndim || dim < -a.ndim || dim >= a.ndim)
+  if (!mvp::is_floating(a.dtype) || a.dtype != b.dtype || a.ndim != b.ndim || dim < -a.ndim || dim >= a.ndim)
     return false;
   if (!index.is_none()) {
     if (!mvp::read_plain(index, list) || list.ndim != 1) return false;
@@ -93,6 +88,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("same_kind", &same_kind);
+  m.def("check_arguments", &mvp::check_arguments);
   m.def("build_info", [isa] {
     py::dict info;
     info["compiler"] = MVP_COMPILER;

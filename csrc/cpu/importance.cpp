@@ -14,6 +14,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "mvp/arguments.h"
 #include "mvp/check.h"
 #include "mvp/ops.h"
 #include "mvp/simd.h"
@@ -369,9 +370,10 @@ void sum_columns(Terms terms, const Problem& x, float* partial) {
           for (; i + width <= blocks; i += width)
             add_positions<width>(example, at_a + p, at_g + p, std::min(together, n - p), i, lower.data());
         };
-        add(std::integral_constant<int, kTile / kParts<T>>());
-        add(std::integral_constant<int, kTile / 2 / kParts<T>>());
-        add(std::integral_constant<int, kTile / 4 / kParts<T>>());
+        // At least 1: a width of 0 would never come to the end.
+        add(std::integral_constant<int, std::max(1, kTile / kParts<T>)>());
+        add(std::integral_constant<int, std::max(1, kTile / 2 / kParts<T>)>());
+        add(std::integral_constant<int, std::max(1, kTile / 4 / kParts<T>)>());
         add(std::integral_constant<int, 1>());
       }
       for (int64_t p = 0; rest > 0 && p < n; ++p)
@@ -545,11 +547,9 @@ void run_kind(const TensorView& a, const TensorView& grad, const std::string& ki
 
 void importance_cpu(const TensorView& a, const TensorView& grad, const std::string& kind, int64_t dim,
                     const TensorView& scores, int threads) {
+  check_importance({}, a, grad, kind, dim, scores);
   const int64_t units = scores.shape[0];
-  MVP_CHECK(dim >= 1 && dim < a.ndim, "importance", "dim must be a dimension of a after the batch");
-  MVP_CHECK(kind == "activation" || grad.ndim == a.ndim, "importance", "a and grad must have the same shape");
   if (units == 0) return;
-  MVP_CHECK(a.shape[dim] % units == 0, "importance", "units must divide the channels");
   if (a.numel() == 0) {
     const double nothing = kind == "activation" ? std::nan("") : 0.0;  // a mean of nothing, a sum of nothing
     for (int64_t u = 0; u < units; ++u) {

@@ -37,7 +37,9 @@ inline IndexList read_index(const TensorView& view) {
   list.largest = *std::max_element(list.at.begin(), list.at.end());
   for (int64_t i = 1; i < n; ++i) {
     list.ascending &= list.at[i] > list.at[i - 1];
-    if (list.at[i] != list.at[i - 1] + 1) list.run_ends.push_back(i);
+    // Unsigned: any values may come, and their range is checked later.
+    if (static_cast<uint64_t>(list.at[i]) - static_cast<uint64_t>(list.at[i - 1]) != 1)
+      list.run_ends.push_back(i);
   }
   list.run_ends.push_back(n);
   return list;
@@ -58,11 +60,23 @@ void check_index(const IndexList& list, int64_t bound, bool unique, const char* 
             named() + ": expected indices in [0, " + std::to_string(bound) + "), got " +
                 std::to_string(list.smallest < 0 ? list.smallest : list.largest));
   if (!unique || list.ascending) return;
-  std::vector<char> seen(bound, 0);
-  for (int64_t at : list.at) {
-    MVP_CHECK(!seen[at], op, named() + ": expected no index twice, got " + std::to_string(at) + " again");
-    seen[at] = 1;
+  // Marked in a table, unless that is much longer than the list: a tensor without elements may be of any
+  // size.
+  const auto refuse = [&](int64_t at) {
+    MVP_CHECK(false, op, named() + ": expected no index twice, got " + std::to_string(at) + " again");
+  };
+  if (bound / 64 <= list.size()) {
+    std::vector<char> seen(bound, 0);
+    for (int64_t at : list.at) {
+      if (seen[at]) refuse(at);
+      seen[at] = 1;
+    }
+    return;
   }
+  std::vector<int64_t> sorted = list.at;
+  std::sort(sorted.begin(), sorted.end());
+  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
+  if (twice != sorted.end()) refuse(*twice);
 }
 
 // The tensors of one model share few index tensors: each is read once a call. Pointers stay valid; None gives

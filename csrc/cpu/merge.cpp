@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "index_list.h"
+#include "mvp/arguments.h"
 #include "mvp/ops.h"
 #include "mvp/simd.h"
 #include "split_work.h"
@@ -253,8 +254,7 @@ Item make_item(const TensorView& base, const TensorView& out, const IndexList* r
   item.row_count = out.shape[0];
   item.col_count = out.ndim > 1 ? out.shape[1] : 1;
   item.middle = item.inner = 1;
-  const bool columns_last =
-      base.ndim == 4 && base.stride[1] == 1 && base.shape[1] > 1 && base.shape[2] * base.shape[3] > 1;
+  const bool columns_last = base.columns_innermost();
   for (int d = 2; d < base.ndim; ++d) (columns_last ? item.middle : item.inner) *= base.shape[d];
   return item;
 }
@@ -266,10 +266,7 @@ void merge_cpu(const std::vector<TensorView>& base, const std::vector<TensorView
                const std::vector<double>& weights, const std::vector<TensorView>& rows,
                const std::vector<TensorView>& cols, const std::vector<TensorView>& out, int threads) {
   const size_t tensors = base.size(), count = weights.size();
-  MVP_CHECK(rows.size() == tensors && cols.size() == tensors && out.size() == tensors &&
-                voters.size() == count * tensors && voter_rows.size() == voters.size() &&
-                voter_cols.size() == voters.size(),
-            "merge", "lists of unequal length");
+  check_merge({}, base, voters, voter_rows, voter_cols, count, rows, cols, out);
   for (double weight : weights)
     MVP_CHECK(std::isfinite(weight) && weight >= 0, "merge",
               "weights: expected finite numbers >= 0, got " + std::to_string(weight));
@@ -298,7 +295,7 @@ void merge_cpu(const std::vector<TensorView>& base, const std::vector<TensorView
       const size_t at = v * tensors + p;
       const IndexList* const kept_rows = find(voter_rows[at], row_bound, "voter_rows", v);
       const IndexList* const kept_cols = find(voter_cols[at], col_bound, "voter_cols", v);
-      if (weights[v] == 0) continue;
+      if (weights[v] == 0 || out[p].numel() == 0) continue;
       Voter voter{};
       voter.data = voters[at].ptr<const char>();
       voter.dtype = voters[at].dtype;

@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-#include "mvp/check.h"
+#include "mvp/arguments.h"
 #include "mvp/ops.h"
 #include "mvp/order_key.h"
 #include "mvp/philox.h"
@@ -213,10 +213,9 @@ void meta_vote_cpu(const TensorView& masks, const TensorView& weights, const Ten
                    const std::vector<int64_t>& layers, const std::vector<int64_t>& kept,
                    std::optional<double> temperature, int64_t seed, const TensorView& mask,
                    const TensorView& index, const TensorView& votes, int threads) {
+  check_meta_vote({}, masks, weights, prior, layers, kept, mask, index, votes);
   const int64_t voters = masks.shape[0], units = masks.shape[1], count = static_cast<int64_t>(layers.size());
   const int64_t targets = votes.ndim == 2 ? votes.shape[0] : 1;
-  MVP_CHECK(masks.stride[1] == 1 || units <= 1, "meta_vote", "the rows of masks must be contiguous");
-  MVP_CHECK(kept.size() == layers.size(), "meta_vote", "one kept count a layer");
   if (units == 0 || targets == 0) return;
 
   struct Layer {
@@ -226,27 +225,25 @@ void meta_vote_cpu(const TensorView& masks, const TensorView& weights, const Ten
   plan.reserve(layers.size());
   int64_t first_unit = 0, first_kept = 0, largest = 0;
   for (int64_t l = 0; l < count; ++l) {
-    MVP_CHECK(kept[l] >= 1 && kept[l] <= layers[l], "meta_vote",
-              "kept counts must be in [1, units of the layer]");
     plan.push_back({layers[l], first_unit, kept[l], first_kept});
     first_unit += layers[l];
     first_kept += kept[l];
     largest = std::max(largest, layers[l]);
   }
-  MVP_CHECK(first_unit == units, "meta_vote", "layers must add up to the units of masks");
-
   const int64_t tasks = targets * count;
   const bool parallel = threads > 1 && tasks > 1 && targets * units * (voters + 16) >= kParallelWork;
   const auto vote = [&](int64_t task, int32_t* keys) {
     // Layer-major: a thread that does several targets of a layer finds its masks in the cache.
     const Layer& layer = plan[static_cast<size_t>(task / targets)];
     const int64_t t = task % targets, n = layer.units;
-    const bool* rows = masks.ptr<bool>() + layer.first_unit;
     float* sum = votes.ptr<float>() + t * units + layer.first_unit;
-    if (weights.defined())
-      sum_votes(rows, voters, masks.stride[0], n, weights.ptr<float>() + t * voters, sum);
+    if (voters == 0)  // masks have no address, then
+      std::fill_n(sum, n, 0.0f);
+    else if (weights.defined())
+      sum_votes(masks.ptr<bool>() + layer.first_unit, voters, masks.stride[0], n,
+                weights.ptr<float>() + t * voters, sum);
     else
-      count_votes(rows, voters, masks.stride[0], n, sum);
+      count_votes(masks.ptr<bool>() + layer.first_unit, voters, masks.stride[0], n, sum);
     if (temperature)
       sample_keys(sum, n, layer.first_unit, static_cast<uint32_t>(t), static_cast<float>(*temperature),
                   static_cast<uint64_t>(seed), keys);

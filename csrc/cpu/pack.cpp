@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "index_list.h"
+#include "mvp/arguments.h"
 #include "mvp/ops.h"
 #include "split_work.h"
 #include "stream.h"
@@ -67,8 +68,7 @@ Columns choose(const IndexList* cols, int64_t inner, int64_t count) {
 Part shape_of(const TensorView& view) {
   Part part{};
   const int64_t item = size_of(view.dtype);
-  const bool columns_last = view.ndim == 4 && view.stride[1] == 1 && view.stride[3] == view.shape[1] &&
-                            view.shape[1] > 1 && view.shape[2] * view.shape[3] > 1;
+  const bool columns_last = view.columns_innermost();
   part.row_count = view.shape[0];
   part.middle = columns_last ? view.shape[2] * view.shape[3] : 1;
   part.col_count = view.ndim > 1 ? view.shape[1] : 1;
@@ -80,6 +80,7 @@ Part shape_of(const TensorView& view) {
 
 void add_parts(std::vector<Part>& parts, const TensorView& full, const TensorView& packed,
                const IndexList* rows, const IndexList* cols) {
+  if (packed.numel() == 0) return;
   const Part wide = shape_of(full);
   Part part = wide;
   part.full = full.ptr<char>();
@@ -90,7 +91,6 @@ void add_parts(std::vector<Part>& parts, const TensorView& full, const TensorVie
   part.full_row = wide.middle * part.full_middle;
   if (rows != nullptr) part.row_count = rows->size();
   if (cols != nullptr) part.col_count = cols->size();
-  if (packed.numel() == 0) return;
   if (cols == nullptr) {  // a row is one piece
     part.inner = part.full_row;
     part.middle = part.col_count = 1;
@@ -137,8 +137,10 @@ void move_runs(char* full, char* packed, const IndexList& list, int64_t first, i
 
 template <typename Way, typename T>
 void move_elements(char* full, char* packed, const int64_t* at, int64_t count) {
-  T* const wide = reinterpret_cast<T*>(full);
-  T* const narrow = reinterpret_cast<T*>(packed);
+  // A column may be several elements of the tensor, so it is aligned like one of those only.
+  typedef T Piece __attribute__((aligned(1), may_alias));
+  Piece* const wide = reinterpret_cast<Piece*>(full);
+  Piece* const narrow = reinterpret_cast<Piece*>(packed);
   if constexpr (std::is_same_v<Way, Packing>)
     for (int64_t i = 0; i < count; ++i) narrow[i] = wide[at[i]];
   else
@@ -285,9 +287,8 @@ template <typename Way>
 void move_all(const char* op, const std::vector<TensorView>& full, const std::vector<TensorView>& packed,
               const std::vector<TensorView>& rows, const std::vector<TensorView>& cols, bool unique,
               int threads) {
+  check_pack(op, {}, full, packed, rows, cols);
   const size_t count = full.size();
-  MVP_CHECK(packed.size() == count && rows.size() == count && cols.size() == count, op,
-            "lists of unequal length");
   IndexLists lists;
   std::vector<Part> parts;
   parts.reserve(count);

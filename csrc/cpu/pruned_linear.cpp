@@ -21,7 +21,7 @@
 #include <utility>
 
 #include "linear_tiles.h"
-#include "mvp/check.h"
+#include "mvp/arguments.h"
 #include "mvp/ops.h"
 #include "mvp/simd.h"
 
@@ -52,22 +52,25 @@ struct Problem {
   bool scatter;  // y goes to column output[j] of out, not j
 };
 
-std::vector<int64_t> expand(const TensorView& index, int64_t block, int64_t size, const char* name) {
+// The positions that an index keeps. None are listed where there is no work, but the index is checked.
+std::vector<int64_t> expand(const TensorView& index, int64_t block, int64_t size, const char* name,
+                            bool is_work) {
   std::vector<int64_t> positions;
+  if (!is_work && !index.defined()) return positions;
   if (!index.defined()) {
     positions.resize(size);
     for (int64_t i = 0; i < size; ++i) positions[i] = i;
     return positions;
   }
   const int64_t n = index.numel(), stride = index.stride[0], limit = size / block;
-  positions.reserve(n * block);
+  if (is_work) positions.reserve(n * block);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t unit =
         index.dtype == DType::i32 ? index.ptr<int32_t>()[i * stride] : index.ptr<int64_t>()[i * stride];
     if (unit < 0 || unit >= limit)
       throw std::invalid_argument(std::string(kOp) + ": " + name + ": expected values in [0, " +
                                   std::to_string(limit) + "), got " + std::to_string(unit));
-    for (int64_t j = 0; j < block; ++j) positions.push_back(unit * block + j);
+    for (int64_t j = 0; is_work && j < block; ++j) positions.push_back(unit * block + j);
   }
   return positions;
 }
@@ -315,6 +318,7 @@ enum class Path { dot, direct, packed };
 
 template <typename T>
 Path choose_path(const Problem<T>& p) {
+  if (p.inputs == 0) return Path::packed;  // which looks at no weight: it may have no address
   if (p.input_stride == 1) return p.rows <= kDotRows && p.columns >= kLanes ? Path::dot : Path::packed;
   return is_run(p.output.data(), p.outputs) && p.rows <= kRows && p.outputs >= kWidth ? Path::direct
                                                                                       : Path::packed;
@@ -325,17 +329,15 @@ void run(const TensorView& x, const TensorView& weight, const TensorView& bias, 
          const TensorView& in_index, int64_t out_block, int64_t in_block, const TensorView& residual,
          const TensorView& out, int threads) {
   Problem<T> p;
-  p.output = expand(out_index, out_block, weight.shape[0], "out_index");
-  p.input = expand(in_index, in_block, weight.shape[1], "in_index");
+  const bool is_work = out.numel() > 0;
+  p.output = expand(out_index, out_block, weight.shape[0], "out_index", is_work);
+  p.input = expand(in_index, in_block, weight.shape[1], "in_index", is_work);
   p.outputs = static_cast<int64_t>(p.output.size());
   p.inputs = static_cast<int64_t>(p.input.size());
   p.out_stride = out.shape[out.ndim - 1];
-  if (out.numel() == 0 || p.outputs == 0) return;
+  if (!is_work || p.outputs == 0) return;
   p.rows = out.numel() / p.out_stride;
   p.scatter = residual.defined() && out_index.defined();
-  MVP_CHECK(x.shape[x.ndim - 1] == p.inputs && x.numel() == p.rows * p.inputs, kOp,
-            "x: does not fit out and in_index");
-  MVP_CHECK(p.out_stride == (residual.defined() ? weight.shape[0] : p.outputs), kOp, "out: wrong width");
   p.x = x.ptr<T>();
   p.weight = weight.ptr<T>();
   p.output_stride = weight.stride[0];
@@ -363,6 +365,8 @@ void run(const TensorView& x, const TensorView& weight, const TensorView& bias, 
 void pruned_linear_cpu(const TensorView& x, const TensorView& weight, const TensorView& bias,
                        const TensorView& out_index, const TensorView& in_index, int64_t out_block,
                        int64_t in_block, const TensorView& residual, const TensorView& out, int threads) {
+  check_pruned_linear({}, x, weight, bias, out_index, in_index, out_block, in_block, residual, out);
+  Argument(kOp, {}, "x", x).need_dense(false);
   const auto with = [&](auto type) {
     run<decltype(type)>(x, weight, bias, out_index, in_index, out_block, in_block, residual, out, threads);
   };

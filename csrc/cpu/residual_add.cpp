@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "index_list.h"
+#include "mvp/arguments.h"
 #include "mvp/ops.h"
 #include "mvp/simd.h"
 #include "split_work.h"
@@ -160,14 +161,16 @@ void planes(const T* residual, const T* y, T* out, const Channels<A>& channels, 
     else if (!channels.affine())
       while (next < end && channels.position[next] == k + next - c) ++next;
     const int64_t count = (next - c) * inner, offset = first * inner;
-    const T* const from = y + (outer * channels.kept + k) * inner;
-    if (k < 0)
+    first += next - c;
+    if (k < 0) {
       add_nothing<relu>(residual + offset, out + offset, count);
-    else if (channels.affine())
+      continue;
+    }
+    const T* const from = y + (outer * channels.kept + k) * inner;
+    if (channels.affine())
       add_affine<relu>(residual + offset, from, channels.scale[c], channels.shift[c], out + offset, count);
     else
       add_plain<relu>(residual + offset, from, out + offset, count);
-    first += next - c;
   }
 }
 
@@ -300,10 +303,9 @@ void residual_add(const TensorView& residual, const TensorView& y, const TensorV
 void residual_add_cpu(const TensorView& residual, const TensorView& y, const TensorView& index,
                       const TensorView& scale, const TensorView& shift, bool relu, int64_t dim,
                       const TensorView& out, int threads) {
+  check_residual_add({}, residual, y, index, scale, shift, dim, out);
   IndexLists lists;
   const IndexList* const list = lists.get(index, residual.shape[dim], true, "residual_add", "index");
-  MVP_CHECK(y.shape[dim] == (list == nullptr ? residual.shape[dim] : list->size()), "residual_add",
-            "y and index differ");
   const auto run = [&](auto with_relu, auto without) {
     (relu ? with_relu : without)(residual, y, scale, shift, list, dim, out, threads);
   };

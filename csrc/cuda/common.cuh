@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "mvp/arguments.h"
 #include "mvp/check.h"
 #include "mvp/cuda/intrinsics.cuh"
 #include "mvp/tensor_view.h"
@@ -28,6 +29,15 @@ __host__ __device__ constexpr auto ceil_div(A a, B b) {
 }
 
 // ---------------------------------------------------------------- host
+// Where the tensors of a call must lie.
+inline Where where_of(int device) {
+#ifdef MVP_EMULATED
+  return {1, device};
+#else
+  return {2, device};
+#endif
+}
+
 // Makes a device current for the life of this object. (Each thread has a current device; torch's is not ours
 // to change.) Sets it even where it is current already: a thread that has used CUDA for nothing else yet,
 // such as autograd's, has a current device but no context, and the driver's own functions want one.
@@ -47,12 +57,6 @@ class DeviceGuard {
   int before_ = 0;
   bool changed_ = false;
 };
-
-inline const char* name_of(DType dtype) {
-  static const char* const names[] = {"float32", "float16", "bfloat16", "float64",
-                                      "int32",   "int64",   "uint8",    "bool"};
-  return names[static_cast<int>(dtype)];
-}
 
 [[noreturn]] inline void throw_launch_error(cudaError_t error, const char* op, DType dtype, dim3 grid,
                                             dim3 block, size_t shared_bytes, int device) {

@@ -459,8 +459,9 @@ int64_t steps_a_piece(int64_t count, int64_t steps, int64_t enough) {
   return some;
 }
 
-Plan plan_for(const TensorView& a, int dim, int64_t units) {
-  MVP_CHECK(dim >= 1 && dim < a.ndim, "importance", "dim must be a dimension of a after the batch");
+Plan plan_for(const TensorView& a, int64_t wide_dim, int64_t units) {
+  MVP_CHECK(wide_dim >= 1 && wide_dim < a.ndim, "importance", "dim must be a dimension of a after the batch");
+  const int dim = static_cast<int>(wide_dim);
   MVP_CHECK(a.numel() > 0, "importance", "a must not be empty");
   MVP_CHECK(units > 0 && a.shape[dim] % units == 0, "importance", "units must divide the channels");
   Plan plan;
@@ -546,24 +547,29 @@ void sum_positions(const Plan& plan, DType dtype, const Queue& queue) {
 namespace mvp {
 
 int64_t importance_workspace_cuda(const TensorView& a, int64_t dim, int64_t units) {
-  return cuda::plan_for(a, static_cast<int>(dim), units).partial_sums();
+  return cuda::plan_for(a, dim, units).partial_sums();
 }
 
 void importance_cuda(const TensorView& a, const TensorView& grad, const std::string& kind, int64_t dim,
                      const TensorView& workspace, const TensorView& scores, int device, uint64_t stream) {
   using namespace cuda;
+  const Where where = where_of(device);
+  check_importance(where, a, grad, kind, dim, scores);
   const int64_t units = scores.shape[0];
-  Plan plan = plan_for(a, static_cast<int>(dim), units);
+  Plan plan = plan_for(a, dim, units);
   Problem& x = plan.problem;
   const bool product = kind != "activation";
   if (product) {
-    MVP_CHECK(grad.ndim == a.ndim && grad.dtype == a.dtype, "importance", "a and grad must be alike");
     for (int d = 0; d < a.ndim; ++d)
-      MVP_CHECK(grad.shape[d] == a.shape[d] && (grad.stride[d] == a.stride[d] || a.shape[d] == 1),
-                "importance", "a and grad must have the same shape and strides");
+      MVP_CHECK(grad.stride[d] == a.stride[d] || a.shape[d] == 1, "importance",
+                "a and grad must have the same strides");
     MVP_CHECK((reinterpret_cast<uintptr_t>(a.data) - reinterpret_cast<uintptr_t>(grad.data)) % 16 == 0,
               "importance", "a and grad must be aligned alike");
   }
+  const Argument workspace_("importance", where, "workspace", workspace);
+  workspace_.need_tensor();
+  workspace_.need_dtype(DType::f32);
+  workspace_.need_dense(false);
   MVP_CHECK(workspace.numel() >= plan.partial_sums(), "importance", "the workspace is too small");
   x.g = product ? grad.data : a.data;
   x.partial = workspace.ptr<float>();

@@ -322,11 +322,16 @@ void merge_cuda(const std::vector<TensorView>& base, const std::vector<TensorVie
                 const std::vector<TensorView>& cols, const TensorView& workspace,
                 const std::vector<TensorView>& out, int device, uint64_t stream) {
   using namespace cuda;
+  const Where where = where_of(device);
+  const Argument weights_(kOp, where, "weights", weights), workspace_(kOp, where, "workspace", workspace);
+  weights_.need_rank(1, 1);
+  weights_.need_dtype(DType::f32);
+  weights_.need_dense(false);
+  workspace_.need_rank(1, 1);
+  workspace_.need_dtype(DType::i32);
+  workspace_.need_dense(false);
   const size_t tensors = base.size(), count = static_cast<size_t>(weights.shape[0]);
-  MVP_CHECK(rows.size() == tensors && cols.size() == tensors && out.size() == tensors &&
-                voters.size() == count * tensors && voter_rows.size() == voters.size() &&
-                voter_cols.size() == voters.size(),
-            kOp, "lists of unequal length");
+  check_merge(where, base, voters, voter_rows, voter_cols, count, rows, cols, out);
   MVP_CHECK(count < Table::kMostSources, kOp, "too many voters for a GPU");
   const Queue queue(device, stream);
   Pairs pairs(workspace, queue);
@@ -341,7 +346,7 @@ void merge_cuda(const std::vector<TensorView>& base, const std::vector<TensorVie
     const int64_t column_count = base[p].ndim > 1 ? base[p].shape[1] : 1;
     bool cut = cols[p].defined();
     for (size_t v = 0; v < count; ++v) cut = cut || voter_cols[v * tensors + p].defined();
-    const bool innermost = cut && is_columns_innermost(base[p]);
+    const bool innermost = cut && base[p].columns_innermost();
     const int64_t other = base[p].numel() / row_count / (cut ? column_count : 1);
     const Kept rows_kept = make_kept(rows[p], row_count, kOp);
     const Kept columns_kept = cut ? make_kept(cols[p], column_count, kOp) : kOnlyOne;

@@ -360,9 +360,8 @@ void meta_vote_cuda(const TensorView& masks, const TensorView& weights, const Te
                     const TensorView& index, const TensorView& votes, int device, uint64_t stream) {
   using namespace cuda;
   constexpr int64_t kMaxCount = int64_t{1} << 30;  // 32-bit counters, with room for the last chunk
+  check_meta_vote(where_of(device), masks, weights, prior, layers, kept, mask, index, votes);
   const int64_t units = masks.shape[1], targets = votes.ndim == 2 ? votes.shape[0] : 1;
-  MVP_CHECK(masks.stride[1] == 1 || units <= 1, "meta_vote", "the rows of masks must be contiguous");
-  MVP_CHECK(kept.size() == layers.size(), "meta_vote", "one kept count a layer");
   MVP_CHECK(targets <= INT32_MAX, "meta_vote", "more targets than a grid has room for");
   if (units == 0 || targets == 0) return;
   Problem problem{};
@@ -394,8 +393,6 @@ void meta_vote_cuda(const TensorView& masks, const TensorView& weights, const Te
     size_t l = begin;
     for (; l < layers.size() && l < begin + kMaxLayers; ++l) {
       MVP_CHECK(layers[l] <= kMaxCount, "meta_vote", "a layer of more than 2^30 units");
-      MVP_CHECK(kept[l] >= 1 && kept[l] <= layers[l], "meta_vote",
-                "kept counts must be in [1, units of the layer]");
       if (unit - problem.first_unit > kMaxCount) break;
       problem.layers[l - begin] = {static_cast<uint32_t>(unit - problem.first_unit),
                                    static_cast<uint32_t>(place - problem.first_kept),
@@ -404,7 +401,6 @@ void meta_vote_cuda(const TensorView& masks, const TensorView& weights, const Te
       unit += layers[l];
       place += kept[l];
     }
-    MVP_CHECK(unit <= units, "meta_vote", "layers must add up to the units of masks");
     const dim3 grid(static_cast<unsigned>(targets), static_cast<unsigned>(l - begin));
     if (problem.wide)
       launch_layers<true>(problem, queue, grid, most_groups);
@@ -412,7 +408,6 @@ void meta_vote_cuda(const TensorView& masks, const TensorView& weights, const Te
       launch_layers<false>(problem, queue, grid, most_groups);
     begin = l;
   }
-  MVP_CHECK(unit == units, "meta_vote", "layers must add up to the units of masks");
 }
 
 }  // namespace mvp

@@ -245,7 +245,7 @@ class Launcher {
     const Kept kept_rows = make_kept(row_list, rows, name());
     if (column_list.defined()) {
       const Kept kept_columns = make_kept(column_list, columns, name());
-      if (is_columns_innermost(full))
+      if (full.columns_innermost())
         add_entry(full, packed, kept_rows, kept_columns, item, other);
       else
         add_entry(full, packed, kept_rows, kept_columns, item * other, 1);
@@ -325,9 +325,8 @@ class Launcher {
 template <bool kPack>
 void move_all(const std::vector<TensorView>& full, const std::vector<TensorView>& packed,
               const std::vector<TensorView>& rows, const std::vector<TensorView>& cols, const Queue& queue) {
+  check_pack(kPack ? "pack" : "unpack", where_of(queue.device), full, packed, rows, cols);
   const size_t count = full.size();
-  MVP_CHECK(packed.size() == count && rows.size() == count && cols.size() == count, kPack ? "pack" : "unpack",
-            "lists of unequal length");
   Launcher<kPack> launcher(queue);
   for (size_t p = 0; p < count; ++p) launcher.add(full[p], packed[p], rows[p], cols[p]);
   launcher.launch_table();

@@ -85,6 +85,21 @@ void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const Ten
                         const TensorView& before, int64_t tiling, const TensorView& partial, int device,
                         uint64_t stream) {
   using namespace cuda;
+  const Where where = where_of(device);
+  check_pruned_linear(where, x, weight, bias, out_index, in_index, out_block, in_block, residual, out);
+  Argument(kOp, where, "x", x).need_rank(2, 2);
+  const auto need_dense = [&](const char* name, const TensorView& view) {
+    Argument(kOp, where, name, view).need_dense(false);
+  };
+  need_dense("bias", bias);
+  need_dense("out_index", out_index);
+  need_dense("in_index", in_index);
+  const Argument before_(kOp, where, "before", before), partial_(kOp, where, "partial", partial);
+  if (before.defined()) {
+    before_.need_dtype(x.dtype);
+    before_.need_shape(out);
+    before_.need_dense(false);
+  }
   const bool input_major = weight.stride[1] != 1;
   const int64_t weight_stride = weight.stride[input_major ? 1 : 0];
   Problem problem{};
@@ -92,6 +107,13 @@ void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const Ten
   problem.scatter = residual.defined() && out_index.defined();
   const int64_t outputs = out_index.defined() ? out_index.shape[0] * out_block : weight.shape[0];
   const int64_t inputs = x.shape[1];
+  if (partial.defined()) {
+    partial_.need_rank(3, 3);
+    partial_.need_dtype(DType::f32);
+    partial_.need_dense(false);
+    partial_.need(partial.shape[0] >= 1 && partial.shape[1] == problem.rows && partial.shape[2] == outputs,
+                  "[splits, rows, outputs]");
+  }
   if (problem.rows == 0 || outputs == 0) return;
   MVP_CHECK(std::max({outputs, inputs, weight.shape[0], weight.shape[1]}) < 0x7FFFFF00, kOp, "too large");
   MVP_CHECK(x.stride[1] == 1 && x.stride[0] % kHalves == 0 && inputs % kHalves == 0 && aligned(x.data, 16),
@@ -105,7 +127,6 @@ void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const Ten
   else
     MVP_CHECK(!in_index.defined() || in_block % kHalves == 0, kOp,
               "weight: expected inputs that are read in 16-byte vectors");
-  MVP_CHECK(x.dtype == weight.dtype && x.dtype == out.dtype, kOp, "one dtype");
   problem.x = x.data;
   problem.weight = weight.data;
   problem.bias = bias.data;

@@ -119,9 +119,4 @@ uint16_t number_of(std::vector<T>& all, const T& one) {
   return static_cast<uint16_t>(all.size() - 1);
 }
 
-// A channels_last tensor whose rows are several lines.
-inline bool is_columns_innermost(const TensorView& view) {
-  return view.ndim == 4 && view.stride[1] == 1 && view.shape[1] > 1 && view.shape[2] * view.shape[3] > 1;
-}
-
 }  // namespace mvp::cuda
