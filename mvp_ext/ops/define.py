@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from mvp_ext.ops._native import native
+
 _library = torch.library.Library("mvp_ext", "DEF")
 
 
@@ -33,8 +35,14 @@ def define(schema: str, *, fake: Callable[..., Any], run: Callable[..., Any]) ->
     single = [at for at, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
     lists = [at for at, kind in enumerate(kinds) if kind.startswith("Tensor") and kind.endswith("[]")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run_checked(*arguments: Any) -> Any:
+        # Anybody may have called the op, and torch is asked about its arguments before the kernel checks them.
+        native().check_arguments(name, arguments)
+        return run(*arguments)
+
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
+        _library.impl(name, run_checked, key)
     torch.library.register_fake(f"mvp_ext::{name}", fake, lib=_library)
     op = getattr(torch.ops.mvp_ext, name).default
 
