@@ -21,13 +21,15 @@ PACKAGE := pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(shell find mvp_e
 	\( -name '*.py' -o -name '*.typed' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null)
 CPP := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null)
 
-.PHONY: help install develop demo test test-oldest lint docs ptxas format wheel info clean
+.PHONY: help install develop demo test test-oldest lint docs ptxas sanitize aarch64 format wheel info clean
 help:
 	@echo "make demo     install, then the main job on real images; leaves runs/demo/report.html"
 	@echo "make test     install, then the test suite against the installed package"
 	@echo "make lint     ruff, clang-format, mypy, typos, who may import what"
 	@echo "make docs     the documentation, as a site in build/site"
 	@echo "make ptxas    compile the CUDA kernels with nvcc; no warning, no spill, no local memory"
+	@echo "make sanitize the CPU kernels under AddressSanitizer and UBSan, every instruction set of this machine"
+	@echo "make aarch64  compile the CPU kernels for aarch64 and, with qemu-user, run them (a cross compiler is needed)"
 	@echo "make test-oldest   the fast tests with the oldest Python and libraries that pyproject.toml promises"
 	@echo "make develop  an editable install in $(VENV) (rebuild the kernels by running it again)"
 	@echo "make info     versions, build flags, devices;   make wheel, make format, make clean"
@@ -99,6 +101,13 @@ docs: $(VENV)/.docs
 
 ptxas: $(VENV)/.dependencies
 	$(BIN)/python scripts/check_ptxas.py
+
+# In build/sanitized, with a module of its own.
+sanitize: $(VENV)/.dependencies
+	$(BIN)/python scripts/sanitize.py --jobs $(WORKERS)
+
+aarch64: install
+	cd $(VENV) && bin/python ../scripts/check_aarch64.py
 
 format: $(VENV)/.dependencies
 	$(BIN)/ruff check --fix .
