@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from mvp_ext.ops._native import native
+
 _library = torch.library.Library("mvp_ext", "DEF")
 
 
@@ -44,13 +46,15 @@ def define(schema: str, *, fake: Callable[..., Any], run: Callable[..., Any]) ->
                 if not _has_memory(tensor):
                     raise _freed(user_op, f"{names[at]}[{number}]")
 
-    def run_safely(*arguments: Any) -> Any:
+    def run_checked(*arguments: Any) -> Any:
         check(arguments)
+        # Anybody may have called the op, and torch is asked about its arguments before the kernel checks them.
+        native().check_arguments(name, arguments)
         return run(*arguments)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run_safely, key)
+        _library.impl(name, run_checked, key)
     torch.library.register_fake(f"mvp_ext::{name}", fake, lib=_library)
     op = getattr(torch.ops.mvp_ext, name).default
 

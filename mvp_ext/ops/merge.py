@@ -107,6 +107,7 @@ def _run(
     if on_cuda(base[0]):
         _run_cuda(base, voters, voter_rows, voter_cols, weights, rows, cols, merged)
     else:
+        check_shape("merge", "weights", weights, (len(voters) // len(base),), "[N]")  # a list takes memory
         lists = (weights.tolist(), rows, cols)
         native().merge_cpu(base, voters, voter_rows, voter_cols, *lists, merged, torch.get_num_threads())
     return merged
