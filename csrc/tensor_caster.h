@@ -68,7 +68,7 @@ inline TensorView view_of(const dlpack::Tensor& tensor) {
   TensorView view;
   const int code = dtype_of(tensor);
   view.ndim = std::min(tensor.ndim, kMaxDims);
-  view.place = {tensor.device_type, tensor.device_id};
+  view.where = {tensor.device_type, tensor.device_id};
   if (code < 0) view.fault = kKnownDtype;
   if (tensor.ndim > kMaxDims) view.fault = kFewDims;
   if (view.fault != nullptr) return view;
@@ -218,8 +218,8 @@ struct type_caster<mvp::TensorView> {
     value.ndim = static_cast<int32_t>(std::min<Py_ssize_t>(ndim, mvp::kMaxDims));
     const object device = source.attr("device");
     const std::string type = str(device.attr("type"));
-    value.place.type = type == "cpu" ? mvp::dlpack::kCpu : type == "cuda" ? mvp::dlpack::kCuda : 0;
-    value.place.index = device.attr("index").is_none() ? 0 : device.attr("index").cast<int32_t>();
+    value.where.type = type == "cpu" ? mvp::dlpack::kCpu : type == "cuda" ? mvp::dlpack::kCuda : 0;
+    value.where.index = device.attr("index").is_none() ? 0 : device.attr("index").cast<int32_t>();
     if (code == 8) value.fault = mvp::kKnownDtype;
     if (ndim > mvp::kMaxDims) value.fault = mvp::kFewDims;
     if (value.fault != nullptr) return;

@@ -1,7 +1,7 @@
 """Compile the CPU kernels for aarch64 with Debian's cross compiler, warnings being errors; and run them, if possible.
 
 Kernels know no torch, so under qemu-user they need none: what the kernels of this machine's oldest instruction set did
-in the tests of the ops that carry the mark ``sanitize`` is written down, and done again (see tests/aarch64). Both have
+in the tests that they have is written down, and done again (see tests/aarch64). Both have
 vectors of four floats and no fused multiply-add, so every bit must be the same.
 
 Without ``aarch64-linux-gnu-g++`` (Debian: g++-aarch64-linux-gnu) it says so and succeeds; so it does without
@@ -18,6 +18,8 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from sanitize import chosen_tests
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = "aarch64-linux-gnu-g++"
@@ -73,7 +75,7 @@ def replay(folder: Path, objects: list[Path], emulator: str) -> None:
     run(
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "record", "--record", record),
         *("-c", ROOT / "pyproject.toml", f"--rootdir={ROOT}", ROOT / "tests" / "ops"),
-        *("-m", "sanitize", "-k", "not emulator and not cuda"),
+        *("-k", chosen_tests()),
         env={**os.environ, "MVP_CPU_ISA": "baseline", "PYTHONPATH": plugin},
     )
     run(emulator, program, record)

@@ -1,14 +1,15 @@
 """The CPU kernels under AddressSanitizer and UBSan, for every instruction set that this machine can run.
 
 Builds the native module once, with all its instruction sets, beside a copy of the package; then runs, for each of them,
-the tests of the ops that carry the mark ``sanitize`` and a part of the fuzz of raw calls. torch is not sanitized: the
-sanitizers' runtime is loaded before it. Nothing here touches an installed mvp_ext.
+the tests of the ops that older instruction sets are tested with and a part of the fuzz of raw calls. torch is not
+sanitized: the sanitizers' runtime is loaded before it. Nothing here touches an installed mvp_ext.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,15 @@ def build(folder: Path) -> None:
             raise SystemExit(f"sanitize: the build failed\n{done.stdout[-6000:]}{done.stderr[-2000:]}")
 
 
+def chosen_tests() -> str:
+    """An expression for pytest's -k: the tests that tests/isa.py runs with other instruction sets."""
+    parts = []
+    for file in sorted((ROOT / "tests" / "ops").glob("test_*.py")):
+        for chosen in re.findall(r'run_on\(isa, __file__, "(.+)"\)', file.read_text()):
+            parts.append(f"({file.name} and ({chosen}))")
+    return f"({' or '.join(parts)}) and not emulator and not cuda"
+
+
 def environment(site: Path, isa: str) -> dict[str, str]:
     find = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     return {
@@ -75,26 +85,13 @@ def runs(isa: str) -> bool:
 def check(site: Path, isa: str, calls: int) -> str:
     """What went wrong with this instruction set; empty: nothing."""
     native = "from mvp_ext.ops._native import build_info as b; assert (b()['cpu_isa'], b()['build_type']) =="
-    commands = [
+    tests = ROOT / "tests" / "ops"
+    pytest = f"-m pytest -q -x -p no:cacheprovider -c {ROOT / 'pyproject.toml'} --rootdir={ROOT} {tests} -k".split()
+    first = 10**6 * (1 + ISAS.index(isa))  # other calls than the test makes
+    commands: list[list[object]] = [
         ["-c", f"{native} ({isa!r}, 'Sanitized'), b()"],
-        [
-            *("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"),
-            *(
-                f"--rootdir={ROOT}",
-                ROOT / "tests" / "ops",
-                "-m",
-                "sanitize",
-                "-k",
-                "not emulator and not cuda",
-            ),
-        ],
-        # Other calls than the tests make.
-        [
-            ROOT / "tests" / "ops" / "test_fuzz.py",
-            10**6 * (1 + ISAS.index(isa)),
-            calls,
-            site.parent / f"seed_{isa}",
-        ],
+        [*pytest, chosen_tests()],
+        [tests / "test_fuzz.py", first, calls, site.parent / f"seed_{isa}"],
     ]
     for command in commands:
         start = time.monotonic()

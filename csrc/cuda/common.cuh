@@ -30,7 +30,7 @@ __host__ __device__ constexpr auto ceil_div(A a, B b) {
 
 // ---------------------------------------------------------------- host
 // Where the tensors of a call must lie.
-inline Place place_of(int device) {
+inline Where where_of(int device) {
 #ifdef MVP_EMULATED
   return {1, device};
 #else

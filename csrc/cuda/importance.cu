@@ -553,8 +553,8 @@ int64_t importance_workspace_cuda(const TensorView& a, int64_t dim, int64_t unit
 void importance_cuda(const TensorView& a, const TensorView& grad, const std::string& kind, int64_t dim,
                      const TensorView& workspace, const TensorView& scores, int device, uint64_t stream) {
   using namespace cuda;
-  const Place place = place_of(device);
-  check_importance(place, a, grad, kind, dim, scores);
+  const Where where = where_of(device);
+  check_importance(where, a, grad, kind, dim, scores);
   const int64_t units = scores.shape[0];
   Plan plan = plan_for(a, dim, units);
   Problem& x = plan.problem;
@@ -566,7 +566,7 @@ void importance_cuda(const TensorView& a, const TensorView& grad, const std::str
     MVP_CHECK((reinterpret_cast<uintptr_t>(a.data) - reinterpret_cast<uintptr_t>(grad.data)) % 16 == 0,
               "importance", "a and grad must be aligned alike");
   }
-  const Argument workspace_("importance", place, "workspace", workspace);
+  const Argument workspace_("importance", where, "workspace", workspace);
   workspace_.need_tensor();
   workspace_.need_dtype(DType::f32);
   workspace_.need_dense(false);

@@ -322,8 +322,8 @@ void merge_cuda(const std::vector<TensorView>& base, const std::vector<TensorVie
                 const std::vector<TensorView>& cols, const TensorView& workspace,
                 const std::vector<TensorView>& out, int device, uint64_t stream) {
   using namespace cuda;
-  const Place place = place_of(device);
-  const Argument weights_(kOp, place, "weights", weights), workspace_(kOp, place, "workspace", workspace);
+  const Where where = where_of(device);
+  const Argument weights_(kOp, where, "weights", weights), workspace_(kOp, where, "workspace", workspace);
   weights_.need_rank(1, 1);
   weights_.need_dtype(DType::f32);
   weights_.need_dense(false);
@@ -331,7 +331,7 @@ void merge_cuda(const std::vector<TensorView>& base, const std::vector<TensorVie
   workspace_.need_dtype(DType::i32);
   workspace_.need_dense(false);
   const size_t tensors = base.size(), count = static_cast<size_t>(weights.shape[0]);
-  check_merge(place, base, voters, voter_rows, voter_cols, count, rows, cols, out);
+  check_merge(where, base, voters, voter_rows, voter_cols, count, rows, cols, out);
   MVP_CHECK(count < Table::kMostSources, kOp, "too many voters for a GPU");
   const Queue queue(device, stream);
   Pairs pairs(workspace, queue);

@@ -360,7 +360,7 @@ void meta_vote_cuda(const TensorView& masks, const TensorView& weights, const Te
                     const TensorView& index, const TensorView& votes, int device, uint64_t stream) {
   using namespace cuda;
   constexpr int64_t kMaxCount = int64_t{1} << 30;  // 32-bit counters, with room for the last chunk
-  check_meta_vote(place_of(device), masks, weights, prior, layers, kept, mask, index, votes);
+  check_meta_vote(where_of(device), masks, weights, prior, layers, kept, mask, index, votes);
   const int64_t units = masks.shape[1], targets = votes.ndim == 2 ? votes.shape[0] : 1;
   MVP_CHECK(targets <= INT32_MAX, "meta_vote", "more targets than a grid has room for");
   if (units == 0 || targets == 0) return;

@@ -325,7 +325,7 @@ class Launcher {
 template <bool kPack>
 void move_all(const std::vector<TensorView>& full, const std::vector<TensorView>& packed,
               const std::vector<TensorView>& rows, const std::vector<TensorView>& cols, const Queue& queue) {
-  check_pack(kPack ? "pack" : "unpack", place_of(queue.device), full, packed, rows, cols);
+  check_pack(kPack ? "pack" : "unpack", where_of(queue.device), full, packed, rows, cols);
   const size_t count = full.size();
   Launcher<kPack> launcher(queue);
   for (size_t p = 0; p < count; ++p) launcher.add(full[p], packed[p], rows[p], cols[p]);

@@ -85,16 +85,16 @@ void pruned_linear_cuda(const TensorView& x, const TensorView& weight, const Ten
                         const TensorView& before, int64_t tiling, const TensorView& partial, int device,
                         uint64_t stream) {
   using namespace cuda;
-  const Place place = place_of(device);
-  check_pruned_linear(place, x, weight, bias, out_index, in_index, out_block, in_block, residual, out);
-  Argument(kOp, place, "x", x).need_rank(2, 2);
+  const Where where = where_of(device);
+  check_pruned_linear(where, x, weight, bias, out_index, in_index, out_block, in_block, residual, out);
+  Argument(kOp, where, "x", x).need_rank(2, 2);
   const auto need_dense = [&](const char* name, const TensorView& view) {
-    Argument(kOp, place, name, view).need_dense(false);
+    Argument(kOp, where, name, view).need_dense(false);
   };
   need_dense("bias", bias);
   need_dense("out_index", out_index);
   need_dense("in_index", in_index);
-  const Argument before_(kOp, place, "before", before), partial_(kOp, place, "partial", partial);
+  const Argument before_(kOp, where, "before", before), partial_(kOp, where, "partial", partial);
   if (before.defined()) {
     before_.need_dtype(x.dtype);
     before_.need_shape(out);

@@ -228,11 +228,11 @@ void residual_add_cuda(const TensorView& residual, const TensorView& y, const Te
                        const TensorView& scale, const TensorView& shift, bool relu, int64_t dim,
                        const TensorView& out, int device, uint64_t stream) {
   using namespace cuda;
-  const Place place = place_of(device);
-  check_residual_add(place, residual, y, index, scale, shift, dim, out);
-  Argument("residual_add", place, "index", index).need_dense(false);
-  Argument("residual_add", place, "scale", scale).need_dense(false);
-  Argument("residual_add", place, "shift", shift).need_dense(false);
+  const Where where = where_of(device);
+  check_residual_add(where, residual, y, index, scale, shift, dim, out);
+  Argument("residual_add", where, "index", index).need_dense(false);
+  Argument("residual_add", where, "scale", scale).need_dense(false);
+  Argument("residual_add", where, "shift", shift).need_dense(false);
   MVP_CHECK(aligned16(residual.data) && aligned16(out.data), "residual_add",
             "residual and out must start at a multiple of 16 bytes");
   const int64_t channels = residual.shape[dim], kept = y.shape[dim];

@@ -43,8 +43,9 @@ from mvp_ext.train.evaluate import accuracy_of
 DENSE = "dense"
 # Images that int8 is calibrated on where there is no task: noise, which is enough for a time.
 NOISE = 32
-# For the threads of one runtime to fall asleep before another is timed.
-PAUSE_SECONDS = 0.01
+# For the threads of one runtime to fall asleep before another is timed: ONNX Runtime's spin for tens of milliseconds,
+# which halved OpenVINO's speed on two cores.
+PAUSE_SECONDS = 0.1
 # Of a task's test images, in passes of so many.
 ACCURACY_ON, ACCURACY_BATCH = 1000, 32
 
@@ -246,11 +247,14 @@ class _Session:
                     raise
         if not runs:
             return
-        # The threads of one runtime need no rest from each other.
-        pause = PAUSE_SECONDS if len({key.runtime for key in runs}) > 1 else 0.0
-        for key, latency in measure.time_in_turn(
-            runs, batch=batch, seconds=self.grid.seconds, pause=pause
-        ).items():
+        latencies = measure.time_in_turn(
+            runs,
+            batch=batch,
+            seconds=self.grid.seconds,
+            group=lambda key: key.runtime,
+            pause=PAUSE_SECONDS,
+        )
+        for key, latency in latencies.items():
             size, accuracy = self.prepared[key].bytes, self.accuracy[key]
             self.cells.append(_Cell(key, number, latency, size, self._peak(key, batch, threads), accuracy))
 

@@ -109,7 +109,7 @@ def pretrain(
     run: options.ExecutionOptions,
     out: options.Out = Path("backbone.safetensors"),
     model: Annotated[
-        str, Option(help="timm's name of a ResNet, ViT or DeiT.", rich_help_panel=options.MODEL)
+        str, Option(help="timm's name of a ResNet or a transformer.", rich_help_panel=options.MODEL)
     ] = "resnet18",
     image_size: Annotated[
         int | None,
@@ -174,13 +174,14 @@ def prune(
     check_output("--out", what.out, replace=what.force)
     opened = Zoo(zoo, create=False) if how.method in NEED_ZOO or what.add else None
     backbone = model.backbone(device, seen=None if opened is None else opened.preprocessing)
+    settings = cut.settings(opened, backbone, run.seed)
     chosen = task.of(data.images(), data, run.seed)
     with progress_bar("fine-tuning") as progress:
         result = run_prune(
             backbone,
             chosen,
             opened,
-            cut.settings(opened, backbone, run.seed),
+            settings,
             method=how.method,
             steps=how.steps,
             vote=voters.vote(),
@@ -235,10 +236,10 @@ def compare(
     check_folder("--out", out)
     opened = Zoo(zoo, create=False)
     backbone = model.backbone(device, seen=opened.preprocessing)
+    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.final_steps)
     images = data.images()
     known = [Task.of(e.name, images, e.task["classes"]) for e in opened.entries() if _has(images, e.task)]
     drawn = sampling.tasks(images, what.tasks, "held-out", data, known, seed=1000)
-    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.final_steps)
     compared = what.comparison(settings, voters.vote())
     structure = find_structure(backbone.model, settings.scope)
     arms = arms_of(opened, compared)
@@ -407,7 +408,7 @@ def _made_by_torch_pruning(
 
 
 def _has(images: Any, task: dict[str, Any]) -> bool:
-    return set(task.get("classes", ())) <= set(images.class_names)
+    return bool(task.get("classes")) and set(task["classes"]) <= set(images.class_names)
 
 
 def _write(results: dict[str, Any], out: Path) -> None:

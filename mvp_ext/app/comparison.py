@@ -32,7 +32,7 @@ from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import RunOptions, prune, seen_by
 from mvp_ext.pruning.settings import Settings, VoteOptions
-from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features
+from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, fresh_head
 from mvp_ext.train.cost import Cost
 from mvp_ext.zoo.neighbours import proxy_leep
 from mvp_ext.zoo.shared import START
@@ -332,14 +332,14 @@ def _measure(
 
 
 def _with_classes(model: nn.Module, classes: int) -> nn.Module:
-    model.reset_classifier(classes)  # type: ignore[operator]
+    fresh_head(model, classes)
     return model.eval()
 
 
 def _foreign(entry: ZooEntry, data: ImageData) -> bool:
     try:
         Task.from_dict(entry.task, data)
-    except ValueError:
+    except (ValueError, TypeError, RuntimeError):
         return True
     return False
 

@@ -20,6 +20,7 @@ from mvp_ext.model.families import find_structure
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo, planned_zoo_steps
 from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
+from mvp_ext.storage import write_atomic
 from mvp_ext.train.backbone import Backbone, load_backbone
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.recipe import Recipe
@@ -116,10 +117,18 @@ def run_demo(size: DemoSize, out: Path, *, device: torch.device | str = "cpu") -
 
 def _check_folder(size: DemoSize, out: Path) -> None:
     path, asked = out / "demo.json", json.loads(json.dumps(asdict(size)))
-    if not path.exists():
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = None
+    except (ValueError, RecursionError) as error:
+        # What a killed or full disk left says nothing, and must not stop every demo to come.
+        say(f"{path}: damaged ({error}); written again")
+        known = None
+    if known is None:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
-    elif json.loads(path.read_text(encoding="utf-8")) != asked:
+        write_atomic(path, f"{json.dumps(asked, indent=1)}\n".encode())
+    elif known != asked:
         raise ValueError(
             f"{out} holds a demo of another size or seed: give another --out, or remove that folder"
         )

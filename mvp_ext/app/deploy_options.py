@@ -20,6 +20,7 @@ from mvp_ext.deploy.runtimes import RUNTIMES
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.create import create_model
+from mvp_ext.model.ends import in_channels
 from mvp_ext.model.prediction import PREDICT_BATCH
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.settings import Settings
@@ -36,7 +37,7 @@ class BenchModelOptions(ModelOptions):
     model: Annotated[
         str,
         Option(
-            help="timm's name of a ResNet, ViT or DeiT, or a file that `pretrain` wrote. Default: what the first "
+            help="timm's name of a ResNet or a transformer, or a file that `pretrain` wrote. Default: what the first "
             f"--pruned was cut from, or {ModelOptions.model}.",
             show_default=False,
             rich_help_panel=MODEL,
@@ -53,11 +54,16 @@ class BenchModelOptions(ModelOptions):
             arguments: of ``create_model``, for the first one's dense model.
 
         Raises:
-            ValueError: they take images of different sizes, or --image-size is another one.
+            ValueError: they take images of different sizes, or --image-size is another one, or no pictures.
         """
         seen = {
             path: small.card.preprocessing or Preprocessing.of(small.model) for path, small in pruned.items()
         }
+        for path, small in pruned.items():
+            if (channels := in_channels(small.model)) not in (None, 3):
+                raise ValueError(
+                    f"bench: {path.name}: expected a model of images of 3 channels, got {channels}"
+                )
         sizes = {path.name: preprocessing.size for path, preprocessing in seen.items()}
         if self.image_size is not None:
             sizes["--image-size"] = self.image_size

@@ -24,6 +24,7 @@ from typer import Option
 from mvp_ext.app.comparison import NAMES, Comparison
 from mvp_ext.data.images import ImageData, load_joined
 from mvp_ext.data.tasks import Task, sample_tasks
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
@@ -132,7 +133,7 @@ class ModelOptions:
     model: Annotated[
         str,
         Option(
-            help="timm's name of a ResNet, ViT or DeiT, or a file that `pretrain` wrote.",
+            help="timm's name of a ResNet or a transformer, or a file that `pretrain` wrote.",
             rich_help_panel=MODEL,
         ),
     ] = "resnet18"
@@ -184,8 +185,10 @@ class ModelOptions:
             image_size=self.image_size or (None if seen is None else seen.size),
             mean=_numbers("mean", self.mean) or (None if seen is None else seen.mean),
             std=_numbers("std", self.std) or (None if seen is None else seen.std),
-        )
-        return backbone.to(device)
+        ).to(device)
+        if need_weights:
+            backbone.check()
+        return backbone
 
 
 @dataclass(frozen=True)
@@ -260,7 +263,7 @@ class CutOptions:
     scope: Annotated[
         str | None,
         Option(
-            help="ResNet: inner, all. ViT: heads, mlp, heads+mlp. Default: the zoo's, or the first.",
+            help="ResNet: inner, all. ViT: heads, mlp, heads+mlp. Default: the zoo's, or the first that the model has.",
             rich_help_panel=PRUNING,
         ),
     ] = None
@@ -284,7 +287,11 @@ class CutOptions:
     ] = None
 
     def settings(self, zoo: Zoo | None, backbone: Backbone, seed: int) -> Settings:
-        """The zoo's settings, with what was given on the command line in their place."""
+        """The zoo's settings, with what was given on the command line in their place.
+
+        Raises:
+            ValueError: the model does not have the scope; before anything else is done.
+        """
         settings = Settings.of_zoo(zoo)
         given = {"keep": self.keep, "scope": self.scope, "align": self.align}
         settings = replace(settings, seed=seed, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
@@ -293,6 +300,7 @@ class CutOptions:
         if self.learning_rate is not None:
             recipe = settings.recipe_for(backbone.model)
             settings = replace(settings, recipe=recipe.with_rate(self.learning_rate))
+        find_structure(backbone.model, settings.scope)
         return settings
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from mvp_ext.app import options
 from mvp_ext.app.comparison import zoo_cost
-from mvp_ext.app.console import Commands, console, say
+from mvp_ext.app.console import Commands, console, plain, say
 from mvp_ext.app.progress import progress_bar
 from mvp_ext.app.results import count_text, flops_text, kept_text, seconds_text
 from mvp_ext.app.tables import Side, Table
@@ -54,6 +54,7 @@ def build(
     """
     device, opened = run.begin(), Zoo(zoo)
     backbone = model.backbone(device, seen=opened.preprocessing)
+    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
     drawn = sampling.tasks(data.images(), what.tasks, "zoo", data, [], seed=0)
     have = [task for task in drawn if task.name in opened]
     for task in have:
@@ -64,7 +65,6 @@ def build(
             )
     if have:
         say(f"{len(have)} of {what.tasks} entries are there already")
-    settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
     structure = find_structure(backbone.model, settings.scope)
     first, each = planned_zoo_steps(structure, settings, what.tasks, UNIVERSAL_SHARE if what.refine else 0.0)
     total = first + each * what.tasks
@@ -130,7 +130,7 @@ def show(
         "sha256": entry.sha256,
     }
     for key, value in facts.items():
-        console.print(f"[bold]{key:<11}[/]{escape(str(value))}", soft_wrap=True)
+        console.print(Text.assemble((f"{key:<11}", "bold"), plain(str(value))), soft_wrap=True)
     rows = []
     for layer, bits in entry.mask.layers.items():
         kept, units = int(bits.sum()), bits.numel()
@@ -143,15 +143,21 @@ def verify(
     folder: ZooArgument = None,
     zoo: options.ZooPath = Path("zoo"),
     repair: Annotated[
-        bool, typer.Option(help="Remove what is damaged, so that `zoo build` makes it again.")
+        bool,
+        typer.Option(
+            help="Mend the index from the files, and remove what is damaged, so that `zoo build` makes it again."
+        ),
     ] = False,
 ) -> None:
     """Read every file and name each that is damaged, missing or nobody's. Exit code 1 if there is one."""
     opened = Zoo(folder or zoo, create=False)
     problems = opened.verify(repair=repair)
     for problem in problems:
-        console.print(str(problem), style="red", markup=False, soft_wrap=True)
+        console.print(Text(plain(str(problem)), style="red"), soft_wrap=True)
     if problems:
-        say(f"{len(problems)} problems" + (", removed" if repair else "; --repair removes them"))
+        say(
+            f"{len(problems)} problems"
+            + (", mended or removed" if repair else "; --repair mends or removes them")
+        )
         raise typer.Exit(0 if repair else 1)
     say(f"{opened.path}: {len(opened)} entries, all sound")

@@ -32,6 +32,7 @@ from mvp_ext.model.checkpoint import (
     read_pruned,
 )
 from mvp_ext.model.create_args import check_args
+from mvp_ext.model.ends import as_input, classifiers, hidden_classifiers
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.prediction import PREDICT_BATCH, Predictions, predict, predict_tasks
 from mvp_ext.model.preprocessing import Preprocessing
@@ -190,7 +191,7 @@ class Bundle:
 
     def _logits(self, x: Tensor, rows: slice, statistics: int) -> Tensor:
         weight, bias = self.linear
-        x = x.to(weight.device)
+        x = as_input(self.features.model, x)
         if len(self.groups) == 1:
             features = self.features(x)
         else:
@@ -347,12 +348,12 @@ def _built(
 
 def _classifier_of(model: Any, what: str) -> tuple[str, ...]:
     """The names of its classifier's tensors in the state dict, the weight first."""
-    found = model.get_classifier()
-    if not isinstance(found, nn.Linear):
-        kind = "two (a distilled DeiT)" if isinstance(found, tuple) else "none"
+    found, others = classifiers(model), hidden_classifiers(model)
+    if len(found) != 1 or others:
+        kind = ("none", "one beside it", "two (a distilled DeiT)")[min(len(found), 2)]
         raise ValueError(f"save_bundle: {what}: expected a model with one linear classifier, got {kind}")
-    prefix = next(name for name, module in model.named_modules() if module is found)
-    return tuple(f"{prefix}.{name}" for name in found.state_dict())
+    prefix = next(name for name, module in model.named_modules() if module is found[0])
+    return tuple(f"{prefix}.{name}" for name in found[0].state_dict())
 
 
 def _is_statistic(name: str) -> bool:

@@ -22,10 +22,12 @@ from mvp_ext.deploy.formats import Format, format_of
 from mvp_ext.deploy.graph import Deployable, deployable
 from mvp_ext.deploy.metadata import Metadata, Precision, Program, precision_of
 from mvp_ext.deploy.quantize import CALIBRATION_IMAGES
+from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.checkpoint import PrunedCheckpoint
+from mvp_ext.model.ends import in_channels
 from mvp_ext.model.preprocessing import Preprocessing, resize
 from mvp_ext.pruning.result import Result
-from mvp_ext.storage import write_atomic
+from mvp_ext.storage import write_together
 from mvp_ext.timm_compat import import_timm
 from mvp_ext.train.evaluate import accuracy_of
 
@@ -182,8 +184,9 @@ class _Images:
             shape = (NOISE, see.size, see.size, 3)
             return cls(torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8), see, None)
         size = Preprocessing.of(small.model).size
-        channels = next(p for p in small.model.parameters() if p.ndim == 4).shape[1]
-        return cls(torch.randn(NOISE, channels, size, size, generator=generator), None, None)
+        return cls(
+            torch.randn(NOISE, in_channels(small.model) or 3, size, size, generator=generator), None, None
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -220,7 +223,7 @@ def _traced(graph: Deployable, precision: Precision, shape: tuple[int, int, int]
 
 def _compare(model: nn.Module, graph: Deployable, exported: ExportedModel, data: _Images) -> ExportReport:
     """Run the file and the model on the same images; nothing is said of the file itself yet."""
-    model = copy.deepcopy(model).cpu().float().eval()
+    model = copy.deepcopy(unwrapped(model)).cpu().float().eval()
     ours, theirs = [], []
     with torch.inference_mode():
         for images in data.images.split(BATCH):
@@ -264,21 +267,10 @@ def check_report(report: ExportReport, path: Path, runtime: str) -> None:
 
 def _put_in_place(form: Format, draft: Path, path: Path) -> int:
     """All parts of a file, or none; returns the bytes of all."""
-    parts = list(zip(form.parts(draft), form.parts(path), strict=True))
-    if len(parts) > 1:
-        # Of an older file: its last part would not fit the new others.
-        path.unlink(missing_ok=True)
-    total = 0
-    try:
-        for source, target in parts:
-            data = source.read_bytes()
-            write_atomic(target, data)
-            total += len(data)
-    except BaseException:
-        for _, target in parts if len(parts) > 1 else []:
-            target.unlink(missing_ok=True)
-        raise
-    return total
+    parts = zip(form.parts(path), form.parts(draft), strict=True)
+    files = {target: source.read_bytes() for target, source in parts}
+    write_together(files)
+    return sum(map(len, files.values()))
 
 
 @contextmanager

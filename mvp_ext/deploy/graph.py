@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.model.scatter_block import ScatterBlock
@@ -90,7 +91,7 @@ def deployable(
         ValueError: ``preprocess`` where the card does not say how the model sees images.
     """
     see = See(card.need_preprocessing("export: preprocess")) if preprocess else None
-    network = standard_blocks(copy.deepcopy(model).cpu().float())
+    network = standard_blocks(copy.deepcopy(unwrapped(model)).cpu().float())
     return Deployable(network, see, softmax).eval().requires_grad_(False)
 
 

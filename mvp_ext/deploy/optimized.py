@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.timm_compat import import_timm
 
 
@@ -28,7 +29,7 @@ def optimized(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``torch.fx`` cannot trace the model as far as its batch norms: what they read is not known.
     """
-    fast: Any = copy.deepcopy(model).eval()
+    fast: Any = copy.deepcopy(unwrapped(model)).eval()
     for conv, norm in _pairs(fast):
         old: Any = fast.get_submodule(norm)
         _replace(fast, conv, fuse_conv_bn_eval(fast.get_submodule(conv), old))

@@ -20,6 +20,7 @@ from mvp_ext.deploy.extra import need
 from mvp_ext.deploy.formats import FORMATS
 from mvp_ext.deploy.metadata import PRECISIONS, Precision
 from mvp_ext.deploy.optimized import optimized
+from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.measure import torch_threads
 from mvp_ext.timm_compat import import_timm
@@ -112,7 +113,7 @@ def prepare(
         return Prepared(runtime, precision, path, report.bytes)
     if precision == "int8":
         raise ValueError(f"{runtime} has no int8: {FORMATS['pt2'].refused['int8']}")
-    model = optimized(small.model) if runtime == "optimized" else copy.deepcopy(small.model).eval()
+    model = optimized(small.model) if runtime == "optimized" else copy.deepcopy(unwrapped(small.model)).eval()
     layout = torch.channels_last if channels_last else torch.preserve_format
     model = model.cpu().to(dtype=getattr(torch, precision)).to(memory_format=layout)  # type: ignore[call-overload]
     path = folder / f"{stem}.pt"

@@ -8,6 +8,7 @@ tensors: every one and no other. No pickle is read or written, and no file says 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 
 from mvp_ext import storage
 from mvp_ext._version import __version__
+from mvp_ext.model.borrowed import borrowed, unwrapped
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.create import create_empty
 from mvp_ext.model.create_args import check_args, create_args
+from mvp_ext.model.ends import as_input, built_for
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.fidelity import TRIED_SIZE, difference
 from mvp_ext.model.mask import Mask
@@ -36,6 +39,8 @@ from mvp_ext.timm_compat import import_timm
 _FORMAT = "mvp_ext.pruned_model"
 # 2: with a card.
 _VERSION = 2
+# More than any layer has: what a file says must not take all memory.
+_MOST_UNITS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class PrunedState:
     """What a file of a pruned model holds, before any model is built.
 
     Attributes:
-        state: the pruned model's state dict, on the CPU.
+        state: the pruned model's tensors, on the CPU (``whole_state``).
         mask: of the dense model it came from.
         structure: of the dense model.
         card: what the file says of the model beside its weights.
@@ -67,18 +72,7 @@ class PrunedState:
             ValueError: this timm builds another model from the arguments, or the tensors do not fit it.
         """
         model = _build_empty(self.create_args, self.structure, self.mask)
-        # The parameters take the file's tensors as they are (dtype too), so nothing is initialised in vain.
-        try:
-            model.load_state_dict(self.state, strict=True, assign=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the tensors do not fit the model that the description says ({error})"
-            ) from error
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_meta:
-                raise ValueError(
-                    f"buffer {name!r} is not in the file, and this model cannot be built without it"
-                )
+        fill(model, self.state)
         if self.card.preprocessing is not None:
             self.card.preprocessing.declare(model, self.card.class_names)
         return model.eval()
@@ -130,8 +124,8 @@ class PrunedCheckpoint:
         Raises:
             ValueError: nobody said how the model sees images, or an image is of another kind. OSError: no image.
         """
-        device = next(self.model.parameters()).device
-        return predict(lambda x: self.model(x.to(device)), images, self.card, batch=batch)
+        with borrowed(self.model, compiled=True) as model:
+            return predict(lambda x: model(as_input(model, x)), images, self.card, batch=batch)
 
 
 def save_pruned(
@@ -160,11 +154,17 @@ def save_pruned(
         ValueError: the model could not be built again from what would be written: it is not timm's, has parts of its
             own or a part that was changed (named), is not what ``mask`` leaves, or has weights that are not finite.
             Nothing is written then.
-        TypeError: a value of ``extra`` is neither JSON nor a tensor.
+        TypeError: a value of ``extra`` is neither JSON nor a tensor, or a tensor without plain memory (sparse, meta).
         OSError: the file could not be written; what was at ``path`` is untouched.
     """
     described = describe(model, mask=mask, structure=structure, card=card, extra=extra)
     extra = described.extra
+    for name, value in extra.items():
+        try:
+            json.dumps(None if isinstance(value, Tensor) else value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"save_pruned: extra: {name!r}: expected a tensor or JSON values ({error})") from error
     tensors = {f"model/{name}": tensor for name, tensor in described.state.items()}
     tensors |= {f"extra/{name}": value for name, value in extra.items() if isinstance(value, Tensor)}
     spec = {
@@ -186,11 +186,48 @@ def describe(
     extra: Mapping[str, Any] | None = None,
 ) -> PrunedState:
     """What a file of ``save_pruned``, whose arguments these are, would hold; ValueError as there."""
-    card = card or ModelCard()
+    model, card = unwrapped(model), card or ModelCard()
     arguments = create_args(model, structure)
     _check_rebuildable(model, arguments, structure, mask, card)
     versions = {"mvp_ext": __version__, "torch": torch.__version__, "timm": import_timm().__version__}
-    return PrunedState(model.state_dict(), mask, structure, card, dict(extra or {}), arguments, versions)
+    return PrunedState(whole_state(model), mask, structure, card, dict(extra or {}), arguments, versions)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict, and the buffers that it leaves out: tables of positions and the like, made with the model."""
+    state = model.state_dict()
+    made = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in state}
+    # One that several parts share is each one's own in a file.
+    return {**state, **{name: buffer.detach().clone() for name, buffer in made.items()}}
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model the tensors of another's ``whole_state``, as they are: type, memory and all.
+
+    Args:
+        model: may have tensors without memory; those of ``state`` take their places, so nothing is initialised in vain.
+        state: name → tensor; all of the model's, but for buffers that were made with it.
+
+    Raises:
+        ValueError: a tensor is missing, is none of the model's, or is in its state dict with another shape.
+    """
+    saved = model.state_dict().keys()
+    buffers = {n: b for n, b in model.named_buffers(remove_duplicate=False) if n not in saved}
+    try:
+        model.load_state_dict({n: t for n, t in state.items() if n not in buffers}, strict=True, assign=True)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"the tensors do not fit the model that the description says ({text})") from error
+    for name, buffer in buffers.items():
+        if name not in state:
+            if buffer.is_meta:
+                raise ValueError(
+                    f"buffer {name!r} is not in the file, and this model cannot be built without it"
+                )
+            continue
+        # Of any shape: some models make theirs anew for the images that they get.
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = state[name]
 
 
 def cut_to_dict(structure: Structure, mask: Mask) -> dict[str, Any]:
@@ -206,6 +243,8 @@ def cut_from_dict(spec: Mapping[str, Any]) -> tuple[Structure, Mask]:
     structure = Structure.from_dict(spec["structure"])
     layers = {}
     for layer in structure:
+        if not isinstance(layer.units, int) or not 0 < layer.units <= _MOST_UNITS:
+            raise ValueError(f"layer {layer.name!r}: expected 1 to {_MOST_UNITS} units, got {layer.units!r}")
         layers[layer.name] = torch.zeros(layer.units, dtype=torch.bool)
         layers[layer.name][torch.tensor(spec["kept"][layer.name], dtype=torch.int64)] = True
     return structure, Mask(layers)
@@ -232,7 +271,7 @@ def parse_pruned(data: bytes, *, source: str = "these bytes") -> PrunedState:
         card = ModelCard.from_dict(spec["card"]) if "card" in spec else _card_of_version_1(extra)
         recipe = check_args(spec["recipe"])
         return PrunedState(state, mask, structure, card, extra, recipe, spec["versions"])
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise FileFormatError(f"{source}: its description is damaged ({error})") from error
 
 
@@ -307,9 +346,9 @@ def _check_rebuildable(
     model: nn.Module, arguments: Mapping[str, Any], structure: Structure, mask: Mask, card: ModelCard
 ) -> None:
     """A file that could not be loaded again, or as another function, must not be written: build and compare it."""
-    state = model.state_dict()
+    state = whole_state(model)
     built = _build_empty(arguments, structure, mask)
-    empty = built.state_dict()
+    empty, cut = whole_state(built), built.state_dict().keys()
     if surplus := state.keys() ^ empty.keys():
         name = min(surplus)
         side = "is not in timm's" if name in state else "of timm's is missing in the"
@@ -317,7 +356,7 @@ def _check_rebuildable(
             f"save_pruned: tensor {name!r} {side} model {arguments['name']!r}: it could not be loaded again"
         )
     for name, tensor in state.items():
-        if tensor.shape != empty[name].shape:
+        if name in cut and tensor.shape != empty[name].shape:
             raise ValueError(
                 f"save_pruned: {name}: the mask leaves shape {tuple(empty[name].shape)}, "
                 f"the model has {tuple(tensor.shape)}"
@@ -330,14 +369,18 @@ def _check_rebuildable(
             f"save_pruned: card: expected a name for each of {arguments['num_classes']} outputs, got "
             f"{len(card.class_names)}"
         )
+    if card.preprocessing is not None and arguments["in_chans"] != 3:
+        raise ValueError(
+            f"save_pruned: card: expected no preprocessing, which makes images of 3 channels: the model takes "
+            f"{arguments['in_chans']}"
+        )
 
 
 def check_fidelity(what: str, model: nn.Module, built: nn.Module, arguments: Mapping[str, Any]) -> None:
     """ValueError where ``built``, given the tensors of ``model``, is another function; it names the part."""
-    built.load_state_dict(model.state_dict(), strict=True, assign=True)
-    side = arguments.get("img_size", TRIED_SIZE)
-    height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    if found := difference(model, built, (arguments["in_chans"], height, width)):
+    fill(built, whole_state(model))
+    size = built_for(built) or (TRIED_SIZE, TRIED_SIZE)
+    if found := difference(model, built, (arguments["in_chans"], *size)):
         raise ValueError(
             f"{what}: {found}: what would be loaded is another model than this one. Set it by an argument of "
             "timm.create_model that a file may hold, or put the part back"

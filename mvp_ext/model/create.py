@@ -28,7 +28,7 @@ def create_model(
     pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm model of a supported family (ResNet, ViT, DeiT), by its timm name.
+    """A timm model that can be cut in one scope at least, by its timm name.
 
     Args:
         name: timm's model name, like ``resnet18`` or ``vit_tiny_patch16_224``; a tag after a dot picks the
@@ -40,7 +40,8 @@ def create_model(
         kwargs: further arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: timm has no model of that name (the message lists close names).
+        ValueError: timm has no model of that name (the message lists close names), or cannot build it of these
+            arguments.
         UnsupportedModelError: the model is built of parts that cannot be cut here (the message names one).
         RuntimeError: the pretrained weights cannot be had.
     """
@@ -65,6 +66,10 @@ def create_model(
                     raise
                 kwargs.pop("img_size")
                 model = timm.create_model(name, **kwargs)
+    except AssertionError as error:
+        raise ValueError(
+            f"create_model: timm builds no {name!r} of these arguments ({' '.join(str(error).split()) or kwargs})"
+        ) from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise

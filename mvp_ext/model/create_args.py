@@ -9,8 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-
+from mvp_ext.model.ends import built_for, classifiers, in_channels
 from mvp_ext.model.structure import Structure
 
 
@@ -56,10 +55,12 @@ _ALLOWED: dict[str, Callable[[Any], bool]] = {
         ),
         _RATE,
     ),
-    # Of a ViT.
-    **dict.fromkeys(("depth", "num_heads"), _COUNT),
-    "embed_dim": _SIDE,
-    "patch_size": _SIDES,
+    # Of a transformer, or of each of its stages.
+    "depth": _COUNT,
+    **dict.fromkeys(("depths", "stages"), _several(_COUNT, range(1, 9))),
+    "num_heads": _either(_COUNT, _several(_COUNT, range(1, 9))),
+    **dict.fromkeys(("embed_dim", "embed_dims"), _either(_SIDE, _several(_SIDE, range(1, 9)))),
+    **dict.fromkeys(("patch_size", "window_size"), _SIDES),
     "mlp_ratio": _number(0, 64),
     "init_values": _number(0, 1),
     "reg_tokens": _integer(0, 1024),
@@ -112,14 +113,13 @@ def create_args(model: Any, structure: Structure) -> dict[str, Any]:
         for k, v in getattr(model, "_model_args", {}).items()
         if v is not None and not k.startswith("pretrained")
     }
-    head = model.get_classifier()
-    # A distilled DeiT has two heads, alike.
-    head = head[0] if isinstance(head, tuple) else head
-    kwargs["num_classes"] = head.out_features if isinstance(head, nn.Linear) else 0
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    kwargs["in_chans"] = first.in_channels
-    if hasattr(model, "patch_embed"):
-        kwargs["img_size"] = list(model.patch_embed.img_size)
+    # Several are alike.
+    kwargs["num_classes"] = next((head.out_features for head in classifiers(model)), 0)
+    kwargs["in_chans"] = in_channels(model) or 3
+    # As it is now; where this does not say it, the argument does.
+    size = built_for(model)
+    if size is not None and getattr(getattr(model, "patch_embed", None), "img_size", None) is not None:
+        kwargs["img_size"] = list(size)
     arguments = {"name": structure.architecture, **kwargs}
     try:
         return check_args(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -102,10 +103,12 @@ class Mask:
         aligns = [1 if layer.kind == "head" else align for layer in structure]
         units = structure.units_per_layer
         # Not 1 for 1.0: is it all units, or one a layer?
-        if isinstance(keep, (int, str)):
+        if isinstance(keep, (numbers.Integral, str)):
             raise TypeError(
                 f"Mask.from_scores: keep: expected a float, or a sequence of floats or ints, got {keep!r}"
             )
+        if isinstance(keep, numbers.Real):
+            keep = float(keep)
         if global_ and not isinstance(keep, float):
             raise TypeError(
                 f"Mask.from_scores: keep: expected one share (float) with global_=True, got {keep!r}"

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from mvp_ext.model.borrowed import borrowed, unwrapped
+from mvp_ext.model.ends import as_input
 
 MAX_ROUNDS = 400
 # Enough for a median and for p10, p90 to differ from the extremes' noise.
@@ -104,13 +107,14 @@ def count_flops(model: nn.Module, input_shape: Sequence[int], *, batch: int = 1)
     Element-wise work (normalisation, activations, softmax) is not counted, as is usual.
 
     Args:
-        model: runs once, in eval mode and without gradients; its mode is restored.
+        model: runs once, in eval mode, uncompiled and without gradients; it is given back as it was.
         input_shape: of one image, (C, H, W).
         batch: images in the pass; the count grows in proportion.
 
     Counts are remembered by all that decides them: modules, with their numbers, and shapes. A pass that counts takes
     tens of milliseconds, and iterative pruning asks for the same shapes again and again.
     """
+    model = unwrapped(model)
     # A replaced forward is not seen in the signature.
     if any("forward" in vars(module) for module in model.modules()):
         return _count_flops(model, input_shape, batch)
@@ -134,7 +138,9 @@ def _signature(model: nn.Module) -> tuple[object, ...]:
 
 
 def _count_flops(model: nn.Module, input_shape: Sequence[int], batch: int) -> int:
-    with _evaluating([model]), FlopCounterMode(display=False, custom_mapping=_flop_formulas()) as counter:
+    counting = FlopCounterMode(display=False, custom_mapping=_flop_formulas())
+    # The counter hooks parameters that are a module's input (an attention pool's query): not in inference mode.
+    with borrowed(model), torch.inference_mode(False), torch.no_grad(), counting as counter:
         model(_example(model, input_shape, batch))
     return int(counter.get_total_flops())
 
@@ -187,7 +193,8 @@ def latency(
     """Time the forward passes of several models in turn: one pass of each a round, in an order that changes.
 
     Args:
-        models: name → model, all on one device (CPU or CUDA). Run in eval mode; their modes are restored.
+        models: name → model, all on one device (CPU or CUDA). Run in eval mode, as they are compiled; they are given
+            back as they were.
         input_shape: of one image, (C, H, W).
         batch: images in a pass, ≥ 1.
         seconds: about how long a model is timed, at least ``MIN_ROUNDS`` passes.
@@ -211,20 +218,25 @@ def latency(
         raise ValueError(f"latency: models: expected one device, got {sorted(map(str, devices))}")
     device = devices.pop()
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = _example(next(iter(models.values())), input_shape, batch).contiguous(memory_format=layout)
 
-    def run(model: nn.Module) -> None:
+    def run(model: nn.Module, x: Tensor) -> None:
         model(x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     with (
+        ExitStack() as lent,
         _weights_in(layout, models.values()),
-        _evaluating(models.values()),
+        torch.inference_mode(),
         torch_threads(threads),
         torch.autocast(device.type, dtype=autocast or torch.bfloat16, enabled=autocast is not None),
     ):
-        runs = {name: partial(run, model) for name, model in models.items()}
+        for model in models.values():
+            lent.enter_context(borrowed(model, compiled=True))
+        runs = {
+            name: partial(run, model, _example(model, input_shape, batch).contiguous(memory_format=layout))
+            for name, model in models.items()
+        }
         return time_in_turn(runs, batch=batch, seconds=seconds, rounds=rounds)
 
 
@@ -234,35 +246,43 @@ def time_in_turn(
     batch: int = 1,
     seconds: float = 2.0,
     rounds: int | None = None,
+    group: Callable[[Name], object] = lambda name: None,
     pause: float = 0.0,
 ) -> dict[Name, Latency]:
-    """Time functions in turn: one call of each a round, in an order that changes.
+    """Time functions in turn: one call of each a round, group after group, in an order that changes.
 
     Args:
         runs: name → what is timed, to its end.
         batch: images in a call, for the result.
         seconds: about how long the slowest is timed, at least ``MIN_ROUNDS`` calls. All get as many calls.
         rounds: exactly so many calls of each instead.
-        pause: seconds of rest before each call: threads of one runtime go on spinning after a call, on the cores of
+        group: of a name: what must not be timed right after another group.
+        pause: seconds of rest before each group: threads of one runtime go on spinning after a call, on the cores of
             the next.
     """
 
     def timed(run: Callable[[], object]) -> float:
-        if pause:
-            time.sleep(pause)
         begin = time.perf_counter()
         run()
         return time.perf_counter() - begin
 
+    groups: dict[object, list[Name]] = {}
+    for name in runs:
+        groups.setdefault(group(name), []).append(name)
+    # Of one group there is nothing to rest from.
+    pause *= len(groups) > 1
     warm = {name: min(timed(run) for _ in range(WARM_UP_ROUNDS)) for name, run in runs.items()}
     if rounds is None:
-        slowest = max(*warm.values(), 1e-6)
+        slowest = max(*warm.values(), pause, 1e-6)
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(seconds / slowest)))
     samples: dict[Name, list[float]] = {name: [] for name in runs}
-    orders = itertools.cycle(_rotations(list(runs)))
+    orders = itertools.cycle(_rotations(list(groups)))
+    within = {key: itertools.cycle(_rotations(names)) for key, names in groups.items()}
     for order in itertools.islice(orders, rounds):
-        for name in order:
-            samples[name].append(timed(runs[name]))
+        for key in order:
+            time.sleep(pause)
+            for name in next(within[key]):
+                samples[name].append(timed(runs[name]))
     return {name: _summary(batch, values) for name, values in samples.items()}
 
 
@@ -298,23 +318,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _example(model: nn.Module, input_shape: Sequence[int], batch: int) -> Tensor:
     """Normal noise [batch, *input_shape] in the model's own dtype and on its device; the values do not matter."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    noise = torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0))
-    return noise.to(device=like.device, dtype=like.dtype)
-
-
-@contextmanager
-def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every submodule has its own mode again."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    return as_input(model, torch.randn(batch, *input_shape, generator=torch.Generator().manual_seed(0)))
 
 
 @contextmanager

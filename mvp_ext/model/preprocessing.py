@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mvp_ext.model.ends import built_for
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -48,13 +50,10 @@ class Preprocessing:
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing:
-        """As timm declares it: from ``pretrained_cfg`` and, for a ViT built with ``img_size``, its patch embedding."""
+        """As timm declares it in ``pretrained_cfg``, for the size that the model was built for, if it was for one."""
         config: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-        size = int(tuple(config.get("input_size", (3, 224, 224)))[-1])
-        patch_embed = getattr(model, "patch_embed", None)
-        if patch_embed is not None and getattr(patch_embed, "img_size", None) is not None:
-            size = int(patch_embed.img_size[0])
-        return cls(size, tuple(config.get("mean", cls.mean)), tuple(config.get("std", cls.std)))
+        size, _ = built_for(model) or tuple(config.get("input_size", (3, 224, 224)))[-2:]
+        return cls(int(size), tuple(config.get("mean", cls.mean)), tuple(config.get("std", cls.std)))
 
     def declare(self, model: nn.Module, class_names: Sequence[str] = ()) -> None:
         """Write this into ``model.pretrained_cfg``, so that ``timm.data.resolve_data_config`` gives it.

@@ -159,6 +159,9 @@ class Structure:
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
+        memory: dict[Any, list[str]] = {}
+        for name, tensor in state.items():
+            memory.setdefault(storage_of(tensor), []).append(name)
         for layer in self:
             for cut in layer.slices:
                 tensor = state.get(cut.tensor)
@@ -177,6 +180,11 @@ class Structure:
                     raise UnsupportedModelError(
                         f"{cut.tensor}: the same tensor is also {shared[-1]}; shared weights cannot be cut"
                     )
+                for other in memory[storage_of(tensor)]:
+                    if other != cut.tensor and _overlap(tensor, state[other]):
+                        raise UnsupportedModelError(
+                            f"{cut.tensor}: its memory is also that of {other}; shared weights cannot be cut"
+                        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back."""
@@ -199,3 +207,28 @@ class Structure:
             return Structure(**{**data, "layers": layers})
         except (TypeError, KeyError) as error:
             raise ValueError(f"Structure.from_dict: not a description of a structure ({error})") from error
+
+
+def storage_of(tensor: Tensor) -> tuple[str, int] | None:
+    """The memory that a tensor lies in; None where that says nothing (meta tensors, sparse ones)."""
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return None
+    try:
+        return str(tensor.device), tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage may have a place in common. Those of one flat buffer need not."""
+    if storage_of(a) is None:
+        return False
+    (a0, a1), (b0, b1) = (
+        (
+            t.storage_offset() * t.itemsize,
+            (t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1)
+            * t.itemsize,
+        )
+        for t in (a, b)
+    )
+    return a0 < b1 and b0 < a1 and a.numel() > 0 and b.numel() > 0

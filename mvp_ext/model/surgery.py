@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.families import SCOPES, find_structure
+from mvp_ext.model.holders import Holders, check_others, check_wrappers, is_held
 from mvp_ext.model.mask import Mask, RowsCols
 from mvp_ext.model.scatter_block import ScatterBlock
 from mvp_ext.model.structure import Structure, UnsupportedModelError
@@ -21,8 +23,8 @@ def prune_model(
     mask: Mask,
     *,
     structure: Structure | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    ema: nn.Module | None = None,
+    optimizer: Any = None,
+    ema: Any = None,
 ) -> nn.Module:
     """Remove, in place, every unit that ``mask`` does not keep: the tensors really become smaller.
 
@@ -30,120 +32,140 @@ def prune_model(
     blocks whose last convolution was cut). It can be pruned again, with the structure found anew and
     ``Mask.compose`` to say what is left of the first model.
 
-    Parameters that shrink are NEW ``nn.Parameter`` objects. They take the old ones' place in the optimizer's
-    groups, with their gradient and every state tensor of the parameter's shape (momentum, exp_avg, …) cut
-    alike; step counts and learning rates stay, so training goes on as if the removed units had been masked,
-    and a scheduler needs nothing. Hooks on the parameters themselves are lost. Either everything is cut or,
-    on an error, nothing.
+    Parameters that shrink are NEW ``nn.Parameter`` objects. Everything that the optimizers lead to is looked through:
+    whatever has an old parameter gets the new one, in its place (groups, states, nested optimizers, lists, closures of
+    hooks), and every state of a parameter's shape (momentum, exp_avg, …) is cut alike; step counts and learning
+    rates stay, so training goes on as if the removed units had been masked. Groups, lists and dictionaries stay the
+    same objects: a scheduler needs nothing. Gradients, hooks and marks on the parameters go over to the new ones.
+    Either everything is cut or, on an error, nothing is changed.
+
+    What torch.compile or DataParallel made is cut inside and goes on. DistributedDataParallel and FSDP are refused:
+    cut first, then wrap. The page "Optimizers and surgery" says which optimizers can be cut.
 
     Args:
         model: dense or already pruned.
         mask: of exactly the layers that ``find_structure`` finds in the model.
         structure: of the model as it is now; None finds it.
-        optimizer: whatever trains the model; None if nothing does.
+        optimizer: whatever trains the model: an optimizer, one in a wrapper (Lookahead, SAM), or a list of them. None
+            if nothing does; a live optimizer of the model is then warned of, unless this is an empty list.
         ema: a model average to cut alike: the model itself, or a wrapper with it in ``.module`` (timm's
-            ModelEmaV3, torch's AveragedModel).
+            ModelEmaV3, torch's AveragedModel). A second one: ``prune_model(second.module, mask)``.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the mask does not fit the model.
-        UnsupportedModelError: the structure is not the model's (or its average's) as it is now, or the optimizer keeps
-            a state that cannot be cut.
+        TypeError: the optimizer is none, or the average no model.
+        ValueError: the mask does not fit the model, or an optimizer has none of its parameters.
+        UnsupportedModelError: the structure is not the model's (or its average's) as it is now; the optimizer keeps
+            something that cannot be cut, or another one was not given; the model is distributed.
     """
-    structure = structure or structure_for(model, mask)
-    plans = [_Plan(model, structure, mask, optimizer)]
-    if ema is not None:
-        inside = getattr(ema, "module", None)
-        plans.append(_Plan(inside if isinstance(inside, nn.Module) else ema, structure, mask, None))
-    for plan in plans:
-        plan.apply()
+    inner = unwrapped(model)
+    check_wrappers(model, inner, "model")
+    average = None if ema is None else _average(ema, inner)
+    structure = structure or structure_for(inner, mask)
+    several = isinstance(optimizer, (list, tuple))
+    optimizers = list(optimizer) if several else [] if optimizer is None else [optimizer]
+    names = [f"optimizer[{i}]" if several else "optimizer" for i in range(len(optimizers))]
+    held = is_held(inner)
+    plan = _Plan(inner, structure, mask, list(zip(names, optimizers, strict=True)))
+    if held and (optimizers or not several):
+        check_others(plan.holders, named=bool(optimizers))
+    plans = [plan, *([] if average is None else [_Plan(average, structure, mask, [])])]
+    packed = [each.pack() for each in plans]
+    for each, tensors in zip(plans, packed, strict=True):
+        each.apply(tensors)
     return model
+
+
+def _average(ema: Any, model: nn.Module) -> nn.Module:
+    """The model that a moving average is kept in."""
+    average = ema if isinstance(ema, nn.Module) else getattr(ema, "ema", None)
+    inside = getattr(average, "module", None)
+    average = inside if isinstance(inside, nn.Module) else average
+    if not isinstance(average, nn.Module):
+        raise TypeError(
+            f"prune_model: ema: expected a model, or a wrapper with one in .module, got {type(ema).__name__}"
+        )
+    check_wrappers(average, unwrapped(average), "ema")
+    if unwrapped(average) is model:
+        raise ValueError(
+            "prune_model: ema: expected another model than the one that is trained, got the same"
+        )
+    return unwrapped(average)
 
 
 def structure_for(model: nn.Module, mask: Mask) -> Structure:
     """The structure of ``model`` whose layers are the mask's; ValueError if no scope has them."""
+    reason = ""
     for scope in SCOPES:
         try:
             structure = find_structure(model, scope)
+        except UnsupportedModelError as error:
+            reason = f"; {error}"
+            continue
         except ValueError:
             continue
         if set(structure.names) == set(mask.layers):
             return structure
     # A model with a part that is not understood says so.
     find_structure(model)
-    raise ValueError(f"no scope of this model has the layers of the mask ({', '.join(mask.layers)})")
+    raise ValueError(f"no scope of this model has the layers of the mask ({', '.join(mask.layers)}){reason}")
 
 
 class _Plan:
-    """Everything that one model's surgery replaces, checked and cut before the first change."""
+    """Everything that one model's surgery replaces, checked before the first change."""
 
     def __init__(
-        self, model: nn.Module, structure: Structure, mask: Mask, optimizer: torch.optim.Optimizer | None
+        self, model: nn.Module, structure: Structure, mask: Mask, optimizers: Sequence[tuple[str, Any]]
     ) -> None:
-        self.model, self.structure, self.mask, self.optimizer = model, structure, mask, optimizer
+        self.model, self.structure, self.mask = model, structure, mask
         self.index = mask.index_in(structure)
         structure.check(model)
         self.tensors: list[Tensor] = []
         self.kept: list[RowsCols] = []
+        self.small: list[Tensor] = []
         state = model.state_dict(keep_vars=True)
-        for name, kept in self.index.items():
-            tensor = state[name]
-            self._add(tensor.detach(), kept)
-            if tensor.grad is not None:
-                self._add(tensor.grad, kept)
-            for _, value in self._state_tensors(name, tensor):
-                self._add(value, kept)
         self.old = {name: state[name] for name in self.index}
-        with torch.no_grad():
-            self.packed = _pack(self.tensors, self.kept)
+        self.holders = Holders(model, self.index, self._add)
+        self.holders.search(optimizers)
+        # Of every old tensor: its values, its gradient, and what others left on it, like "no weight decay".
+        self.cut = {
+            name: (
+                self._add(old.detach(), self.index[name]),
+                None if old.grad is None else self._add(old.grad, self.index[name]),
+                self.holders.marks(name, old),
+            )
+            for name, old in self.old.items()
+        }
 
-    def _add(self, tensor: Tensor, kept: RowsCols) -> None:
+    def _add(self, tensor: Tensor, kept: RowsCols) -> Callable[[], Tensor]:
+        """Have a tensor cut; what is returned gives it, once it is."""
+        number = len(self.tensors)
         self.tensors.append(tensor)
         self.kept.append(kept)
+        return lambda: self.small[number]
 
-    def _state_tensors(self, name: str, parameter: Tensor) -> list[tuple[str, Tensor]]:
-        """The optimizer's state tensors of a parameter that have its shape."""
-        if self.optimizer is None:
-            return []
-        found = []
-        for key, value in self.optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor) or value.ndim == 0:
-                continue
-            if value.shape != parameter.shape:
-                raise UnsupportedModelError(
-                    f"optimizer {type(self.optimizer).__name__}: state {key!r} of {name}: expected a number or shape "
-                    f"{tuple(parameter.shape)}, got {tuple(value.shape)}, which cannot be cut"
-                )
-            found.append((key, value))
-        return found
+    def pack(self) -> list[Tensor]:
+        """The small tensors, in the order in which they were added. Changes nothing."""
+        with torch.no_grad():
+            return _pack(self.tensors, self.kept)
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Put every packed tensor in its place: a parameter, then its gradient and states, as they were listed."""
-        packed = iter(self.packed)
-        replaced: dict[Tensor, nn.Parameter] = {}
+    def apply(self, packed: list[Tensor]) -> None:
+        """Put every small tensor in its place."""
+        self.small = packed
         for name, old in self.old.items():
-            states = self._state_tensors(name, old)
-            tensor = next(packed)
+            tensor, grad, marks = self.cut[name]
             owner, leaf = _owner(self.model, name)
+            new: Tensor
             if isinstance(old, nn.Parameter):
-                new = nn.Parameter(tensor, requires_grad=old.requires_grad)
-                # Marks that others left on it, like "no weight decay".
-                new.__dict__.update(old.__dict__)
-                new.grad = next(packed) if old.grad is not None else None
-                if self.optimizer is not None and old in self.optimizer.state:
-                    state = self.optimizer.state.pop(old)
-                    state.update({key: next(packed) for key, _ in states})
-                    self.optimizer.state[new] = state
-                replaced[old] = new
-                owner._parameters[leaf] = new
+                owner._parameters[leaf] = new = nn.Parameter(tensor(), requires_grad=old.requires_grad)
+                new.grad = None if grad is None else grad()
             else:
-                owner._buffers[leaf] = tensor
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
-                group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+                new = owner._buffers[leaf] = tensor()
+            self.holders.replace(old, new, marks)
+        self.holders.apply()
         for path in {name.rpartition(".")[0] for name in self.index}:
             _set_sizes(self.model.get_submodule(path))
         for layer in self.structure:
@@ -191,6 +213,17 @@ def _pack(tensors: Sequence[Tensor], kept: Sequence[RowsCols]) -> list[Tensor]:
     """The kept rows and columns of each tensor, in its own memory format: one native call for a model."""
     if not tensors:
         return []
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        # An optimizer's states may lie elsewhere.
+        packed: list[Any] = [None] * len(tensors)
+        for device in devices:
+            there = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+            for i, small in zip(
+                there, _pack([tensors[i] for i in there], [kept[i] for i in there]), strict=True
+            ):
+                packed[i] = small
+        return packed
     # The tensors of a model share few index tensors: each is moved once.
     moved: dict[int, Tensor] = {}
     for index in (index for pair in kept for index in pair if index is not None):
@@ -230,6 +263,7 @@ def masked_model(model: nn.Module, mask: Mask, *, structure: Structure | None = 
     Raises:
         ValueError: the mask does not fit the model.
     """
+    model = unwrapped(model)
     structure = structure or structure_for(model, mask)
     mask.check(structure)
     masked = copy.deepcopy(model)

@@ -13,6 +13,11 @@ def positions(index: Tensor, block: int) -> Tensor:
     return (index[:, None] * block + torch.arange(block, device=index.device, dtype=index.dtype)).flatten()
 
 
+def select(tensor: Tensor, dim: int, index: Tensor | None, block: int = 1) -> Tensor:
+    """The kept blocks of a dimension; all of it without an index. By torch's own op, which every transform knows."""
+    return tensor if index is None else tensor.index_select(dim, positions(index, block))
+
+
 def scatter_back(
     part: Tensor,
     shape: tuple[int, ...],

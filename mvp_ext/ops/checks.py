@@ -5,7 +5,10 @@ TypeError for a wrong kind or dtype, ValueError for a wrong shape, range or devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,12 +78,76 @@ def check_index(op: str, name: str, index: Tensor | None, block: int, size: int,
     return index.shape[0] * block
 
 
-def check_bias(op: str, bias: Tensor | None, weight: Tensor) -> None:
-    """None, or a vector with an entry for each output of the weight."""
+def check_bias(
+    op: str,
+    bias: Tensor | None,
+    weight: Tensor,
+    *,
+    name: str = "bias",
+    size: int | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> None:
+    """None, or a vector with an entry for each output of the weight (or ``size`` of them), of its dtype by default."""
     if bias is not None:
-        check_tensor(op, "bias", bias, ndim=1, dtypes=(weight.dtype,), device=weight.device)
-        if bias.shape[0] != weight.shape[0]:
-            check_shape(op, "bias", bias, (weight.shape[0],), "[O]")
+        check_tensor(op, name, bias, ndim=1, dtypes=dtypes or (weight.dtype,), device=weight.device)
+        size = weight.shape[0] if size is None else size
+        if bias.shape[0] != size:
+            check_shape(op, name, bias, (size,), "[O]")
+
+
+def check_range(
+    op: str, name: str, index: Tensor | None, size: int, *, noun: str = "values", unique: bool = False
+) -> None:
+    """Values of an index in [0, size), none of them twice if ``unique``; ``noun`` is the error's word for them.
+
+    Where they can be read without waiting for a device: so only to explain an error, or where no kernel looks.
+    """
+    if index is None or not index.is_cpu or torch.compiler.is_compiling():
+        return
+    try:
+        units = index.tolist()
+    except (RuntimeError, AssertionError):  # a fake tensor, or one of many under vmap
+        return
+    for unit in units:
+        if not 0 <= unit < size:
+            raise ValueError(f"{op}: {name}: expected {noun} in [0, {size}), got {unit}")
+    if unique and len(set(units)) < len(units):
+        twice = next(unit for at, unit in enumerate(units) if unit in units[:at])
+        raise ValueError(f"{op}: {name}: expected no index twice, got {twice} again")
+
+
+def check_int(op: str, name: str, value: Any) -> int:
+    """``value`` as an int, from whatever is an integer: numpy's, and torch's symbols; not a bool."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    raise TypeError(f"{op}: {name}: expected an int, got {value!r}")
+
+
+def check_float(op: str, name: str, value: Any) -> float:
+    """``value`` as a float, from whatever is a real number: numpy's, and torch's symbols; not a bool."""
+    if isinstance(value, (float, torch.SymFloat)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    raise TypeError(f"{op}: {name}: expected a number, got {value!r}")
+
+
+def plain_numbers(instance: Any) -> None:
+    """A frozen dataclass's numbers of numpy as Python's, which JSON knows."""
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):
+            plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+            object.__setattr__(instance, field.name, plain)
+
+
+def renamed(error: Exception, op: str, names: Mapping[str, str]) -> Exception:
+    """The error of an op that another op called, as one of the op that the user called, with its argument's name."""
+    head, _, message = str(error).partition(": ")
+    name, _, rest = message.partition(": ")
+    return type(error)(f"{op}: {names.get(name, name)}: {rest}" if rest else f"{op}: {message or head}")
 
 
 def autocast_is_on(tensor: Tensor) -> bool:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from types import NoneType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,22 +28,67 @@ def define(schema: str, *, fake: Callable[..., Any], run: Callable[..., Any]) ->
     its device; it also gives the op its gradient, if there is one, by an autograd.Function.
     """
     name, _, parameters = schema.partition(" -> ")[0].partition("(")
+    user_op = name.removesuffix("_gelu")
     kinds = [text.split()[0] for text in parameters.split(",")]
+    names = [text.split()[1].rstrip(")") for text in parameters.split(",")]
     single = [at for at, kind in enumerate(kinds) if kind in ("Tensor", "Tensor?")]
     lists = [at for at, kind in enumerate(kinds) if kind.startswith("Tensor") and kind.endswith("[]")]
+
+    def check(arguments: tuple[Any, ...]) -> None:
+        """No kernel reads or writes where a tensor has no memory."""
+        for at in single:
+            if not _has_memory(arguments[at]):
+                raise _freed(user_op, names[at])
+        for at in lists:
+            for number, tensor in enumerate(arguments[at]):
+                if not _has_memory(tensor):
+                    raise _freed(user_op, f"{names[at]}[{number}]")
+
+    def run_safely(*arguments: Any) -> Any:
+        check(arguments)
+        return run(*arguments)
+
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
+        _library.impl(name, run_safely, key)
     torch.library.register_fake(f"mvp_ext::{name}", fake, lib=_library)
     op = getattr(torch.ops.mvp_ext, name).default
 
     def call(*arguments: Any) -> Any:
         if not dispatch_is_observed() and _are_plain(arguments, single, lists):
-            return run(*arguments)
-        with torch.no_grad():
-            return op(*arguments)
+            try:
+                check(arguments)
+            except NotImplementedError:
+                pass  # no storage: one of many tensors in a batch of gradients
+            else:
+                return run(*arguments)
+        try:
+            with torch.no_grad():
+                return op(*arguments)
+        except AssertionError as error:
+            if "FakeTensor" not in str(error):
+                raise
+            raise ValueError(f"{user_op}: expected fake tensors or real ones, got both: {error}") from error
 
     return call
+
+
+def _has_memory(tensor: Tensor | None) -> bool:
+    """False of a tensor whose storage was freed (``untyped_storage().resize_(0)``)."""
+    return tensor is None or bool(tensor.untyped_storage().data_ptr()) or tensor.numel() == 0
+
+
+def check_memory(op: str, **tensors: Tensor | None) -> None:
+    """For an op whose tensors torch's own ops read, which do not look. Tensors that are not plain are theirs."""
+    if not dispatch_is_observed():
+        for name, tensor in tensors.items():
+            plain = tensor is not None and type(tensor) in _PLAIN and (tensor.is_cpu or tensor.is_cuda)
+            if plain and not _has_memory(tensor):
+                raise _freed(op, name)
+
+
+def _freed(op: str, argument: str) -> ValueError:
+    return ValueError(f"{op}: {argument}: expected a tensor with memory, got one whose storage was freed")
 
 
 def _private(name: str) -> Callable[[], object]:
@@ -60,6 +104,7 @@ def _private(name: str) -> Callable[[], object]:
 _function_modes = _private("_C._len_torch_function_stack")
 _dispatch_modes = _private("_C._len_torch_dispatch_stack")
 _functorch_transform = _private("_C._functorch.peek_interpreter_stack")
+functorch_is_active = _private("_C._are_functorch_transforms_active")  # the one that torch.compile knows
 _profiler = _private("autograd._profiler_enabled")
 _jit_trace = _private("_C._is_tracing")
 
@@ -87,28 +132,58 @@ else:
         return True
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through the op's autograd.Function, which also refuses the tangents of forward-mode AD."""
+def derivative_by(*tensors: Tensor | None) -> Literal["function", "formula"] | None:
+    """How the derivatives of an op in these tensors come about; None: nobody asks for any, the op is called alone.
+
+    "function": by an autograd.Function. Forward-mode AD and torch.func's transforms pass by those, silently; for them
+    the op is computed by a "formula" of torch's own ops, which know every transform.
+    """
+    transformed = functorch_is_active()
+    if forward_ad_is_on() or (transformed and (torch.compiler.is_compiling() or not _is_only_mapped())):
+        return "formula"
     if torch.is_grad_enabled():
         for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return forward_ad_is_on()
+            if tensor is not None and (
+                tensor.requires_grad or (transformed and _unwrapped(tensor).requires_grad)
+            ):
+                return "formula" if transformed else "function"
+    return None
+
+
+def _is_only_mapped() -> bool:
+    """Whether vmap is the only transform at work; False where this version of torch does not tell."""
+    functorch = torch._C._functorch
+    names = ("get_interpreter_stack", "is_functorch_wrapped_tensor", "get_unwrapped")
+    return all(hasattr(functorch, name) for name in names) and all(
+        level.key().name == "Vmap" for level in functorch.get_interpreter_stack() or ()
+    )
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """What vmap was given: the tensors that it hands on never say that they require a gradient."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 # No subclass, whose __torch_function__ or __torch_dispatch__ would see the call.
-_PLAIN = frozenset((Tensor, Parameter, NoneType))
+_PLAIN = frozenset((Tensor, Parameter))
 
 
 def _are_plain(arguments: tuple[Any, ...], single: list[int], lists: list[int]) -> bool:
-    """Whether all tensors are as torch makes them. ``single``, ``lists``: where to find tensors, and lists of them."""
+    """Whether all tensors are as torch makes them. ``single``, ``lists``: where to find tensors, and lists of them.
+
+    Not plain is also the imaginary part of a conjugate, whose sign is a bit that the dispatcher knows.
+    """
     first = arguments[0]
     for at in single:
-        if type(arguments[at]) not in _PLAIN:
+        tensor = arguments[at]
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     for at in lists:
-        if not _PLAIN.issuperset(map(type, arguments[at])):
-            return False
+        for tensor in arguments[at]:
+            if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+                return False
     if lists and lists[0] == 0:
         first = first[0]
     return bool(first.is_cpu or first.is_cuda)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mvp_ext.ops._native import native
-from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor, same_kind
+from mvp_ext.ops.checks import FLOATS, check_int, check_shape, check_tensor, same_kind
 from mvp_ext.ops.define import define
 from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda, reject_float64
 
@@ -45,14 +45,19 @@ def importance(
     known = kind != "activation" and same_kind(a, grad)
     if not known:
         check_tensor("importance", "a", a, dtypes=FLOATS)
+    dim = check_int("importance", "dim", dim)
     if not -a.ndim < dim < a.ndim or dim == 0:
         raise ValueError(
             f"importance: dim: expected a dimension of a after the batch, got {dim} for {a.ndim} dimensions"
         )
     dim %= a.ndim
     channels = a.shape[dim]
-    if heads is not None and (heads < 1 or channels % heads):
-        raise ValueError(f"importance: heads: expected a divisor of a.shape[{dim}] = {channels}, got {heads}")
+    if heads is not None:
+        heads = check_int("importance", "heads", heads)
+        if heads < 1 or channels % heads:
+            raise ValueError(
+                f"importance: heads: expected a divisor of a.shape[{dim}] = {channels}, got {heads}"
+            )
     if kind == "activation":
         grad = None
     elif grad is None:

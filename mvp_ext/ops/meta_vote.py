@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mvp_ext.ops._native import native
-from mvp_ext.ops.checks import FLOATS, check_shape, check_tensor
+from mvp_ext.ops.checks import FLOATS, check_float, check_int, check_shape, check_tensor
 from mvp_ext.ops.define import define
 from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda
-from mvp_ext.ops.vote import Vote, kept_units
+from mvp_ext.ops.vote import Vote, as_ints, count_kept
 
 
 def meta_vote(
@@ -74,16 +74,19 @@ def meta_vote(
                 )
             check_shape("meta_vote", "prior", prior, (targets, units), "[T, U]")
         prior = _contiguous_f32(prior)
+    layers = as_ints("meta_vote", "layers", layers)
     if sum(layers) != units:
         raise ValueError(f"meta_vote: layers: expected a sum of {units} (masks.shape[1]), got {sum(layers)}")
-    kept = kept_units(layers, keep, align)
+    kept = count_kept("meta_vote", layers, keep, align)
     if temperature is None:
         seed = 0
     else:
+        temperature = check_float("meta_vote", "temperature", temperature)
         if not 1e-30 <= temperature < float("inf"):
             raise ValueError(f"meta_vote: temperature: expected a number in [1e-30, inf), got {temperature}")
         if seed is None:
             raise ValueError("meta_vote: seed: expected an int where temperature is given, got None")
+        seed = check_int("meta_vote", "seed", seed)
         if not 0 <= seed < 2**63:
             raise ValueError(f"meta_vote: seed: expected an int in [0, 2**63), got {seed}")
     mask, index, votes = meta_vote_op(masks.contiguous(), weights, prior, layers, kept, temperature, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def unpack(packed: Sequence[Tensor], out: Sequence[Tensor], rows: Indices, cols:
 
     Args:
         packed: P tensors [K_rows, K_cols, ...], with the dtypes of ``out``.
-        out: P full tensors, changed in place (also parameters that require a gradient). They must not overlap.
+        out: P full tensors, changed in place (also parameters that require a gradient), none in the memory of another.
         rows, cols: as for ``pack``, but without repeats. On a GPU repeats are not noticed: one of the values wins.
 
     Raises:
@@ -63,8 +64,18 @@ def unpack(packed: Sequence[Tensor], out: Sequence[Tensor], rows: Indices, cols:
     for p, (part, full, r, c) in enumerate(zip(packed, out, rows, cols, strict=True)):
         check_tensor("unpack", f"packed[{p}]", part, dtypes=(full.dtype,), device=full.device)
         check_packed_shape("unpack", f"packed[{p}]", part, full, r, c)
-    if out:
+    if not out:
+        return
+    if torch.compiler.is_compiling() or not any(full.is_neg() for full in out):
         _unpack_op(packed, out, rows, cols)
+        return
+    # The dispatcher, which resolves negative bits elsewhere, does not in tensors that are written.
+    resolved = [full.detach().resolve_neg() for full in out]
+    _unpack_op(packed, resolved, rows, cols)
+    with torch.no_grad():
+        for full, written in zip(out, resolved, strict=True):
+            if full.is_neg():
+                full.copy_(written)
 
 
 def check_slices(
@@ -204,11 +215,37 @@ def _unpack_fake(
     return None
 
 
+def _check_overlap(out: list[Tensor]) -> None:
+    """No element is written by two: which one would win is left to chance. Before anything is written."""
+    spans = []
+    for p, tensor in enumerate(out):
+        if tensor.numel() == 0:
+            continue
+        if dense(tensor) is tensor:
+            start = tensor.data_ptr()
+            spans.append((start, start + tensor.numel() * tensor.itemsize, p))
+        elif any(
+            size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ):
+            raise ValueError(f"unpack: out[{p}]: expected a place for each element, got an expanded tensor")
+    spans.sort()
+    for (_, end, p), (start, _, q) in pairwise(spans):
+        if start < end:
+            raise ValueError(f"unpack: out[{q}]: expected memory of its own, got some of out[{p}]'s")
+
+
+def _apart(packed: list[Tensor], out: list[Tensor]) -> list[Tensor]:
+    """``packed`` without memory of ``out``, which is read while that is written."""
+    written = {tensor.untyped_storage().data_ptr() for tensor in out}
+    return [part.clone() if part.untyped_storage().data_ptr() in written else part for part in packed]
+
+
 def _unpack(
     packed: list[Tensor], out: list[Tensor], rows: list[Tensor | None], cols: list[Tensor | None]
 ) -> None:
+    _check_overlap(out)
     full = [dense(t) for t in out]
-    parts = dense_like(packed, full)
+    parts = dense_like(_apart(packed, out), full)
     arguments = ([_as_bits(p) for p in parts], rows, cols, [_as_bits(f) for f in full])
     if on_cuda(out[0]):
         cuda_kernels().unpack_cuda(*arguments, *device_and_stream(out[0]))

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvp_ext.ops.blocks import scatter_back
-from mvp_ext.ops.checks import FLOATS, autocast_is_on, check_bias, check_index, check_tensor
-from mvp_ext.ops.define import needs_gradient
-from mvp_ext.ops.pack import pack_op
+from mvp_ext.ops.blocks import select
+from mvp_ext.ops.checks import (
+    FLOATS,
+    autocast_is_on,
+    check_bias,
+    check_index,
+    check_int,
+    check_range,
+    check_tensor,
+    renamed,
+)
+from mvp_ext.ops.define import check_memory, derivative_by, functorch_is_active
+from mvp_ext.ops.pack import is_channels_last, pack_op
 
 
 def pruned_conv2d(
@@ -44,57 +53,85 @@ def pruned_conv2d(
     """
     op = "pruned_conv2d"
     check_tensor(op, "x", x, ndim=4, dtypes=FLOATS)
-    mixed = autocast_is_on(x)  # then conv2d itself casts
-    check_tensor(op, "weight", weight, ndim=4, dtypes=FLOATS if mixed else (x.dtype,), device=x.device)
+    mixed = autocast_is_on(x) and x.dtype is not torch.float64  # then conv2d itself casts
+    dtypes = FLOATS if mixed else (x.dtype,)
+    check_tensor(op, "weight", weight, ndim=4, dtypes=dtypes, device=x.device)
     filters, channels = weight.shape[:2]
-    check_bias(op, bias, weight)
+    check_bias(op, bias, weight, dtypes=dtypes)
     kept_filters = check_index(op, "out_index", out_index, 1, filters, x.device)
     kept = check_index(op, "in_index", in_index, 1, channels, x.device)
     if x.shape[1] != kept:
         raise ValueError(
             f"{op}: x: expected shape [B, K, height, width] with K = {kept}, got {tuple(x.shape)}"
         )
-    if filters and channels and not (kept and kept_filters):
-        # The library refuses to convolve nothing, but knows the size of what comes out.
-        one = F.conv2d(
-            x.new_zeros(0, 1, *x.shape[2:]), weight.detach()[:1, :1], None, stride, padding, dilation
+    check_memory(op, x=x, weight=weight, bias=bias)
+    stride, dilation = _pair("stride", stride, 1), _pair("dilation", dilation, 1)
+    if not isinstance(padding, str):
+        padding = _pair("padding", padding, 0)
+    elif padding not in ("same", "valid"):
+        raise ValueError(f'{op}: padding: expected numbers, "same" or "valid", got {padding!r}')
+    elif padding == "same" and stride != (1, 1):
+        raise ValueError(f'{op}: stride: expected 1 beside padding = "same", got {stride}')
+    size = [
+        _output_size(
+            x.shape[d + 2],
+            weight.shape[d + 2],
+            stride[d],
+            padding if isinstance(padding, str) else padding[d],
+            dilation[d],
         )
-        shape = (x.shape[0], kept_filters, *one.shape[2:])
-        return (
-            x.new_zeros(shape)
-            if bias is None
-            else _cut(bias, out_index, None)[:, None, None].expand(shape).clone()
+        for d in (0, 1)
+    ]
+    if min(size) < 1:
+        raise ValueError(
+            f"{op}: x: expected at least the height and width that the kernel covers, got {tuple(x.shape)}"
         )
     bias = None if bias is None else _cut(bias, out_index, None)
+    if not (kept and kept_filters):
+        # The library refuses to convolve nothing. The sums of nothing tie the result to what it has gradients for.
+        dtype = torch.get_autocast_dtype(x.device.type) if mixed else x.dtype
+        y = x.new_zeros((x.shape[0], kept_filters, *size)) + x[:0].sum() + weight[:0].sum()
+        return (y if bias is None else y + bias[:, None, None]).to(dtype)
     return F.conv2d(x, _cut(weight, out_index, in_index), bias, stride, padding, dilation)
+
+
+def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    """The same for height and width, or one for each; at least ``least``."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    numbers = [check_int("pruned_conv2d", name, number) for number in values]
+    if len(numbers) not in (1, 2) or min(numbers) < least:
+        raise ValueError(f"pruned_conv2d: {name}: expected 1 or 2 numbers >= {least}, got {value}")
+    return numbers[0], numbers[-1]
+
+
+def _output_size(size: int, kernel: int, stride: int, padding: int | str, dilation: int) -> int:
+    if padding == "same":
+        return size
+    padded = size if isinstance(padding, str) else size + 2 * padding
+    return (padded - dilation * (kernel - 1) - 1) // stride + 1
 
 
 def _cut(tensor: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> Tensor:
     """tensor[out][:, in], differentiable."""
     if out_index is None and in_index is None:
         return tensor
-    if out_index is not None and in_index is None and tensor.is_contiguous():
+    by_torch = (
+        functorch_is_active()
+        or derivative_by(tensor) is not None
+        or (in_index is None and tensor.is_contiguous())
+    )
+    if not by_torch:
         try:
-            return tensor.index_select(0, out_index)
-        except (IndexError, RuntimeError):
-            pass  # an index out of range: the error of pack says which
-    if needs_gradient(tensor):
-        return _Cut.apply(tensor, out_index, in_index)
-    return _cut_copy(tensor, out_index, in_index)
-
-
-class _Cut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> Tensor:
-        ctx.save_for_backward(out_index, in_index)
-        ctx.shape = tensor.shape
-        return _cut_copy(tensor, out_index, in_index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return scatter_back(grad, ctx.shape, *ctx.saved_tensors), None, None
-
-
-def _cut_copy(tensor: Tensor, out_index: Tensor | None, in_index: Tensor | None) -> Tensor:
-    (part,) = pack_op([tensor], [out_index], [in_index])
-    return part
+            (part,) = pack_op([tensor], [out_index], [in_index])
+        except ValueError as error:
+            names = {"rows[0]": "out_index", "cols[0]": "in_index", "tensors[0]": "weight"}
+            raise renamed(error, "pruned_conv2d", names) from error
+        return part
+    try:
+        part = select(select(tensor, 0, out_index), 1, in_index)
+    except (IndexError, RuntimeError):
+        check_range("pruned_conv2d", "out_index", out_index, tensor.shape[0], noun="indices")
+        if in_index is not None:
+            check_range("pruned_conv2d", "in_index", in_index, tensor.shape[1], noun="indices")
+        raise
+    return part.contiguous(memory_format=torch.channels_last) if is_channels_last(tensor) else part

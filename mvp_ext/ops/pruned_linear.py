@@ -14,9 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mvp_ext.ops._native import native
-from mvp_ext.ops.blocks import positions, scatter_back
-from mvp_ext.ops.checks import FLOATS, autocast_is_on, check_bias, check_index, check_shape, check_tensor
-from mvp_ext.ops.define import define, needs_gradient
+from mvp_ext.ops.blocks import positions, scatter_back, select
+from mvp_ext.ops.checks import (
+    FLOATS,
+    autocast_is_on,
+    check_bias,
+    check_index,
+    check_int,
+    check_range,
+    check_shape,
+    check_tensor,
+)
+from mvp_ext.ops.define import define, derivative_by
 from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda
 from mvp_ext.ops.pack import pack_op
 from mvp_ext.ops.pruned_linear_plan import (
@@ -78,22 +87,29 @@ def pruned_linear(
         raise ValueError(f'{op}: activation: expected None or "gelu", got {activation!r}')
     if activation is not None and residual is not None:
         raise ValueError(f"{op}: activation: expected None beside a residual, got {activation!r}")
-    if autocast_is_on(x) and x.dtype is not torch.float64:
-        return _autocast_linear(
-            x, weight, bias, out_index, in_index, out_block, in_block, residual, activation
-        )
-    check_tensor(op, "weight", weight, ndim=2, dtypes=(x.dtype,), device=x.device)
+    mixed = autocast_is_on(x) and x.dtype is not torch.float64
+    dtypes = FLOATS if mixed else (x.dtype,)
+    check_tensor(op, "weight", weight, ndim=2, dtypes=dtypes, device=x.device)
     rows, columns = weight.shape
-    check_bias(op, bias, weight)
+    check_bias(op, bias, weight, dtypes=dtypes)
+    if type(out_block) is not int or type(in_block) is not int:
+        out_block, in_block = check_int(op, "out_block", out_block), check_int(op, "in_block", in_block)
     check_index(op, "out_index", out_index, out_block, rows, x.device)
     inputs = check_index(op, "in_index", in_index, in_block, columns, x.device)
     if x.ndim == 0 or x.shape[-1] != inputs:
         raise ValueError(f"{op}: x: expected shape [..., K] with K = {inputs}, got {tuple(x.shape)}")
     if residual is not None:
-        check_tensor(op, "residual", residual, dtypes=(x.dtype,), device=x.device)
+        check_tensor(op, "residual", residual, dtypes=dtypes, device=x.device)
         check_shape(op, "residual", residual, (*x.shape[:-1], rows), "[..., O]")
+    if mixed:
+        return _autocast_linear(
+            x, weight, bias, out_index, in_index, out_block, in_block, residual, activation
+        )
     arguments = (x, weight, bias, out_index, in_index, out_block, in_block, residual)
-    if needs_gradient(x, weight, bias, residual):
+    way = derivative_by(x, weight, bias, residual)
+    if way == "formula":
+        return _formula(*arguments, activation == "gelu")
+    if way == "function":
         return (
             _PrunedLinear.apply(*arguments)
             if activation is None
@@ -138,6 +154,32 @@ def _autocast_linear(
         if on_cuda(residual) and residual.dtype in (torch.float32, torch.float16, torch.bfloat16):
             return residual_add(residual, y, kept, dim=-1)  # one pass; its CPU side wants no repeats
         return residual.index_add(-1, kept, y)
+
+
+def _formula(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+    residual: Tensor | None,
+    gelu: bool,
+) -> Tensor:
+    """The op in torch's own ops, for every transform that torch has."""
+    rows, columns = weight.shape
+    try:
+        weight = select(select(weight, 0, out_index, out_block), 1, in_index, in_block)
+        bias = None if bias is None else select(bias, 0, out_index, out_block)
+    except (IndexError, RuntimeError):
+        check_range("pruned_linear", "out_index", out_index, rows // out_block)
+        check_range("pruned_linear", "in_index", in_index, columns // in_block)
+        raise
+    y = F.linear(x, weight, bias)
+    if residual is None:
+        return F.gelu(y) if gelu else y
+    return residual + y if out_index is None else residual.index_add(-1, positions(out_index, out_block), y)
 
 
 class _PrunedLinear(torch.autograd.Function):
@@ -348,12 +390,13 @@ def _run_library(
             weight = _kept_part(weight, out_index, in_index, out_block, in_block)
     except (IndexError, RuntimeError, ValueError):
         # torch's messages name no argument; checking first costs more.
-        _check_range("out_index", out_index, weight.shape[0] // out_block)
-        _check_range("in_index", in_index, weight.shape[1] // in_block)
+        check_range("pruned_linear", "out_index", out_index, weight.shape[0] // out_block)
+        check_range("pruned_linear", "in_index", in_index, weight.shape[1] // in_block)
         raise
     y = F.linear(x, weight, bias)
     if residual is None:
         return y
+    residual = residual.contiguous()  # and so is the result, as it is from a kernel
     if out_index is None:
         return residual + y
     kept = positions(out_index, out_block)
@@ -374,14 +417,15 @@ def _kept_part(
     if rows is not None:
         weight = _kept_rows(weight, rows, row_block)
     if cols is not None and col_block > 1:
-        return weight.reshape(weight.shape[0], -1, col_block).index_select(1, cols).flatten(1)
+        blocks = weight.shape[1] // col_block  # not −1: no row may be kept
+        return weight.reshape(weight.shape[0], blocks, col_block).index_select(1, cols).flatten(1)
     return weight if cols is None else pack_op([weight], [None], [cols])[0]
 
 
 def _kept_rows(tensor: Tensor, rows: Tensor, block: int) -> Tensor:
     if block == 1:
         return tensor.index_select(0, rows)
-    return tensor.unflatten(0, (-1, block)).index_select(0, rows).flatten(0, 1)
+    return tensor.unflatten(0, (tensor.shape[0] // block, block)).index_select(0, rows).flatten(0, 1)
 
 
 def _kept_in_one_launch(
@@ -393,12 +437,6 @@ def _kept_in_one_launch(
     parts = [part] if bias is None or rows is None else [part, (bias, rows, None)]
     kept, *kept_bias = pack_op(*map(list, zip(*parts, strict=True)))
     return kept.t() if turned else kept, kept_bias[0] if kept_bias else bias
-
-
-def _check_range(name: str, index: Tensor | None, size: int) -> None:
-    for unit in [] if index is None else index.tolist():
-        if not 0 <= unit < size:
-            raise ValueError(f"pruned_linear: {name}: expected values in [0, {size}), got {unit}")
 
 
 pruned_linear_op = define(

@@ -164,7 +164,7 @@ def pruned_linear(
     if residual is None:
         return y if activation is None else F.gelu(y)
     at = torch.arange(outputs, device=x.device).reshape(-1, out_block)[rows].flatten()
-    return residual.index_add(-1, at, y)
+    return residual.index_add(-1, at, y.to(residual.dtype))
 
 
 def pruned_attention(

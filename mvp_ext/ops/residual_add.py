@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mvp_ext.ops._native import native
-from mvp_ext.ops.checks import FLOATS, INDICES, check_shape, check_tensor, same_kind
-from mvp_ext.ops.define import define, needs_gradient
+from mvp_ext.ops.checks import FLOATS, INDICES, check_int, check_range, check_shape, check_tensor, same_kind
+from mvp_ext.ops.define import define, derivative_by
 from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda, reject_float64
 from mvp_ext.ops.pack import is_channels_last
 
@@ -46,6 +46,8 @@ def residual_add(
 
     Deterministic: each output is one sum, in float32, rounded once.
     """
+    if type(dim) is not int:
+        dim = check_int("residual_add", "dim", dim)
     if scale is not None or shift is not None or not same_kind(residual, y, index, dim):
         _check(residual, y, index, scale, shift, dim)
     if dim < 0:
@@ -53,8 +55,11 @@ def residual_add(
     if activation not in (None, "relu"):
         raise ValueError(f'residual_add: activation: expected None or "relu", got {activation!r}')
     relu = activation is not None
-    if needs_gradient(residual, y, scale, shift):
+    way = derivative_by(residual, y, scale, shift)
+    if way == "function":
         return _ResidualAdd.apply(residual, y, index, scale, shift, relu, dim)
+    if way == "formula":
+        return _formula(residual, y, index, scale, shift, relu, dim)
     return residual_add_op(residual, y, index, scale, shift, relu, dim)
 
 
@@ -78,6 +83,29 @@ def _check(
         if value is not None:
             check_tensor("residual_add", name, value, ndim=1, dtypes=FLOATS, device=device)
             check_shape("residual_add", name, value, (expected[dim],), "[K]")
+
+
+def _formula(
+    residual: Tensor,
+    y: Tensor,
+    index: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    dim: int,
+) -> Tensor:
+    """The op in torch's own ops, for every transform that torch has."""
+    if index is not None:
+        check_range("residual_add", "index", index, residual.shape[dim], noun="indices", unique=True)
+    accumulator = torch.float64 if residual.dtype is torch.float64 else torch.float32
+    shape = [y.shape[dim] if d == dim else 1 for d in range(residual.ndim)]
+    term, out = y.to(accumulator), residual.to(accumulator)
+    if scale is not None:
+        term = term * scale.to(accumulator).reshape(shape)
+    if shift is not None:
+        term = term + shift.to(accumulator).reshape(shape)
+    out = out + term if index is None else out.index_add(dim, index, term)
+    return (out.relu() if relu else out).to(residual.dtype)
 
 
 class _ResidualAdd(torch.autograd.Function):
@@ -112,7 +140,7 @@ class _ResidualAdd(torch.autograd.Function):
             kept = (grad if index is None else grad.index_select(ctx.dim, index)).to(accumulator)
             others = [d for d in range(grad.ndim) if d != ctx.dim]
             if needs_y:
-                shape = [-1 if d == ctx.dim else 1 for d in range(grad.ndim)]
+                shape = [kept.shape[d] if d == ctx.dim else 1 for d in range(grad.ndim)]
                 grad_y = kept if scale is None else kept * scale.to(accumulator).reshape(shape)
                 grad_y = grad_y.to(grad.dtype)
             if needs_scale:
@@ -135,7 +163,7 @@ def _fake(
     relu: bool,
     dim: int,
 ) -> Tensor:
-    return torch.empty_like(residual, memory_format=_memory_format(residual, dim))
+    return torch.empty_like(residual.contiguous(memory_format=_memory_format(residual, dim)))
 
 
 def _run(
@@ -176,10 +204,10 @@ def _run_cuda(
     reject_float64("residual_add", "residual", residual)
     form = _memory_format(residual, dim)
     residual = residual.contiguous(memory_format=form)
+    out = torch.empty_like(residual)
     # The kernel reads vectors of 16 bytes; torch allocates at multiples of them, but a slice may start anywhere.
     if residual.data_ptr() % 16:
         residual = residual.clone(memory_format=form)
-    out = torch.empty_like(residual, memory_format=form)
     cuda_kernels().residual_add_cuda(
         residual,
         y.contiguous(memory_format=form),

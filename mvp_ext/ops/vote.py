@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from torch import Tensor
+
+from mvp_ext.ops.checks import check_int
 
 
 class Vote(NamedTuple):
@@ -38,38 +41,57 @@ def kept_units(
     Raises:
         TypeError, ValueError: wrong kinds, ratios outside (0, 1], counts outside [1, units], lengths that differ.
     """
+    return count_kept("kept_units", layers, keep, align)
+
+
+def count_kept(
+    op: str, layers: Sequence[int], keep: float | Sequence[float] | Sequence[int], align: int
+) -> tuple[int, ...]:
+    """``kept_units`` for another op, with whose name its errors begin."""
+    layers = as_ints(op, "layers", layers)
     if layers and min(layers) < 1:
-        raise ValueError(f"kept_units: layers: expected at least 1 unit in each layer, got {list(layers)}")
-    if isinstance(align, bool) or not isinstance(align, int):
-        raise TypeError(f"kept_units: align: expected an int, got {align!r}")
+        raise ValueError(f"{op}: layers: expected at least 1 unit in each layer, got {list(layers)}")
+    align = check_int(op, "align", align)
     if align < 1:
-        raise ValueError(f"kept_units: align: expected at least 1, got {align}")
-    if isinstance(keep, float):
-        _check_ratio(keep)
-        return _from_ratios(tuple(layers), keep, align)
+        raise ValueError(f"{op}: align: expected at least 1, got {align}")
+    if _is_ratio(keep):
+        return _from_ratios(layers, _check_ratio(op, keep), align)
     if isinstance(keep, (str, bytes)) or not isinstance(keep, Sequence):
-        raise TypeError(f"kept_units: keep: expected a float or a sequence of floats or ints, got {keep!r}")
+        raise TypeError(f"{op}: keep: expected a float or a sequence of floats or ints, got {keep!r}")
     if len(keep) != len(layers):
-        raise ValueError(
-            f"kept_units: keep: expected one entry for each of {len(layers)} layers, got {len(keep)}"
-        )
-    return tuple(_one(n, k, align) for n, k in zip(layers, keep, strict=True))
+        raise ValueError(f"{op}: keep: expected one entry for each of {len(layers)} layers, got {len(keep)}")
+    return tuple(_one(op, n, k, align) for n, k in zip(layers, keep, strict=True))
 
 
-def _one(units: int, keep: float | int, align: int) -> int:
-    if isinstance(keep, float):
-        _check_ratio(keep)
-        return _from_ratio(units, keep, align)
-    if isinstance(keep, bool) or not isinstance(keep, int):
-        raise TypeError(f"kept_units: keep: expected floats (ratios) or ints (counts), got {keep!r}")
-    if not 1 <= keep <= units:
-        raise ValueError(f"kept_units: keep: expected a count in [1, {units}], got {keep}")
-    return keep
+def as_ints(op: str, name: str, values: Sequence[int]) -> tuple[int, ...]:
+    """A sequence of integers of any kind."""
+    values = tuple(values)
+    if all(type(value) is int for value in values):
+        return values
+    return tuple(check_int(op, name, value) for value in values)
 
 
-def _check_ratio(keep: float) -> None:
+def _one(op: str, units: int, keep: object, align: int) -> int:
+    if _is_ratio(keep):
+        return _from_ratio(units, _check_ratio(op, keep), align)
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Integral):
+        raise TypeError(f"{op}: keep: expected floats (ratios) or ints (counts), got {keep!r}")
+    if not 1 <= int(keep) <= units:
+        raise ValueError(f"{op}: keep: expected a count in [1, {units}], got {keep}")
+    return int(keep)
+
+
+def _is_ratio(keep: object) -> TypeGuard[float]:
+    """Of float, and of what numpy has for it."""
+    return isinstance(keep, float) or (
+        isinstance(keep, numbers.Real) and not isinstance(keep, numbers.Integral)
+    )
+
+
+def _check_ratio(op: str, keep: float) -> float:
     if not 0.0 < keep <= 1.0:  # false for NaN, too
-        raise ValueError(f"kept_units: keep: expected a ratio in (0, 1], got {keep}")
+        raise ValueError(f"{op}: keep: expected a ratio in (0, 1], got {keep}")
+    return float(keep)
 
 
 @functools.lru_cache(maxsize=256)  # it is part of every vote, and a model's layers do not change

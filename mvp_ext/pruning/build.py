@@ -95,7 +95,8 @@ def build_refined_zoo(
 
     It takes as many optimizer steps as ``build_zoo`` with the same schedule: ``share`` of them go into the universal
     model, the rest into the entries. All have the universal model's mask, so that the neighbours vote by their weights.
-    May be interrupted and called again like ``build_zoo``. Tasks added later refine the model that is there.
+    May be interrupted and called again like ``build_zoo``. Tasks added later refine the model that is there. Where that
+    is damaged, or was and ``Zoo.verify`` removed it, it is made again as it was.
 
     Raises:
         ValueError: ``share`` outside (0, 1).
@@ -104,15 +105,22 @@ def build_refined_zoo(
     if not 0.0 < share < 1.0:
         raise ValueError(f"build_refined_zoo: share: expected a value in (0, 1), got {share}")
     backbone, settings = seen_by(zoo, model), settings or Settings.of_zoo(zoo)
-    start = zoo.shared(START)
-    if len(zoo) > 0 and start is None:
+    start, lost = zoo.shared(START), zoo.facts().get(f"lost {START}") or {}
+    if start is not None and "keep" in start.extra and not start.is_sound():
+        lost, start = start.extra, None
+    if len(zoo) > 0 and start is None and "keep" not in lost:
         raise ZooError(
             f"build_refined_zoo: {zoo.path}: its {len(zoo)} entries refine no universal model; use another zoo"
         )
     structure = _bind(backbone, zoo, settings)
     steps, each = planned_zoo_steps(structure, settings, len(tasks), share)
     if start is None:
-        _build_universal(backbone, tasks, zoo, START, settings, steps, progress)
+        pooled = pooled_task(tasks, START, settings.seed)
+        if lost:
+            # Of the tasks at that time, which need not be these.
+            pooled = replace(pooled, classes=tuple(lost["classes"]))
+            steps = int(lost["result"]["cost"]["steps"])
+        _build_universal(backbone, pooled, zoo, settings, steps, progress)
         start = zoo.shared(START)
     else:
         _tell_done(progress, START, steps)
@@ -124,7 +132,13 @@ def build_refined_zoo(
         )
     refining = replace(settings.schedule, final_steps=each)
     settings = replace(settings, schedule=refining)
-    return build_zoo(backbone, tasks, zoo, settings, start=start.load(), progress=progress)
+    loaded = start.load()
+    if lost and len(zoo) > 0 and all(entry.mask != loaded.mask for entry in zoo):
+        raise ZooError(
+            f"build_refined_zoo: {zoo.path}: the model that its entries refine was lost, and is another one with these "
+            "settings or images; give those of before, or use another zoo"
+        )
+    return build_zoo(backbone, tasks, zoo, settings, start=loaded, progress=progress)
 
 
 def planned_zoo_steps(
@@ -175,21 +189,21 @@ def build_universal(
         _tell_done(progress, UNIVERSAL, int(known.extra.get("result", {}).get("cost", {}).get("steps", 0)))
         return None
     steps = steps if steps is not None else zoo_steps(zoo, tasks)
-    return _build_universal(seen_by(zoo, model), tasks, zoo, UNIVERSAL, settings, steps, progress)
+    pooled = pooled_task(tasks, UNIVERSAL, settings.seed)
+    return _build_universal(seen_by(zoo, model), pooled, zoo, settings, steps, progress)
 
 
 def _build_universal(
     backbone: Backbone,
-    tasks: Sequence[Task],
+    pooled: Task,
     zoo: Zoo,
-    name: str,
     settings: Settings,
     steps: int,
     progress: Progress | None,
 ) -> Result:
-    """``name`` seeds nothing: two models of the same arguments are the same, whatever they are for."""
-    structure = find_structure(backbone.model, settings.scope)
-    pooled = pooled_task(tasks, name, settings.seed)
+    """Its name seeds nothing: two models of the same arguments are the same, whatever they are for."""
+    structure, name = find_structure(backbone.model, settings.scope), pooled.name
+    first = zoo.shared(name) is None
     removing = replace(settings, schedule=replace(settings.schedule, final_steps=0))
     result = prune(
         backbone,
@@ -200,7 +214,10 @@ def _build_universal(
         run=RunOptions(on_step=_named(progress, name), resume=zoo.path / f"{name}.partial"),
     )
     extra = {"keep": settings.keep, "classes": list(pooled.classes), "result": result.summary()}
-    zoo.save_shared(name, result.model, result.mask, result.structure, extra, card=result.card)
+    # Another process may have been faster, and its file may be in use by now.
+    zoo.save_shared(
+        name, result.model, result.mask, result.structure, extra, card=result.card, if_absent=first
+    )
     return result
 
 

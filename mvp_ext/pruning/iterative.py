@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mvp_ext.data.images import content_hash
 from mvp_ext.data.tasks import TaskData
+from mvp_ext.model.borrowed import own_random_numbers, with_gradients
 from mvp_ext.model.budget import kept_counts
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.families import find_structure
@@ -49,6 +50,8 @@ def scoring_batches(
     return scores
 
 
+@own_random_numbers()
+@with_gradients()
 def prune_iteratively(
     backbone: Backbone,
     data: TaskData,

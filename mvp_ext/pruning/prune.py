@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mvp_ext.data.tasks import Task, TaskData
+from mvp_ext.model.borrowed import own_random_numbers, with_gradients
 from mvp_ext.model.checkpoint import PrunedCheckpoint
+from mvp_ext.model.ends import built_for, classifiers
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
@@ -24,7 +26,7 @@ from mvp_ext.pruning.job import Job
 from mvp_ext.pruning.methods import METHOD_NAMES, METHODS, Method, method_for
 from mvp_ext.pruning.result import Point, Result
 from mvp_ext.pruning.settings import Settings, VoteOptions
-from mvp_ext.train.backbone import Backbone, extract_features
+from mvp_ext.train.backbone import Backbone, classify, extract_features
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.evaluate import accuracy_of, evaluate
 from mvp_ext.train.heads import class_means, fit_temperature, ridge_head
@@ -57,6 +59,8 @@ class RunOptions:
     features: tuple[Tensor, float] | None = None
 
 
+@own_random_numbers()
+@with_gradients()
 def prune(
     model: nn.Module | Backbone,
     task: Task | TaskData,
@@ -71,8 +75,8 @@ def prune(
     """Make a small model for one task.
 
     Args:
-        model: the dense pre-trained model (timm ResNet or ViT/DeiT), or a ``Backbone`` that also says how it sees
-            images. It is not changed.
+        model: the dense pre-trained model (timm ResNet or transformer), or a ``Backbone`` that also says how it sees
+            images. It is not changed. What requires no gradient in it is not trained in the small model either.
         task: the classes and their images.
         zoo: pruned models of earlier tasks; needed by "refined", "mvp" and "universal". An entry of the task's own
             name never votes. It says how images are seen, unless ``model`` is a ``Backbone``.
@@ -88,7 +92,8 @@ def prune(
         run: callbacks, points of measurement, and what is at hand.
 
     Raises:
-        ValueError: steps or method out of range; a task with one class.
+        ValueError: steps or method out of range; a task with one class; a scope that the model does not have; a model
+            whose like cannot be trained for tasks (``Backbone.check``).
         ZooError: no zoo, an empty one, or one of another backbone. UnsupportedModelError: a model that cannot be cut.
     """
     if steps < 0:
@@ -99,11 +104,11 @@ def prune(
         method = method_for(zoo)
     run = run or RunOptions()
     backbone = seen_by(zoo, model)
+    settings = settings or Settings.of_zoo(zoo)
+    structure = find_structure(backbone.model, settings.scope)
     data = task.split() if isinstance(task, Task) else task
     if data.num_classes < 2:
         raise ValueError(f"prune: task {task.name!r}: expected at least 2 classes, got {data.num_classes}")
-    settings = settings or Settings.of_zoo(zoo)
-    structure = find_structure(backbone.model, settings.scope)
     recipe = settings.recipe_for(backbone.model)
     name = method if isinstance(method, str) else method.__name__
     cost = Cost()
@@ -127,7 +132,7 @@ def prune(
         small, mask = (METHODS[method] if isinstance(method, str) else method)(job)
         _fine_tune(job, small, history, run.on_step)
     trained = evaluate(small, data, backbone.preprocessing, recipe.precision).accuracy
-    classifier = small.get_classifier()  # type: ignore[operator]
+    classifier = classifiers(small)[0]
     described, labels = job.description()
     means = class_means(described, labels, data.num_classes)
     tensors = {
@@ -164,17 +169,24 @@ def prune(
 
 
 def seen_by(zoo: Zoo | None, model: nn.Module | Backbone) -> Backbone:
-    """The backbone that sees images as the zoo's models do.
+    """The backbone that sees images as the zoo's models do, checked.
 
     Raises:
         ZooError: ``model`` is a ``Backbone`` that sees them otherwise, or a ViT built for another size.
+        ValueError: as of ``Backbone.check``.
     """
+    backbone = _seen_by(zoo, model)
+    backbone.check()
+    return backbone
+
+
+def _seen_by(zoo: Zoo | None, model: nn.Module | Backbone) -> Backbone:
     backbone = Backbone.wrap(model)
     known = None if zoo is None else zoo.preprocessing
     if zoo is None or known is None:
         return backbone
     # A convolutional model takes any size, and what timm declares is nobody's wish.
-    if backbone is not model and not hasattr(backbone.model, "patch_embed"):
+    if backbone is not model and built_for(backbone.model) is None:
         return replace(backbone, preprocessing=known)
     if backbone is not model and backbone.preprocessing.size == known.size:
         return replace(backbone, preprocessing=known)
@@ -237,7 +249,6 @@ class _History:
         train = extract_features(model, data.train_images, preprocessing, precision)
         test = extract_features(model, data.test_images, preprocessing, precision)
         ridge = ridge_head(train, data.train_labels, data.num_classes)
-        classifier = model.get_classifier()  # type: ignore[operator]
         with torch.no_grad():
-            trained = accuracy_of(classifier(test.to(classifier.weight.device)).cpu(), data.test_labels)
+            trained = accuracy_of(classify(model, test).cpu(), data.test_labels)
         self.points.append(Point(step, trained, accuracy_of(ridge(test), data.test_labels)))

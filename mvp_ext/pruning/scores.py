@@ -6,14 +6,15 @@ gradient there) to the ``importance`` op; criteria that look at weights read the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mvp_ext.model.borrowed import borrowed, with_gradients
+from mvp_ext.model.ends import as_input
 from mvp_ext.model.structure import Structure, UnitLayer
 from mvp_ext.ops import backend_for
 from mvp_ext.train.backbone import autocast
@@ -27,74 +28,93 @@ ON_ACTIVATIONS = ("taylor", "taylor2", "activation")
 CRITERIA = (*ON_ACTIVATIONS, "weight_taylor", "l1", "l2", "fpgm", "synflow", "random")
 
 
-@dataclass(frozen=True)
-class _Captured:
-    layer: UnitLayer
-    activation: Tensor
+def _watch(model: nn.Module, structure: Structure) -> dict[str, list[Tensor]]:
+    """Layer name → its activations in the forward passes to come, by hooks that stay until the model is given back."""
+    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in structure}
 
+    def before(name: str) -> Callable[..., None]:
+        return lambda module, inputs: seen[name].extend(inputs[:1])
 
-@contextmanager
-def _probes(model: nn.Module, structure: Structure) -> Iterator[list[_Captured]]:
-    """While open, every forward pass appends each layer's activation to the list (with its graph, if any)."""
-    captured: list[_Captured] = []
-
-    def keep(layer: UnitLayer, activation: Tensor) -> None:
-        if activation.requires_grad:
-            activation.retain_grad()
-        captured.append(_Captured(layer, activation))
-
-    def before(layer: UnitLayer) -> Callable[..., None]:
-        return lambda module, inputs: keep(layer, inputs[0])
-
-    def after(layer: UnitLayer) -> Callable[..., Tensor]:
+    def after(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
             # The block adds its shortcut in place to what it gets here, so it gets a copy and the original is kept.
-            keep(layer, output)
+            seen[name].append(output)
             return output.clone()
 
         return hook
 
-    handles = []
-    for layer in structure.layers:
+    for layer in structure:
         module = model.get_submodule(layer.probe.module)
         if layer.probe.side == "input":
-            handles.append(module.register_forward_pre_hook(before(layer)))
+            module.register_forward_pre_hook(before(layer.name))
         else:
-            handles.append(module.register_forward_hook(after(layer)))
-    try:
-        yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
+            module.register_forward_hook(after(layer.name))
+    return seen
+
+
+def _taken(seen: dict[str, list[Tensor]], structure: Structure) -> dict[str, Tensor]:
+    """The one activation that each layer had; ValueError where a layer had none, or several."""
+    for layer in structure:
+        if (times := len(seen[layer.name])) != 1:
+            raise ValueError(
+                f"score_units: layer {layer.name}: expected {layer.probe.module} to be called once a batch, got "
+                f"{times} calls"
+            )
+    return {name: activations.pop() for name, activations in seen.items()}
+
+
+def _gradients(loss: Tensor, of: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """∂loss/∂tensor by name, without touching any ``.grad``; ValueError names one that the loss does not depend on."""
+    attached = {name: tensor for name, tensor in of.items() if loss.requires_grad and tensor.requires_grad}
+    found = torch.autograd.grad(loss, list(attached.values()), allow_unused=True) if attached else ()
+    gradients = dict(zip(attached, found, strict=True))
+    for name in of:
+        if gradients.get(name) is None:
+            raise ValueError(
+                f"score_units: {name}: expected the loss to depend on it, got no gradient (does the model detach it, "
+                "or run a part of itself without gradients?)"
+            )
+    return gradients
+
+
+def _passes(
+    model: nn.Module, batches: Batches, precision: str, *, gradients: bool = True
+) -> Iterator[tuple[Tensor, int]]:
+    """The loss of each batch, summed over its images, and how many they are."""
+    for batch in batches:
+        # What was made in inference mode takes no part in a graph.
+        images, labels = (t.clone() if t.is_inference() else t for t in batch)
+        images = as_input(model, images)
+        with torch.set_grad_enabled(gradients), autocast(images.device, precision, images.dtype):
+            # Summed, not averaged: each example's gradient is then its own, whatever the batch size.
+            loss = nn.functional.cross_entropy(model(images).float(), labels, reduction="sum")
+        yield loss, len(labels)
 
 
 def _on_activations(
     model: nn.Module, structure: Structure, batches: Batches, kind: str, precision: str
 ) -> Scores:
-    scores = {layer.name: torch.zeros(layer.units) for layer in structure.layers}
-    needs_gradient = kind != "activation"
+    scores = {layer.name: torch.zeros(layer.units) for layer in structure}
+    by_gradient = kind != "activation"
     count = 0
-    with _probes(model, structure) as captured:
-        for images, labels in batches:
-            captured.clear()
-            count += len(labels)
-            with torch.set_grad_enabled(needs_gradient), autocast(images.device, precision):
-                # Summed, not averaged: each example's gradient is then its own, whatever the batch size.
-                loss = nn.functional.cross_entropy(model(images).float(), labels, reduction="sum")
-            if needs_gradient:
-                loss.backward()
-            for item in captured:
-                probe = item.layer.probe
-                score = backend_for(images.device).importance(
-                    item.activation.detach(),
-                    item.activation.grad if needs_gradient else None,
-                    kind=kind,
-                    dim=probe.dim,
-                    heads=probe.heads,
-                )
-                # The op sums over the batch, but averages an activation: weigh it, so that batches of any size add up.
-                scores[item.layer.name] += score.cpu() * (1 if needs_gradient else len(labels))
-    model.zero_grad(set_to_none=True)
+    seen = _watch(model, structure)
+    for loss, images in _passes(model, batches, precision, gradients=by_gradient):
+        count += images
+        activations = _taken(seen, structure)
+        gradients = _gradients(loss, activations) if by_gradient else {}
+        for layer in structure:
+            # What checkpointing computed again for the gradients.
+            seen[layer.name].clear()
+            activation = activations[layer.name].detach()
+            score = backend_for(activation.device).importance(
+                activation,
+                gradients.get(layer.name),
+                kind=kind,
+                dim=layer.probe.dim,
+                heads=layer.probe.heads,
+            )
+            # The op sums over the batch, but averages an activation: weigh it, so that batches of any size add up.
+            scores[layer.name] += score.cpu() * (1 if by_gradient else images)
     if count == 0:
         raise ValueError(f"score_units: {kind}: expected at least one batch, got none")
     return {name: value / count for name, value in scores.items()}
@@ -131,18 +151,23 @@ def _on_weights(model: nn.Module, structure: Structure, criterion: str) -> Score
 
 def _weight_taylor(model: nn.Module, structure: Structure, batches: Batches, precision: str) -> Scores:
     """Σ_{w ∈ unit} (w · ∂L/∂w)² with the gradient of the mean loss over all batches (Molchanov et al. 2019)."""
-    model.zero_grad(set_to_none=True)
+    weights = _rows_of_units(model, structure)
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     count = 0
-    for images, labels in batches:
-        count += len(labels)
-        with autocast(images.device, precision):
-            loss = nn.functional.cross_entropy(model(images).float(), labels, reduction="sum")
-        loss.backward()
+    for loss, images in _passes(model, batches, precision):
+        count += images
+        for name, gradient in _gradients(loss, weights).items():
+            sums[name] += gradient
     if count == 0:
         raise ValueError("score_units: weight_taylor: expected at least one batch, got none")
-    terms = {n: (p.detach() * p.grad / count) for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+    terms = {name: weight.detach() * sums[name] / count for name, weight in weights.items()}
     return {layer.name: _own_weights(layer, terms, False).square().sum(1).cpu() for layer in structure.layers}
+
+
+def _rows_of_units(model: nn.Module, structure: Structure) -> dict[str, Tensor]:
+    """The parameters whose rows make some layer's units."""
+    names = {piece.tensor for layer in structure for piece in layer.slices if piece.dim == 0}
+    return {name: parameter for name, parameter in model.named_parameters() if name in names}
 
 
 def _synflow(model: nn.Module, structure: Structure, image_shape: tuple[int, ...]) -> Scores:
@@ -151,19 +176,16 @@ def _synflow(model: nn.Module, structure: Structure, image_shape: tuple[int, ...
     Normalisation layers run on their running statistics, so that R is positive and depends on no data. Float64: with
     |w| the signal grows by orders of magnitude from layer to layer.
     """
-    import copy
-
-    twin = copy.deepcopy(model).double().eval()
+    twin = copy.deepcopy(model).double()
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.abs_()
         for module in twin.modules():
             if isinstance(module, _BatchNorm) and module.running_mean is not None:
                 module.running_mean.zero_()
-    device = next(twin.parameters()).device
-    output = twin(torch.ones(1, *image_shape, dtype=torch.float64, device=device))
-    output.sum().backward()
-    terms = {n: (p.detach() * p.grad).abs() for n, p in twin.named_parameters() if p.grad is not None}
+    weights = _rows_of_units(twin, structure)
+    output = twin(as_input(twin, torch.ones(1, *image_shape)))
+    terms = {n: (weights[n].detach() * g).abs() for n, g in _gradients(output.sum(), weights).items()}
     sums = {layer.name: _own_weights(layer, terms, True).double().sum(1) for layer in structure.layers}
     # Only ratios within a layer matter; scale before float32 so that nothing overflows.
     return {name: (value / value.max().clamp_min(1e-300)).float().cpu() for name, value in sums.items()}
@@ -179,9 +201,12 @@ def score_units(
     image_shape: tuple[int, int, int] | None = None,
     precision: str = "auto",
 ) -> Scores:
-    """Score every unit of ``structure`` in ``model``.
+    """Score every unit of ``structure`` in ``model``, which is given back as it was, its gradients included.
 
     Args:
+        model: of any mode, frozen in part or whole, compiled, wrapped (``torch.compile``, DataParallel), with gradient
+            checkpointing: the scores are those of the plain model.
+        structure: of ``find_structure``.
         criterion: one of ``CRITERIA``; definitions and sources are in the project's method notes:
             "taylor" mean over x of |Σ_positions a·∂L/∂a| (abs per example), "taylor2" its square,
             "activation" mean |a|, "weight_taylor", "l1", "l2", "fpgm", "synflow", "random".
@@ -194,28 +219,31 @@ def score_units(
         layer name → f32 [units] on the CPU. Per-layer scale is arbitrary: compare within a layer, or normalise.
 
     Raises:
-        ValueError: unknown criterion, no batch where one is needed, or a score that is not finite (names the layer).
+        ValueError: unknown criterion, no batch where one is needed; a layer (named) whose activation does not come by
+            once a batch, that the loss does not depend on, or whose score is not finite.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"score_units: criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
-    was_training = model.training
-    model.eval()
-    try:
+    with borrowed(model) as inner, with_gradients():
+        if any(parameter.is_inference() for parameter in inner.parameters()):
+            # Made in inference mode: such weights take no part in a graph.
+            inner = copy.deepcopy(inner)
+        for parameter in inner.parameters():
+            # Frozen ones, too: what is frozen for training has a score like the rest.
+            parameter.requires_grad_(parameter.is_floating_point())
         if criterion in ON_ACTIVATIONS:
-            scores = _on_activations(model, structure, batches, criterion, precision)
+            scores = _on_activations(inner, structure, batches, criterion, precision)
         elif criterion == "weight_taylor":
-            scores = _weight_taylor(model, structure, batches, precision)
+            scores = _weight_taylor(inner, structure, batches, precision)
         elif criterion == "synflow":
             if image_shape is None:
                 raise ValueError("score_units: synflow: expected image_shape (3, S, S), got None")
-            scores = _synflow(model, structure, image_shape)
+            scores = _synflow(inner, structure, image_shape)
         elif criterion == "random":
             generator = torch.Generator().manual_seed(seed)
             scores = {layer.name: torch.rand(layer.units, generator=generator) for layer in structure.layers}
         else:
-            scores = _on_weights(model, structure, criterion)
-    finally:
-        model.train(was_training)
+            scores = _on_weights(inner, structure, criterion)
     for name, value in scores.items():
         if not torch.isfinite(value).all():
             raise ValueError(

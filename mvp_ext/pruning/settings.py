@@ -11,6 +11,7 @@ from torch import nn
 
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import ALIGN
+from mvp_ext.ops.checks import plain_numbers
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.similarity import SIMILARITIES, Similarity
 from mvp_ext.zoo.zoo import Zoo
@@ -42,6 +43,7 @@ class Schedule:
     distill: bool = True
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not 0.0 < self.share < 1.0:
             raise ValueError(f"Schedule: share: expected a value in (0, 1), got {self.share}")
 
@@ -57,7 +59,7 @@ class Settings:
     Attributes:
         keep: share of each layer's units that stays, in (0, 1].
         scope: which units are cut: "inner" or "all" for a ResNet, "heads", "mlp" or "heads+mlp" for a ViT. None: the
-            family's default.
+            first that the model has.
         align: kept counts of filters and neurons are rounded to multiples of this.
         schedule: of iterative pruning, and the criterion of one-shot pruning.
         recipe: how weights are trained. None: the family's.
@@ -72,6 +74,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if not 0.0 < self.keep <= 1.0:
             raise ValueError(f"Settings: keep: expected a ratio in (0, 1], got {self.keep}")
         if self.align < 1:
@@ -105,7 +108,7 @@ class Settings:
                 "recipe": None if recipe is None else Recipe(**recipe),
             }
             return cls(**{**data, **parts})
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"Settings.from_dict: not a description of settings ({error})") from error
 
 
@@ -138,6 +141,7 @@ class VoteOptions:
     prior: str = "l2"
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.neighbours < 1:
             raise ValueError(f"VoteOptions: neighbours: expected at least 1, got {self.neighbours}")
         if not callable(self.similarity) and self.similarity not in SIMILARITIES:

@@ -15,13 +15,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mvp_ext.model.checkpoint import check_fidelity
+from mvp_ext.model.borrowed import borrowed, own_random_numbers, unwrapped
+from mvp_ext.model.checkpoint import check_fidelity, fill, whole_state
 from mvp_ext.model.create import create_empty, create_model
 from mvp_ext.model.create_args import check_args, create_args
+from mvp_ext.model.ends import as_input, built_for, classifiers, dtype_of, hidden_classifiers
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.model.structure import Structure
 from mvp_ext.storage import FileFormatError, read, to_bytes, write_atomic
+from mvp_ext.timm_compat import import_timm
 from mvp_ext.train.heads import LinearHead
 
 _KIND, _VERSION = "mvp_ext.backbone", 1
@@ -34,7 +37,7 @@ class Backbone:
     """A dense pre-trained model and its preprocessing.
 
     Attributes:
-        model: a timm model.
+        model: a timm model, without what torch put around it (torch.compile, DataParallel).
         preprocessing: how images become its input.
         classes: names of the classes it was pre-trained on, where they are known.
     """
@@ -43,11 +46,15 @@ class Backbone:
     preprocessing: Preprocessing
     classes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        self.model = unwrapped(self.model)
+
     @classmethod
     def wrap(cls, model: nn.Module | Backbone) -> Backbone:
         """``model`` itself if it is one already; otherwise with the preprocessing that timm declares for it."""
         if isinstance(model, Backbone):
             return model
+        model = unwrapped(model)
         if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
             raise TypeError(
                 f"Backbone: expected a timm model (with forward_features and forward_head), got {type(model).__name__}"
@@ -92,7 +99,40 @@ class Backbone:
         arguments = create_args(self.model, find_structure(self.model))
         check_fidelity("Backbone.save", self.model, create_empty(arguments), arguments)
         spec = {**self.describe(), "recipe": arguments}
-        write_atomic(path, to_bytes(self.model.state_dict(), spec, kind=_KIND, version=_VERSION))
+        write_atomic(path, to_bytes(whole_state(self.model), spec, kind=_KIND, version=_VERSION))
+
+    def check(self) -> None:
+        """Whether models cut from this one can be trained for tasks; a few forward passes of two images of noise.
+
+        Raises:
+            ValueError: in one line: the model does not run on images as the preprocessing makes them, its type is one
+                that cannot be trained, or its outputs are no linear function of its features.
+        """
+        name, size = type(self.model).__name__, self.preprocessing.size
+        check_trainable("Backbone", self.model)
+        images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        # A copy that shares the tensors: only its head is another.
+        memo = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        twin = copy.deepcopy(self.model, memo).eval()
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                width = forward_features(twin, images).shape[1]
+                draw = torch.Generator().manual_seed(1)
+                set_head(twin, LinearHead(torch.randn(2, width, generator=draw), torch.ones(2)))
+                given, linear = (
+                    twin(as_input(twin, images)).float(),
+                    classify(twin, forward_features(twin, images)),
+                )
+        except (RuntimeError, AssertionError, TypeError, IndexError, ValueError) as error:
+            text = " ".join(str(error).split())
+            raise ValueError(
+                f"Backbone: {name}: not for images of {size} pixels and a task's head: {text}"
+            ) from error
+        if given.shape != linear.shape or (given - linear).abs().max() > 0.05 * linear.abs().max():
+            raise ValueError(
+                f"Backbone: {name}: expected outputs that are a linear function of the pooled features, got a model "
+                "that does more behind them"
+            )
 
 
 def load_backbone(
@@ -143,7 +183,7 @@ def _load_saved(
     try:
         preprocessing = Preprocessing.from_dict(spec["preprocessing"])
         model = create_model(**check_args(spec["recipe"]))
-        model.load_state_dict(tensors)
+        fill(model, tensors)
         classes = tuple(map(str, spec["classes"]))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise FileFormatError(
@@ -165,8 +205,7 @@ def _load_state_dict_file(name: str, path: Path) -> nn.Module:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise FileFormatError(f"weights: {path}: damaged, or not a safetensors file ({error})") from error
-    heads = [t for key, t in tensors.items() if key in ("fc.weight", "head.weight")]
-    model = create_model(name, num_classes=len(heads[0]) if heads else 0)
+    model = create_model(name, num_classes=_classes_of(name, tensors))
     try:
         model.load_state_dict({key: t.float() if t.is_floating_point() else t for key, t in tensors.items()})
     except RuntimeError as error:
@@ -175,10 +214,23 @@ def _load_state_dict_file(name: str, path: Path) -> nn.Module:
     return model.eval()
 
 
+def _classes_of(name: str, tensors: Mapping[str, Tensor]) -> int:
+    """How many the classifier has in a state dict of timm's model of this name; 0 where it has none."""
+    config = import_timm().get_pretrained_cfg(name)
+    heads = (config and config.classifier) or ("fc", "head")
+    for head in (heads,) if isinstance(heads, str) else heads:
+        if (weight := tensors.get(f"{head}.weight")) is not None:
+            return len(weight)
+    return 0
+
+
 def _set_image_size(model: nn.Module, size: int) -> int:
     """Tell a model that cares (a ViT) its input size; convolutional ones take any."""
     if size < 1:
         raise ValueError(f"image_size: expected at least 1, got {size}")
+    built = built_for(model)
+    if built is None or built == (size, size):
+        return size
     set_input_size: Any = getattr(model, "set_input_size", None)
     if set_input_size is not None:
         patch = max(getattr(getattr(model, "patch_embed", None), "patch_size", (1,)))
@@ -186,20 +238,24 @@ def _set_image_size(model: nn.Module, size: int) -> int:
         if size % patch:
             raise ValueError(f"image_size: expected a multiple of the model's patch of {patch}, got {size}")
         set_input_size(img_size=(size, size))
-    return size
+        return size
+    raise ValueError(f"image_size: expected {built[0]}, for which alone the model was built, got {size}")
 
 
-def autocast(device: torch.device | str = "cpu", precision: str = "auto") -> AbstractContextManager[Any]:
+def autocast(
+    device: torch.device | str = "cpu", precision: str = "auto", dtype: torch.dtype = torch.float32
+) -> AbstractContextManager[Any]:
     """Autocast to bfloat16 where the processor computes in it, else none.
 
     Args:
         precision: "auto", "bfloat16" or "float32".
+        dtype: of the model; one of another type than float32 computes in its own.
     """
     if precision not in ("auto", "bfloat16", "float32"):
         raise ValueError(f"autocast: precision: expected auto, bfloat16 or float32, got {precision!r}")
     kind = torch.device(device).type
     use = precision == "bfloat16" or (precision == "auto" and (kind == "cuda" or _cpu_computes_bfloat16()))
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=use)
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=use and dtype is torch.float32)
 
 
 def _cpu_computes_bfloat16() -> bool:
@@ -208,8 +264,23 @@ def _cpu_computes_bfloat16() -> bool:
 
 
 def forward_features(model: nn.Module, batch: Tensor) -> Tensor:
-    """What the classifier sees: pooled features f32 [B, F] of a batch f32 [B, 3, S, S]."""
-    return model.forward_head(model.forward_features(batch), pre_logits=True).float()  # type: ignore[operator]
+    """What the classifier sees: pooled features f32 [B, F] of a batch f32 [B, 3, S, S], by a model of any type."""
+    images = as_input(model, batch)
+    return model.forward_head(model.forward_features(images), pre_logits=True).float()  # type: ignore[operator]
+
+
+def classify(model: nn.Module, features: Tensor) -> Tensor:
+    """Logits f32 [B, k] of features f32 [B, F]; of a distilled transformer's two classifiers, alike, the mean.
+
+    Raises:
+        ValueError: the model has no classifier.
+    """
+    if not classifiers(model):
+        raise ValueError(
+            f"{type(model).__name__}: expected a linear classifier, got none: set_head gives it one"
+        )
+    logits = [head(features.to(head.weight.device, head.weight.dtype)) for head in classifiers(model)]
+    return torch.stack(logits).mean(0).float() if len(logits) > 1 else logits[0].float()
 
 
 @torch.no_grad()
@@ -218,35 +289,70 @@ def extract_features(
 ) -> Tensor:
     """Features f32 [n, F] of images u8 [n, H, W, 3] in eval mode, without augmentation, on the model's device.
 
-    The model's train/eval mode is put back afterwards. The result is on the CPU.
+    The model is given back as it was. The result is on the CPU.
     """
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     parts = []
-    with autocast(device, precision):
+    with borrowed(model) as inner, autocast(device, precision, dtype_of(inner)):
         for chunk in images.split(FEATURE_BATCH):
             batch = to_batch(chunk.to(device), preprocessing.size, preprocessing.mean, preprocessing.std)
-            parts.append(forward_features(model, batch).cpu())
-    model.train(was_training)
+            parts.append(forward_features(inner, batch).cpu())
     return torch.cat(parts) if parts else torch.empty(0, 0)
 
 
 def set_head(model: nn.Module, head: LinearHead) -> None:
-    """Replace the model's classifier by ``head`` (f32 [k, F] and [k])."""
-    classes, _ = head.weight.shape
-    model.reset_classifier(classes)  # type: ignore[operator]
-    classifier = model.get_classifier()  # type: ignore[operator]
-    if not isinstance(classifier, nn.Linear) or classifier.weight.shape != head.weight.shape:
+    """Replace the model's classifier by ``head`` (f32 [k, F] and [k]), in the model's type; both of a distilled one.
+
+    Raises:
+        ValueError: the model has no linear classifier of such features, or has another beside it.
+    """
+    model = unwrapped(model)
+    # Before anything is changed; a model without classes has none to look at.
+    _check_classifiers(model, head)
+    fresh_head(model, len(head.weight))
+    _check_classifiers(model, head)
+    if not classifiers(model):
+        raise ValueError(f"set_head: {type(model).__name__}: expected a linear classifier, got none")
+    for classifier in classifiers(model):
+        with torch.no_grad():
+            classifier.weight.copy_(head.weight)
+            classifier.bias.copy_(head.bias)
+
+
+def fresh_head(model: nn.Module, classes: int) -> None:
+    """Give a timm model a classifier of so many classes, drawn anew, on its device and in its type.
+
+    Modes and torch's random numbers stay as they are.
+    """
+    like = next(model.parameters())
+    modes = {name: part.training for name, part in model.named_modules()}
+    # It shall be trainable, wherever it is made.
+    with own_random_numbers(), torch.inference_mode(False):
+        model.reset_classifier(classes)  # type: ignore[operator]
+        for classifier in classifiers(model):
+            classifier.to(like.device, like.dtype)
+    for name, part in model.named_modules():
+        part.training = modes.get(name, model.training)
+
+
+def _check_classifiers(model: nn.Module, head: LinearHead) -> None:
+    width = head.weight.shape[1]
+    found, others = classifiers(model), hidden_classifiers(model)
+    if others or any(each.in_features != width or each.bias is None for each in found):
+        got = ", ".join(map(str, (*found, *others)))
         raise ValueError(
-            f"set_head: expected a linear classifier of shape {tuple(head.weight.shape)}, got {classifier} "
-            f"from {type(model).__name__}.reset_classifier"
+            f"set_head: {type(model).__name__}: expected one linear classifier of {width} features with a bias, got "
+            f"{got}"
         )
-    with torch.no_grad():
-        classifier.weight.copy_(head.weight)
-        classifier.bias.copy_(head.bias)
-    device = next(model.parameters()).device
-    classifier.to(device)
+
+
+def check_trainable(what: str, model: nn.Module) -> None:
+    """ValueError, beginning with ``what``, for weights of a type in which training steps are lost."""
+    if any(p.dtype is torch.float16 for p in model.parameters()):
+        raise ValueError(
+            f"{what}: {type(model).__name__}: expected weights in float32, bfloat16 or float64, got float16, in which "
+            "the squares of gradients vanish: model.float() or model.bfloat16()"
+        )
 
 
 @dataclass(frozen=True)
@@ -271,6 +377,7 @@ class BackboneIdentity:
             model: the dense model, as it was before any task.
             structure: of the scope that is pruned; default: the model's default scope.
         """
+        model = unwrapped(model)
         structure = structure or find_structure(model)
         config = getattr(model, "pretrained_cfg", None) or {}
         head = (config.get("classifier") if isinstance(config, Mapping) else config.classifier) or ()

@@ -67,8 +67,12 @@ class Cost:
 
     @classmethod
     def from_dict(cls, values: dict[str, float]) -> Cost:
-        """The inverse of ``to_dict``; what ``values`` does not have is 0."""
-        return cls(**{name: values[name] for name in asdict(cls()) if name in values})  # type: ignore[arg-type]
+        """The inverse of ``to_dict``; what ``values`` does not have, or has as None, is 0. TypeError: no number."""
+        known = {name: values[name] for name in asdict(cls()) if values.get(name) is not None}
+        for name, value in known.items():
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"Cost.from_dict: {name}: expected a number, got {value!r}")
+        return cls(**known)  # type: ignore[arg-type]
 
     @contextmanager
     def timed(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.preprocessing import Preprocessing
-from mvp_ext.train.backbone import extract_features
+from mvp_ext.train.backbone import classify, extract_features
 
 # Of equal width, as is usual (Guo et al. 2017, arXiv 1706.04599).
 CALIBRATION_BINS = 15
@@ -54,6 +54,5 @@ def evaluate(
 ) -> Quality:
     """The model's quality on the task's test images."""
     features = extract_features(model, data.test_images, preprocessing, precision)
-    classifier = model.get_classifier()  # type: ignore[operator]
     with torch.no_grad():
-        return Quality.of(classifier(features.to(classifier.weight.device)).cpu(), data.test_labels)
+        return Quality.of(classify(model, features).cpu(), data.test_labels)

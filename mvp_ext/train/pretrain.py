@@ -11,8 +11,9 @@ from torch import nn
 
 from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
+from mvp_ext.model.borrowed import own_random_numbers, with_gradients
 from mvp_ext.model.preprocessing import Preprocessing
-from mvp_ext.train.backbone import Backbone
+from mvp_ext.train.backbone import Backbone, fresh_head
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.evaluate import evaluate
 from mvp_ext.train.recipe import Recipe
@@ -27,6 +28,8 @@ def measured_normalisation(data: ImageData) -> tuple[tuple[float, ...], tuple[fl
     return tuple(pixels.mean(0).tolist()), tuple(pixels.std(0).clamp_min(1e-3).tolist())
 
 
+@own_random_numbers()
+@with_gradients()
 def pretrain(
     model: nn.Module,
     data: ImageData,
@@ -56,7 +59,7 @@ def pretrain(
         in [0, 1], and the cost.
 
     Raises:
-        ValueError: ``steps`` < 1.
+        ValueError: ``steps`` < 1, or a model that cannot be trained so (``Backbone.check``).
         FloatingPointError: the loss is no longer finite.
     """
     if steps < 1:
@@ -64,13 +67,12 @@ def pretrain(
     if recipe is None:
         recipe = Recipe.for_model(model)
         recipe = recipe.with_rate(6 * recipe.learning_rate)
-    everything = Task("pretrain", data, data.classes, seed=seed).split()
-    # The seed draws the fresh head's weights; the head follows the model to its device.
-    torch.manual_seed(seed)
-    device = next(model.parameters()).device
-    model.reset_classifier(everything.num_classes)  # type: ignore[operator]
-    model.to(device)
     preprocessing = Preprocessing(image_size, *measured_normalisation(data))
+    Backbone(model, preprocessing).check()
+    everything = Task("pretrain", data, data.classes, seed=seed).split()
+    # The seed draws the fresh head's weights; the head follows the model to its device and type.
+    torch.manual_seed(seed)
+    fresh_head(model, everything.num_classes)
     cost = Cost()
     trainer = Trainer(model, everything, preprocessing, recipe, seed=seed, cost=cost)
     run = RunFile(

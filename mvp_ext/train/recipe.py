@@ -8,6 +8,8 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mvp_ext.ops.checks import plain_numbers
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -37,6 +39,9 @@ class Recipe:
     crop: float = 0.125
     flip: bool | None = None
     precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        plain_numbers(self)
 
     @classmethod
     def for_model(cls, model: nn.Module) -> Recipe:

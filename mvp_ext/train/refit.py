@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mvp_ext.data.tasks import TaskData
+from mvp_ext.model.borrowed import borrowed
+from mvp_ext.model.ends import as_input, dtype_of
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.train.backbone import autocast, extract_features, set_head
 from mvp_ext.train.heads import LinearHead, class_mean_head, ridge_head
@@ -22,10 +24,10 @@ def reestimate_statistics(
     """Replace the running statistics of every batch normalisation by averages over (up to 512 of) these images.
 
     A sub-network sees other activations than the network its statistics come from; without this a pruned model can be
-    at chance. Weights do not change.
+    at chance. Weights and modes do not change; if a pass fails, statistics neither.
 
     Args:
-        model: put into eval mode.
+        model: of any mode; each normalisation is estimated, also one that is kept in eval mode while the rest trains.
         images: uint8 [n, H, W, 3].
         preprocessing: how they become the model's input.
         seed: of the choice among more than 512.
@@ -39,20 +41,25 @@ def reestimate_statistics(
         return 0
     device = next(model.parameters()).device
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:STATISTICS_IMAGES]
-    model.eval()
     momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        # A cumulative average.
-        layer.momentum = None
-        layer.train()
-    with autocast(device, precision):
-        for index in order.chunk(max(1, len(order) // 128)):
-            p = preprocessing
-            model(to_batch(images[index].to(device), p.size, p.mean, p.std))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    model.eval()
+    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
+    try:
+        with borrowed(model) as inner, autocast(device, precision, dtype_of(inner)):
+            for layer in layers:
+                layer.reset_running_stats()
+                # A cumulative average.
+                layer.momentum = None
+                layer.training = True
+            for index in order.chunk(max(1, len(order) // 128)):
+                p = preprocessing
+                inner(as_input(inner, to_batch(images[index].to(device), p.size, p.mean, p.std)))
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
     return len(order)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mvp_ext.storage import FileFormatError, read, to_bytes, write_atomic
+from mvp_ext.storage import read, to_bytes, write_atomic
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.trainer import Trainer
 
@@ -65,29 +65,35 @@ class RunFile:
         """The saved state, if there is one of this very run, whole."""
         if self._path is None:
             return None
+        # A folder, a pipe or a link of that name is nobody's saved state, and nothing to wait for.
+        if self._path.is_symlink() or not self._path.is_file():
+            return None
         try:
             tensors, spec = read(self._path, kind=_KIND, version=_VERSION)
-        except (FileNotFoundError, FileFormatError):
+            if spec["run"] != self._identity:
+                return None
+            parts: dict[str, dict[str, Tensor]] = {"model": {}, "trainer": {}}
+            for name, value in tensors.items():
+                part, _, rest = name.partition("/")
+                parts[part][rest] = value
+            cost = Cost.from_dict(spec["cost"])
+            return SavedRun(parts["model"], parts["trainer"], int(spec["done"]), cost, spec["values"])
+        except (OSError, ValueError, LookupError, TypeError):
             return None
-        if spec["run"] != self._identity:
-            return None
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "trainer": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = value
-        cost = Cost.from_dict(spec["cost"])
-        return SavedRun(parts["model"], parts["trainer"], int(spec["done"]), cost, spec["values"])
 
     def save_if_due(self, trainer: Trainer, done: int, **values: Any) -> None:
         """Save the run's state every ``SAVE_EVERY`` steps. ``values``: JSON, given back by ``load``."""
-        if self._path is None or done % SAVE_EVERY:
+        if self._path is None or done % SAVE_EVERY or self._path.is_dir():
             return
         tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
         tensors |= {f"trainer/{name}": value for name, value in trainer.snapshot().items()}
         spec = {"run": self._identity, "done": done, "cost": trainer.cost.to_dict(), "values": values}
+        # A link there would lead to somebody else's file, a pipe would be waited for.
+        if self._path.is_symlink() or not self._path.is_file():
+            self._path.unlink(missing_ok=True)
         write_atomic(self._path, to_bytes(tensors, spec, kind=_KIND, version=_VERSION))
 
     def remove(self) -> None:
         """The run has come to its end."""
-        if self._path is not None:
+        if self._path is not None and (self._path.is_symlink() or not self._path.is_dir()):
             self._path.unlink(missing_ok=True)

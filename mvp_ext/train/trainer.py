@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from mvp_ext.data.batches import augment, shuffled_indices
 from mvp_ext.data.tasks import TaskData
+from mvp_ext.model.borrowed import borrowed, with_gradients
+from mvp_ext.model.ends import as_input, dtype_of
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
-from mvp_ext.train.backbone import Backbone, autocast, forward_features
+from mvp_ext.train.backbone import Backbone, autocast, check_trainable, classify, forward_features
 from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
 from mvp_ext.train.recipe import Recipe
 
@@ -39,11 +41,8 @@ class Teacher:
 
     def loss(self, features: Tensor, batch: Tensor) -> Tensor:
         """Mean over the batch of ‖f − f_dense‖² / var f_dense."""
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            target = forward_features(self.model, batch)
-        self.model.train(was_training)
+        with borrowed(self.model) as model, torch.no_grad():
+            target = forward_features(model, batch)
         return (features - target).square().sum(1).mean() / self.variance
 
 
@@ -65,7 +64,7 @@ class Trainer:
             model uses it too.
 
     Raises:
-        ValueError: the recipe's optimizer is unknown.
+        ValueError: the recipe's optimizer is unknown, or the model's type cannot be trained.
     """
 
     def __init__(
@@ -79,6 +78,7 @@ class Trainer:
         teacher: Teacher | None = None,
         cost: Cost | None = None,
     ) -> None:
+        check_trainable("training", model)
         self.model, self.preprocessing, self.recipe = model, preprocessing, recipe
         self.teacher, self.cost = teacher, cost if cost is not None else Cost()
         self.device = next(model.parameters()).device
@@ -143,6 +143,7 @@ class Trainer:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    @with_gradients()
     def run(
         self,
         steps: int,
@@ -205,10 +206,9 @@ class Trainer:
         return float(loss.detach())
 
     def _loss(self, model: nn.Module, batch: Tensor, labels: Tensor) -> Tensor:
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision, dtype_of(model)):
             features = forward_features(model, batch)
-            logits = model.get_classifier()(features)  # type: ignore[operator]
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = nn.functional.cross_entropy(classify(model, features), labels)
             if self.teacher is not None and self.recipe.distillation > 0:
                 loss = loss + self.recipe.distillation * self.teacher.loss(features, batch)
         return loss
@@ -221,6 +221,7 @@ def _convolves_one_pixel(model: nn.Module, size: int) -> bool:
     Most of its taps then see nothing but padding. In bfloat16 torch's CPU convolution (oneDNN, seen with torch 2.13)
     leaves those taps' weight gradient unwritten: whatever the memory held, NaN now and then, goes into the weights.
     """
+    images = as_input(model, torch.zeros(1, 3, size, size))
     found = False
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -228,12 +229,8 @@ def _convolves_one_pixel(model: nn.Module, size: int) -> bool:
         found = found or min(inputs[0].shape[-2:]) == 1
 
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1]
-    handles = [m.register_forward_pre_hook(look) for m in convolutions]
-    was_training = model.training
-    parameter = next(model.parameters())
-    model.eval()
-    model(torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device))
-    model.train(was_training)
-    for handle in handles:
-        handle.remove()
+    with borrowed(model) as inner:
+        for convolution in convolutions:
+            convolution.register_forward_pre_hook(look)
+        inner(images)
     return found

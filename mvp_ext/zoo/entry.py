@@ -18,6 +18,9 @@ from mvp_ext.model.structure import Structure
 from mvp_ext.zoo.files import BadFile, check_sound, read_sound
 from mvp_ext.zoo.index import ZooError
 
+# Among the extra values of a model's file: what its row says, so that a lost index can be made again.
+RECORD = "zoo"
+
 
 @dataclass(frozen=True, eq=False)
 class StoredModel:
@@ -44,7 +47,9 @@ class StoredModel:
             ZooError: the file is gone, or its bytes are not those that were added; the message names it.
         """
         try:
-            return parse_pruned(read_sound(self.path, self.sha256), source=os.fspath(self.path))
+            stored = parse_pruned(read_sound(self.path, self.sha256), source=os.fspath(self.path))
+            stored.extra.pop(RECORD, None)
+            return stored
         except BadFile as error:
             raise ZooError(f"zoo {self.kind} {self.name!r}: {self.path}: {error}") from error
         except ValueError as error:

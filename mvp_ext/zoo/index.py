@@ -3,6 +3,8 @@
 Every operation opens its own connection, so an index can be used from any thread and after a fork. Write-ahead
 logging lets readers go on while somebody writes; writers wait for each other. An index that may not be written is read
 as it lies. Older schemas are read, and brought up to date by the next transaction that writes.
+
+Rows are data of others: text that is not UTF-8 costs no more than its row, and no statement of an index's own is run.
 """
 
 from __future__ import annotations
@@ -10,13 +12,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sqlite3
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # Writers hold the index for milliseconds (weights are written before), so this only runs out where one hangs.
 BUSY_TIMEOUT_SECONDS = 60.0
+
+# A commit outlives a power cut.
+DURABLE = "PRAGMA synchronous = FULL"
 
 # What leads from each version of the schema to the next; all of them make a new index.
 _MIGRATIONS = (
@@ -60,6 +68,8 @@ _MIGRATIONS = (
     ),
 )
 SCHEMA_VERSION = len(_MIGRATIONS)
+# That each version of the schema has beside those before it.
+_TABLES = (("meta", "entries"), ("models", "facts"))
 FILE_COLUMNS = ("name", "file", "sha256", "bytes", "structure_fingerprint", "created")
 ENTRY_COLUMNS = (*FILE_COLUMNS, "architecture", "mask", "task", "keep", "accuracy", "steps", "cost")
 MEANS_COLUMNS = ("class_count", "class_means", "temperature")
@@ -70,14 +80,35 @@ class ZooError(RuntimeError):
     """A zoo, or one of its entries, that cannot be used; the message names it, what was expected and what was found."""
 
 
+class DamagedIndexError(ZooError):
+    """An index that SQLite cannot read; it can be made again from the files of the zoo's models."""
+
+
+# What SQLite says of a damaged database beside its plain DatabaseError ("malformed", "not a database").
+_DAMAGE = ("no such table", "no such column", "has no column", "unsupported file format", "malformed")
+
+
 class Index:
     """The rows of one ``index.sqlite``.
 
-    Raises (every method): ZooError where SQLite fails: a damaged file, a full disk, an index that stays locked.
+    Raises (every method): ZooError where SQLite fails: a full disk, an index that stays locked; DamagedIndexError of a
+    damaged file.
+
+    Args:
+        path: of the file.
+        kept_in: of an index outside of its zoo, which is never written: the folder that goes with it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, kept_in: Path | None = None) -> None:
         self.path = path
+        self._read_only = kept_in is not None
+        self._folder: Path | None = None
+        if kept_in is not None:
+            self._keep(kept_in)
+
+    def _keep(self, folder: Path) -> None:
+        self._folder = folder
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def version(self) -> int:
         """The schema's version; 0 where there is no index, or one whose creation did not come to its end."""
@@ -85,19 +116,26 @@ class Index:
             return 0
         with self._connect() as connection:
             version = _version(connection)
-            if version == 0 and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise ZooError(f"{self.path}: a database, but not of a zoo")
+            parts = connection.execute("SELECT type, name FROM sqlite_master").fetchall()
+        if version == 0 and parts:
+            raise ZooError(f"{self.path}: a database, but not of a zoo")
         if version > SCHEMA_VERSION:
             raise ZooError(
                 f"{self.path}: written by a newer mvp_ext (schema {version}, this one knows {SCHEMA_VERSION})"
             )
+        tables = {name for kind, name in parts if kind == "table"}
+        # Triggers and views would run statements of their maker's.
+        if not {kind for kind, _ in parts} <= {"table", "index"} or not tables >= {
+            name for names in _TABLES[:version] for name in names
+        }:
+            raise DamagedIndexError(f"{self.path}: its tables are not those of a zoo")
         return version
 
     def writable(self) -> bool:
         """Whether this process may write: the index, and beside it, where SQLite keeps its log."""
-        return os.access(self.path.parent, os.W_OK) and (
-            not self.path.exists() or os.access(self.path, os.W_OK)
-        )
+        if self._read_only or not os.access(self.path.parent, os.W_OK):
+            return False
+        return not self.path.exists() or os.access(self.path, os.W_OK)
 
     def create(self) -> None:
         """Make the tables. The caller sees to it that only one process does."""
@@ -153,12 +191,18 @@ class Index:
     def rows(
         self, columns: Sequence[str] = ENTRY_COLUMNS, *, names: Sequence[str] | None = None
     ) -> list[dict[str, Any]]:
-        """All entries, or those of these names, by name: the order does not depend on which builder was faster."""
+        """All entries, or those of these names, by name: the order does not depend on which builder was faster.
+
+        Beside ``columns`` each has "zoo_fingerprint": the structure's that is recorded of the zoo, or None.
+        """
         with self._connect() as connection:
-            if names is None:
-                return _select(connection, "entries", columns, "ORDER BY name")
-            chosen = "WHERE name IN (SELECT value FROM json_each(?)) ORDER BY name"
-            return _select(connection, "entries", columns, chosen, (json.dumps(list(names)),))
+            rest, values = "ORDER BY name", tuple[str, ...]()
+            if names is not None:
+                rest = "WHERE name IN (SELECT value FROM json_each(?)) ORDER BY name"
+                values = (json.dumps(list(names)),)
+            found = _select(connection, "entries", columns, rest, values)
+            known = dict(connection.execute("SELECT key, value FROM meta").fetchall())
+        return [{**row, "zoo_fingerprint": known.get("structure_fingerprint")} for row in found]
 
     def without_means(self) -> list[dict[str, Any]]:
         """Name and file of the entries whose class means the index does not know."""
@@ -174,15 +218,13 @@ class Index:
         with self._write() as connection:
             self._record(connection, backbone)
             if replacing is not None:
-                query = "DELETE FROM entries WHERE name = ? AND file = ?"
-                connection.execute(query, (row["name"], replacing))
+                _delete(connection, "entries", row["name"], replacing)
             return _insert(connection, "entries", row)
 
-    def delete(self, name: str, file: str, table: str = "entries") -> bool:
-        """Delete the row of that name and file; False if there is none."""
+    def delete(self, name: Any, file: Any, table: str = "entries") -> bool:
+        """Delete the row of that name and file, as ``rows`` gave them; False if there is none."""
         with self._write() as connection:
-            query = f"DELETE FROM {table} WHERE name = ? AND file = ?"
-            return connection.execute(query, (name, file)).rowcount == 1
+            return _delete(connection, table, name, file)
 
     # ---- models that the entries share
 
@@ -193,11 +235,18 @@ class Index:
                 return []
             return _select(connection, "models", MODEL_COLUMNS, "ORDER BY name")
 
-    def put_model(self, row: Mapping[str, Any], backbone: Mapping[str, str]) -> str | None:
-        """Record the backbone and put a row in place of the one of its name; returns the file of that one."""
+    def put_model(
+        self, row: Mapping[str, Any], backbone: Mapping[str, str], *, if_absent: bool = False
+    ) -> Any:
+        """Record the backbone and put a row in place of the one of its name; with ``if_absent`` that one stays.
+
+        Returns the file that no row names any more, or None: that of the old row, or of this one.
+        """
         with self._write() as connection:
             self._record(connection, backbone)
             old = _select(connection, "models", ("file",), "WHERE name = ?", (row["name"],))
+            if old and if_absent:
+                return row["file"]
             connection.execute("DELETE FROM models WHERE name = ?", (row["name"],))
             _insert(connection, "models", row)
             return old[0]["file"] if old else None
@@ -232,11 +281,18 @@ class Index:
                 self._uri(), uri=True, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None
             )
             try:
-                connection.execute("PRAGMA synchronous = FULL")  # a commit outlives a power cut
+                connection.text_factory = _text
+                connection.execute(DURABLE)
                 yield connection
             finally:
                 connection.close()
-        except sqlite3.Error as error:
+        # Python cannot read all that SQLite says of a damaged schema.
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            plain = type(error) in (sqlite3.DatabaseError, UnicodeDecodeError)
+            if plain or any(text in str(error) for text in _DAMAGE):
+                raise DamagedIndexError(
+                    f"{self.path}: {error}; `mvp-ext zoo verify --repair` makes the index again from the entries"
+                ) from error
             raise ZooError(f"{self.path}: {error}") from error
 
     def _uri(self) -> str:
@@ -244,8 +300,22 @@ class Index:
         if self.writable():
             return uri
         # SQLite wants to make files beside a database with a log, unless told that nobody writes it.
-        log = self.path.with_name(f"{self.path.name}-wal")
-        return f"{uri}?mode=ro" if log.exists() else f"{uri}?immutable=1"
+        log, shared = (self.path.with_name(f"{self.path.name}{end}") for end in ("-wal", "-shm"))
+        if not log.exists() or log.stat().st_size == 0:
+            return f"{uri}?immutable=1"
+        if shared.exists():
+            return f"{uri}?mode=ro"
+        # A killed writer's log, and no place to recover it in.
+        if self._folder is None:
+            self._keep(Path(tempfile.mkdtemp(prefix="mvp_ext-index-")))
+            assert self._folder is not None
+            for path in (self.path, log):
+                shutil.copyfile(path, self._folder / path.name)
+            # Whoever closes a database last puts its log into it.
+            with contextlib.closing(sqlite3.connect(self._folder / self.path.name)) as connection:
+                _version(connection)
+        copy = self._folder / self.path.name
+        return f"{copy.as_uri()}?immutable=1"
 
     @contextlib.contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
@@ -266,6 +336,10 @@ class Index:
                 raise
 
 
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
 def _version(connection: sqlite3.Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
@@ -278,6 +352,13 @@ def _select(
     wanted = ", ".join(column if column in known else "NULL" for column in columns)
     found = connection.execute(f"SELECT {wanted} FROM {table} {rest}", values).fetchall()
     return [dict(zip(columns, row, strict=True)) for row in found]
+
+
+def _delete(connection: sqlite3.Connection, table: str, name: Any, file: Any) -> bool:
+    """By their bytes: what is no text, or of another kind, can be deleted, too."""
+    values = [v.encode("utf-8", "surrogateescape") if isinstance(v, str) else v for v in (name, file)]
+    query = f"DELETE FROM {table} WHERE CAST(name AS BLOB) IS ? AND CAST(file AS BLOB) IS ?"
+    return connection.execute(query, values).rowcount == 1
 
 
 def _insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> bool:

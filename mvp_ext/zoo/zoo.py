@@ -10,6 +10,9 @@ Questions are answered from the index; a model's file is read, and its checksum 
 A file is written whole under a name of its own before the one transaction that makes it a model of the zoo. So a kill,
 a full disk or a power cut at any moment leaves a readable zoo, at worst with a stray file that `verify` names, and any
 number of processes can add at once. No weights are used whose bytes are not those that were written.
+
+Each file also says what its row does: an index that is lost or damaged is made again from them. A zoo that may only be
+read answers all the same. What lies in its directory is data of others: see ``files.py``.
 """
 
 from __future__ import annotations
@@ -31,22 +34,24 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.model.structure import Structure
 from mvp_ext.train.backbone import BackboneIdentity
-from mvp_ext.zoo.entry import ClassMeans, NewEntry, SharedModel, ZooEntry, ZooProblem
-from mvp_ext.zoo.files import BadFile, check_size
-from mvp_ext.zoo.index import FILE_COLUMNS, MEANS_COLUMNS, Index, ZooError
-from mvp_ext.zoo.layout import Layout, remove_file
-from mvp_ext.zoo.rowless import ROWLESS_MODELS, adopt, model_row, rowless_models
+from mvp_ext.zoo.entry import RECORD, ClassMeans, NewEntry, SharedModel, ZooEntry, ZooProblem
+from mvp_ext.zoo.files import BadFile, check_size, remove_file
+from mvp_ext.zoo.index import FILE_COLUMNS, MEANS_COLUMNS, DamagedIndexError, Index, ZooError
+from mvp_ext.zoo.layout import ROWLESS_MODELS, Layout
+from mvp_ext.zoo.rebuild import holds_models, rebuild, rebuilt_elsewhere
+from mvp_ext.zoo.rowless import adopt, model_row, rowless_models
 from mvp_ext.zoo.rows import (
     DAMAGED_ROW,
     entry_of,
     entry_row,
     file_name,
+    json_of,
     means_of,
     model_of,
     timestamp,
     to_json,
 )
-from mvp_ext.zoo.verify import find_problems
+from mvp_ext.zoo.verify import find_problems, repaired
 
 __all__ = ["BackboneIdentity", "NewEntry", "SharedModel", "Zoo", "ZooEntry", "ZooError", "ZooProblem"]
 
@@ -62,9 +67,12 @@ class Zoo:
             then brought up to date, if it may be written; otherwise it is read as it is.
         backbone: the dense model's identity; recorded in a zoo that has none, otherwise compared.
 
+    An index that is gone or damaged is made again from the files of the models, which a warning says; of a zoo that may
+    not be written for this process alone.
+
     Raises:
-        ZooError: no zoo there (``create=False``), a directory that is something else, a damaged or newer index,
-            another backbone.
+        ZooError: no zoo there (``create=False``), a directory that is something else, a newer index, a folder or index
+            that is a link, another backbone.
     """
 
     def __init__(
@@ -72,8 +80,9 @@ class Zoo:
     ) -> None:
         self.path = Path(path).expanduser()
         self._layout = Layout(self.path)
+        self._layout.check()
         self._index = Index(self._layout.index)
-        version = self._index.version()
+        version = self._version()
         if version == 0:
             if not create:
                 raise ZooError(f"no zoo at {self.path}; build one first (mvp-ext zoo build)")
@@ -82,6 +91,27 @@ class Zoo:
             adopt(self._layout, self._index, version)
         if backbone is not None:
             self.bind(backbone)
+
+    def _version(self) -> int:
+        """Of the index, which is made again where it is damaged, or gone while models are there."""
+        try:
+            version, damage = self._index.version(), "is gone"
+        except DamagedIndexError as error:
+            if not self._layout.entries.is_dir():
+                raise
+            version, damage = 0, f"is damaged ({error})"
+        if version or not (damage != "is gone" or holds_models(self._layout)):
+            return version
+        if self._index.writable():
+            count, where = rebuild(self._layout, self._index), "again"
+        else:
+            self._index, count = rebuilt_elsewhere(self._layout, self._index)
+            where = "for this process, as the zoo may not be written,"
+        warnings.warn(
+            f"zoo {self.path}: its index {damage}; it was made {where} from the files of {count} entries",
+            stacklevel=3,
+        )
+        return self._index.version()
 
     def _create(self) -> None:
         try:
@@ -114,7 +144,10 @@ class Zoo:
     def preprocessing(self) -> Preprocessing | None:
         """How the models of this zoo see images; None where nobody said."""
         stored = self.facts().get("preprocessing")
-        return None if stored is None else Preprocessing.from_dict(stored)
+        try:
+            return None if stored is None else Preprocessing.from_dict(stored)
+        except ValueError as error:
+            raise ZooError(f"zoo {self.path}: what it says of preprocessing is damaged ({error})") from error
 
     def bind_preprocessing(self, preprocessing: Preprocessing) -> None:
         """Record how the models of this zoo see images, or compare it with what is recorded (ZooError)."""
@@ -132,8 +165,16 @@ class Zoo:
             )
 
     def facts(self) -> dict[str, Any]:
-        """What ``record_facts`` recorded."""
-        return {key: json.loads(value) for key, value in self._index.facts().items()}
+        """What ``record_facts`` recorded; ZooError where that is damaged."""
+        found = {}
+        for key, value in self._index.facts().items():
+            try:
+                found[key] = json_of(value)
+            except ValueError as error:
+                raise ZooError(
+                    f"zoo {self.path}: fact {key!r} is damaged ({error}); `mvp-ext zoo verify --repair` restores it"
+                ) from error
+        return found
 
     def record_facts(self, **facts: Any) -> None:
         """Record JSON values (or dataclasses of them) of the zoo, each in place of what its key had.
@@ -171,7 +212,9 @@ class Zoo:
         """The entry of that name; ZooError where there is none or it is not usable."""
         rows = self._index.rows(names=[name])
         if not rows:
-            near = difflib.get_close_matches(name, [row["name"] for row in self._index.rows(("name",))], n=3)
+            near = difflib.get_close_matches(
+                name, [str(row["name"]) for row in self._index.rows(("name",))], n=3
+            )
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
             raise ZooError(f"zoo {self.path}: no entry {name!r}{hint}")
         entry = self._described(rows[0], entry_of)
@@ -230,9 +273,15 @@ class Zoo:
         self, row: Mapping[str, Any], of: Callable[[Mapping[str, Any], Path], T]
     ) -> T | ZooProblem:
         """What ``of`` makes of an entry's row, if its file is there."""
-        path = self._layout.of_entry(row)
+        path = self._index.path
         try:
+            path = self._layout.of_entry(row)
             check_size(path, row["bytes"])
+            if row["zoo_fingerprint"] not in (None, row["structure_fingerprint"]):
+                raise ValueError(
+                    f"structure fingerprint: expected the zoo's, {row['zoo_fingerprint']}, got "
+                    f"{row['structure_fingerprint']!r}"
+                )
             return of(row, path)
         except BadFile as problem:
             return ZooProblem(problem.kind, path, str(problem), row["name"])
@@ -265,13 +314,18 @@ class Zoo:
                 return self[name]
             raise ZooError(f"zoo {self.path}: there already is an entry {name!r}; replace=True replaces it")
         row = entry_row(new)
-        extra = {key: value.detach() for key, value in (new.tensors or {}).items()}
+        extra: dict[str, Any] = {key: value.detach() for key, value in (new.tensors or {}).items()}
         backbone = _backbone_of(new.structure)
         self._index.check(backbone)  # before the work of writing weights; again when the row goes in
         seen = None if new.card is None else new.card.preprocessing
         if seen is not None:
             self.check_preprocessing(seen)
         replacing = old["file"] if old else None
+        extra[RECORD] = {
+            **{key: row[key] for key in ("name", "accuracy", "steps")},
+            **{key: json.loads(row[key]) for key in ("task", "cost")},
+            **self._record_of_zoo(seen),
+        }
         with self._layout.writing(self._layout.of_entry(row), f"entry {name!r}") as file:
             save_pruned(
                 new.model, file.path, mask=new.mask, structure=new.structure, card=new.card, extra=extra
@@ -284,15 +338,22 @@ class Zoo:
         if seen is not None:
             self.bind_preprocessing(seen)
         if old is not None:
-            remove_file(self._layout.of_entry(old))
+            self._layout.remove_entry(old)
         return self[name]
+
+    def _record_of_zoo(self, seen: Preprocessing | None) -> dict[str, Any]:
+        """What a model's file says of the zoo, for an index that is lost."""
+        facts = self.facts()
+        if seen is not None:
+            facts["preprocessing"] = seen.to_dict()
+        return {"backbone": self._index.meta(), "facts": facts}
 
     def remove(self, name: str) -> None:
         """Remove an entry, usable or not; ZooError where there is none of that name."""
         rows = self._index.rows(("file",), names=[name])
         if not rows or not self._index.delete(name, rows[0]["file"]):
             raise ZooError(f"zoo {self.path}: no entry {name!r}")
-        remove_file(self._layout.of_entry(rows[0]))
+        self._layout.remove_entry(rows[0])
 
     # ---- models that the entries share
 
@@ -316,12 +377,14 @@ class Zoo:
         extra: Mapping[str, Any] | None = None,
         *,
         card: ModelCard | None = None,
+        if_absent: bool = False,
     ) -> SharedModel:
         """Keep a model beside the entries, in place of the one of that name; when this returns, it is on the disk.
 
         Args:
             name: "start" is what the zoo's entries started from; others are controls. ``extra``: JSON values.
             card: what its file says of it beside its weights.
+            if_absent: keep and return an existing one of that name, for builds that are resumed or shared.
 
         Raises:
             ZooError: the structure is another than the zoo's, the disk is full. The zoo is then as it was before.
@@ -337,11 +400,14 @@ class Zoo:
         }
         self._index.check(backbone)
         with self._layout.writing(self._layout.of_model(row), f"model {name!r}") as file:
-            save_pruned(model, file.path, mask=mask, structure=structure, card=card, extra=extra)
-            old = self._index.put_model({**row, **file.facts()}, backbone)
-            file.used = True
+            recorded = {**(extra or {}), RECORD: {"name": name, **self._record_of_zoo(None)}}
+            save_pruned(model, file.path, mask=mask, structure=structure, card=card, extra=recorded)
+            old = self._index.put_model({**row, **file.facts()}, backbone, if_absent=if_absent)
+            file.used = old != row["file"]
+        if not file.used:
+            return self._shared_of(next(each for each in self._index.models() if each["name"] == name))
         if old is not None:
-            remove_file(self._layout.of_model({"file": old}))
+            self._layout.remove_model({"file": old})
         if name in ROWLESS_MODELS:
             remove_file(self.path / f"{name}.safetensors")
         return self._shared_of({**row, **file.facts()})
@@ -349,7 +415,7 @@ class Zoo:
     def _shared_of(self, row: Mapping[str, Any]) -> SharedModel:
         try:
             return model_of(row, self._layout.of_model(row))
-        except DAMAGED_ROW as error:
+        except (BadFile, *DAMAGED_ROW) as error:
             raise ZooError(
                 f"{self._index.path}: model {row['name']!r}: its row cannot be read ({error})"
             ) from error
@@ -360,12 +426,21 @@ class Zoo:
         """Check the index and read every file; returns what is wrong (empty: sound).
 
         Args:
-            repair: also remove what is wrong: stray files, and models whose file is damaged or gone, so that a build
-                makes them again. Waits for models that are just being added.
+            repair: also mend it. An index or a row that is damaged is made again from the files of the models; stray
+                files are removed, and models whose file is damaged or gone, so that a build makes them again. Waits for
+                models that are just being added.
 
         Files of models that another process is adding at this moment are not called stray.
+
+        Raises:
+            ZooError: with ``repair``, where the zoo may not be written.
         """
-        return find_problems(self._layout, self._index, repair=repair)
+        if repair and not self._index.writable():
+            raise ZooError(f"zoo {self.path}: it cannot be repaired: it may not be written")
+        if self._index.path != self._layout.index:
+            lost = "gone or damaged; this process reads one made from the entries"
+            return [ZooProblem("index", self._layout.index, lost), *find_problems(self._layout, self._index)]
+        return repaired(self._layout, self._index) if repair else find_problems(self._layout, self._index)
 
 
 def _backbone_of(structure: Structure) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import pytest
 import torch
 import typer
-from digits import few_digits
+from digits import few_digits, tiny_backbone
 from typer.testing import CliRunner
 
 from mvp_ext.app import options
@@ -57,14 +57,14 @@ def test_an_option_is_declared_once() -> None:
 
 def test_defaults_are_those_of_the_dataclasses() -> None:
     """An option that is not given changes nothing."""
-    backbone: Any = None
+    backbone = tiny_backbone()
     settings = options.CutOptions().settings(None, backbone, Settings.seed)
     assert options.ScheduleOptions().applied(settings, Schedule.final_steps) == Settings()
     assert options.NeighbourOptions().vote() == VoteOptions()
 
 
 def test_what_is_given_takes_the_place_of_the_zoos() -> None:
-    backbone: Any = None
+    backbone = tiny_backbone()
     cut = options.CutOptions(keep=0.1, align=1, criterion="l2")
     settings = cut.settings(None, backbone, seed=7)
     assert settings == Settings(keep=0.1, align=1, schedule=Schedule(criterion="l2"), seed=7)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvp_ext.data.images import DataError, ImageData, load_data, load_joined
+from mvp_ext.data.images import DataError, ImageData, content_hash, load_data, load_joined
 from mvp_ext.data.tasks import sample_tasks
 
 
@@ -157,3 +157,21 @@ def test_tasks_of_joined_data_are_of_one_each(tmp_path: Path) -> None:
         sample_tasks(data, 15, 3, seed=0)
     later = sample_tasks(data, 9, 3, seed=0, exclude=tasks[:3])
     assert not {task.classes for task in tasks[:3]} & {task.classes for task in later}
+
+
+def test_a_hash_of_tensors_of_any_type():
+    kinds = (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+    )
+    seen = {
+        content_hash([torch.tensor(bits).to(kind)], ["a"])
+        for kind in kinds
+        for bits in ([0, 1], [1, 0], 1, [])
+    }
+    assert len(seen) == 4 * len(kinds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,22 @@ def test_a_file_of_another_function_is_not_put_in_place(
 
 
 def test_both_parts_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = module.write_atomic
+    """And where older ones were, those."""
+    replace, small = os.replace, small_model("test_resnet", "inner")
 
-    def full_disk(path: Path, data: bytes) -> None:
-        if path.suffix == ".xml":
+    def full_disk(source: Any, target: Any) -> None:
+        if str(target).endswith("m.xml") and ".old" not in str(source):
             raise OSError("no space left on device")
-        write(path, data)
+        replace(source, target)
 
-    monkeypatch.setattr(module, "write_atomic", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        export(small_model("test_resnet", "inner"), tmp_path / "m.xml")
-    assert files(tmp_path) == set()
+    for old in ({}, {"m.xml": b"old", "m.bin": b"old, too"}):
+        for name, data in old.items():
+            (tmp_path / name).write_bytes(data)
+        monkeypatch.setattr(os, "replace", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            export(small, tmp_path / "m.xml")
+        monkeypatch.undo()
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
 
 
 class Doubled(torch.nn.Module):

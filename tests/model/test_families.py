@@ -119,9 +119,10 @@ def test_probes_read_the_units(name: str, scope: str) -> None:
         ("resnetv2_50", {}, None, r"stages\.0\.blocks\.0 \(PreActBottleneck\)"),
         ("resnest14d", {}, None, r"layer1\.0 \(ResNestBottleneck\)"),
         ("resnetblur18", {}, None, r"layer2\.0\.aa: .*BlurPool2d"),
-        ("seresnet18", {}, "all", r"layer1\.0\.se \(SEModule\)"),
+        ("seresnet18", {}, "all", r"layer1\.0\.se \(SEModule\).*; use scope 'inner'$"),
         ("efficientnet_b0", {}, None, r"expected residual blocks .* got conv_stem \(Conv2d\)"),
-        ("swin_tiny_patch4_window7_224", {}, None, r"layers\.0\.blocks\.0\.attn \(WindowAttention\)"),
+        ("swin_tiny_patch4_window7_224", {}, "heads", r"0\.attn \(WindowAttention\).*; use scope 'mlp'$"),
+        ("swin_tiny_patch4_window7_224", {}, "all", r"'all' is for .* looks like 'vit'; use scope 'mlp'$"),
         ("eva02_tiny_patch14_224", {}, "heads", r"blocks\.0\.attn \(EvaAttention\)"),
         ("eva02_tiny_patch14_224", {}, "mlp", r"blocks\.0\.mlp \(GluMlp\)"),
         ("test_vit", {"scale_attn_norm": True}, "heads", r"blocks\.0\.attn\.norm \(LayerNorm\)"),
@@ -131,8 +132,15 @@ def test_probes_read_the_units(name: str, scope: str) -> None:
 def test_refuses_by_the_name_of_the_part(
     name: str, kwargs: dict[str, Any], scope: str | None, message: str
 ) -> None:
-    with pytest.raises(UnsupportedModelError, match=message):
+    with pytest.raises(ValueError, match=message):
         find_structure(on_meta(name, **kwargs), scope)
+
+
+def test_the_default_is_the_first_scope_that_the_model_has() -> None:
+    for name, scope in (("resnet18", "inner"), ("vit_tiny_patch16_224", "heads")):
+        assert find_structure(on_meta(name)).scope == scope
+    assert find_structure(on_meta("swin_tiny_patch4_window7_224")).scope == "mlp"
+    assert find_structure(on_meta("test_vit", scale_attn_norm=True)).scope == "mlp"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def test_from_scores_keeps_the_highest_and_breaks_ties_by_index() -> None:
     assert Mask.from_scores(structure, scores, [4, 1], align=8) == mask_of(a="010111", b="1000")
 
 
-@pytest.mark.parametrize("keep", [0.01, 0.3, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize("keep", [0.01, 0.3, 0.5, 0.77, 1.0, np.float32(0.5)])
 def test_never_an_empty_layer_and_aligned(keep: float) -> None:
     units = (1, 2, 7, 8, 64, 100)
     for global_, seed in itertools.product((False, True), range(3)):

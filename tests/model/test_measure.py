@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -158,3 +159,23 @@ def test_counts_are_remembered_only_where_nothing_changed() -> None:
     assert measure.count_flops(model, (3, 8, 8)) == whole // 4
     model[0].forward = lambda images: images  # type: ignore[method-assign]
     assert measure.count_flops(model, (3, 8, 8)) == 0
+
+
+def test_groups_stand_together_and_rest_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model of a group comes first in it, and every group first, equally often."""
+    called: list[str] = []
+    monkeypatch.setattr(measure.time, "sleep", lambda seconds: called.append("rest"))
+    runs = {name: partial(called.append, name) for name in ("a1", "b1", "a2", "b2")}
+    measure.time_in_turn(runs, rounds=4, group=lambda name: name[0], pause=0.5)
+    turns = " ".join(called[measure.WARM_UP_ROUNDS * 4 :]).split("rest ")[1:]
+    assert [turn.split() for turn in turns] == [
+        *(["a1", "a2"], ["b1", "b2"]),
+        *(["b2", "b1"], ["a2", "a1"]),
+        *(["b2", "b1"], ["a2", "a1"]),
+        *(["a1", "a2"], ["b1", "b2"]),
+    ]
+    called.clear()
+    # Of one group there is nothing to rest from.
+    monkeypatch.setattr(measure.time, "sleep", lambda seconds: called.append(f"rest {seconds}"))
+    measure.time_in_turn(runs, rounds=1, pause=0.5)
+    assert "rest 0.5" not in called

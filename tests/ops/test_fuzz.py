@@ -186,6 +186,11 @@ def _freed(r: Random, value: Any) -> Any:
     return value
 
 
+def _nothing_of_much(r: Random, tensor: Tensor) -> Tensor:
+    """No index lists: where one is wrong, its values are listed, as (in torch) they are for ever."""
+    return torch.empty(r.choice(((0, 2**40), (2**40, 0), (2**29, 2**29, 0))), dtype=tensor.dtype)
+
+
 def _misaligned(tensor: Tensor) -> Tensor:
     data = bytearray(b"\1" + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return torch.frombuffer(data, dtype=tensor.dtype, count=tensor.numel(), offset=1).reshape(tensor.shape)
@@ -204,7 +209,7 @@ CHANGES: list[Callable[[Random, Tensor], Any]] = [
     lambda r, t: t.to(r.choice(FLOATS)),
     lambda r, t: t.to("meta"),
     lambda r, t: torch.empty(0, dtype=t.dtype),
-    lambda r, t: torch.empty(r.choice(((0, 2**40), (2**40, 0), (2**29, 2**29, 0))), dtype=t.dtype),
+    lambda r, t: _nothing_of_much(r, t) if t.is_floating_point() else t,
     lambda r, t: t.unsqueeze(r.randint(0, t.ndim)),
     lambda r, t: t[None, None, None, None],
     lambda r, t: t.flatten(),
@@ -242,7 +247,9 @@ def _changed(r: Random, value: Any) -> Any:
             value[at] = _changed(r, value[at])
         return value
     if isinstance(value, Tensor):
-        return r.choice(CHANGES)(r, value)
+        # Once is enough for a kind that torch itself hardly knows, and for a size.
+        plain = value.layout is torch.strided and not value.is_quantized and not value.is_nested
+        return r.choice(CHANGES)(r, value) if plain and max((1, *value.shape)) < 100_000 else value
     if isinstance(value, str):
         return r.choice(("", "Taylor", "taylor\0", "x" * 10_000, "\u2028"))
     if isinstance(value, float):
@@ -282,7 +289,9 @@ def describe(value: Any) -> str:
     if value.layout is not torch.strided or value.is_nested or value.is_meta or value.is_quantized:
         return f"<{text}>"
     enough = value.untyped_storage().nbytes() >= value.numel() * value.itemsize
-    values = f" = {value.tolist()}" if enough and value.numel() < 10 and not value.is_floating_point() else ""
+    values = (
+        f" = {value.tolist()}" if enough and 0 < value.numel() < 10 and not value.is_floating_point() else ""
+    )
     return f"<{text} strides {value.stride()}, storage {value.untyped_storage().nbytes()}{values}>"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from digits import digits_task, tiny_backbone
 
@@ -89,3 +90,16 @@ def test_without_a_zoo_the_family_decides():
     result = prune(backbone, digits_task((7, 8)), method="random", steps=1)
     assert result.structure == find_structure(backbone.model)
     assert result.keep == Settings.keep
+
+
+def test_numbers_of_numpy_are_numbers():
+    settings = Settings(
+        keep=np.float32(0.5),
+        align=np.int64(4),
+        seed=np.int32(3),
+        schedule=Schedule(share=np.float16(0.25), final_steps=np.int64(7)),
+        recipe=Recipe(learning_rate=np.float32(0.125), batch_size=np.int64(8)),
+    )
+    plain = Settings(0.5, None, 4, Schedule(0.25, final_steps=7), Recipe(0.125, batch_size=8), 3)
+    assert Settings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings == plain
+    assert type(VoteOptions(neighbours=np.int64(2), temperature=np.float32(1)).temperature) is float

@@ -216,6 +216,18 @@ def test_what_cannot_be_read_is_named_and_does_not_hinder(old, small):
     assert zoo.shared(START) is None
 
 
+def test_its_index_is_made_again_from_what_its_files_say(old, small):
+    """They have no record of their rows: names are those of the files."""
+    (old / "index.sqlite").unlink()
+    with pytest.warns(UserWarning, match="its index is gone; it was made again from the files of 2 entries"):
+        zoo = Zoo(old, create=False)
+    assert [(entry.name, entry.mask) for entry in zoo] == [("a", small[1]), ("b", small[1])]
+    assert torch.equal(zoo.class_means()[0].means, means("a")["class_means"])
+    assert zoo.shared(START).extra["keep"] == 0.5
+    assert zoo.shared(UNIVERSAL).load().mask == small[1]
+    assert zoo.verify() == []
+
+
 def test_kill_while_it_is_brought_up_to_date(old, small):
     """At any statement of the transaction: the old zoo is left, or the new one."""
     script = """

@@ -241,9 +241,12 @@ def test_index_of_something_else_or_newer_or_damaged(tmp_path, zoo, add):
             Zoo(tmp_path / name)
     index = zoo.path / "index.sqlite"
     index.write_bytes(b"garbage" * 1000)
-    with pytest.raises(ZooError, match=r"index\.sqlite: .*not a database"):
-        Zoo(zoo.path)
-    assert index.read_bytes() == b"garbage" * 1000  # nothing was made over it
+    with pytest.warns(
+        UserWarning, match=r"index\.sqlite: .*not a database.* made again from the files of 1 entries"
+    ):
+        assert [entry.name for entry in Zoo(zoo.path)] == ["x"]
+    # Nothing was made over it.
+    assert index.with_name("index.sqlite.damaged").read_bytes() == b"garbage" * 1000
 
 
 def test_creation_that_was_killed_is_finished(tmp_path):

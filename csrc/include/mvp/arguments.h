@@ -18,12 +18,12 @@ namespace mvp {
 // One argument of an op; `at`: its number, where it is one of a list.
 class Argument {
  public:
-  Argument(const char* op, Place place, const char* name, const TensorView& view, int64_t at = -1)
+  Argument(const char* op, Where where, const char* name, const TensorView& view, int64_t at = -1)
       : op_(op), name_(name), view_(view), at_(at) {
     if (!view.defined()) return;
     if (view.fault != nullptr) refuse(view.fault);
-    if (view.place.type != place.type) refuse(place.type == 1 ? "a CPU tensor" : "a tensor on the GPU");
-    if (view.place.index != place.index) refuse("a tensor on the same GPU as the others");
+    if (view.where.type != where.type) refuse(where.type == 1 ? "a CPU tensor" : "a tensor on the GPU");
+    if (view.where.index != where.index) refuse("a tensor on the same GPU as the others");
   }
 
   void need(bool holds, const char* expected) const {
@@ -117,8 +117,8 @@ class Argument {
     if (!view_.defined()) return "None";
     if (view_.fault != nullptr) return "one without";
     return std::string(name_of(view_.dtype)) + " of shape " + shape_of(view_) + " and strides " +
-           listed(view_.stride, view_.ndim) + " on device type " + std::to_string(view_.place.type) + ":" +
-           std::to_string(view_.place.index);
+           listed(view_.stride, view_.ndim) + " on device type " + std::to_string(view_.where.type) + ":" +
+           std::to_string(view_.where.index);
   }
 
   const char* op_;
@@ -131,10 +131,10 @@ class Argument {
   throw std::invalid_argument(std::string(op) + ": " + what);
 }
 
-inline void check_importance(Place place, const TensorView& a, const TensorView& grad,
+inline void check_importance(Where where, const TensorView& a, const TensorView& grad,
                              const std::string& kind, int64_t dim, const TensorView& scores) {
   constexpr char op[] = "importance";
-  const Argument a_(op, place, "a", a), grad_(op, place, "grad", grad), scores_(op, place, "scores", scores);
+  const Argument a_(op, where, "a", a), grad_(op, where, "grad", grad), scores_(op, where, "scores", scores);
   if (kind != "taylor" && kind != "taylor2" && kind != "activation")
     refuse(op, "kind: expected taylor, taylor2 or activation, got " + kind);
   a_.need_tensor();
@@ -154,14 +154,14 @@ inline void check_importance(Place place, const TensorView& a, const TensorView&
            "units: expected a divisor of " + std::to_string(a.shape[dim]) + ", got " + std::to_string(units));
 }
 
-inline void check_meta_vote(Place place, const TensorView& masks, const TensorView& weights,
+inline void check_meta_vote(Where where, const TensorView& masks, const TensorView& weights,
                             const TensorView& prior, const std::vector<int64_t>& layers,
                             const std::vector<int64_t>& kept, const TensorView& mask, const TensorView& index,
                             const TensorView& votes) {
   constexpr char op[] = "meta_vote";
-  const Argument masks_(op, place, "masks", masks), weights_(op, place, "weights", weights),
-      prior_(op, place, "prior", prior), mask_(op, place, "mask", mask), index_(op, place, "index", index),
-      votes_(op, place, "votes", votes);
+  const Argument masks_(op, where, "masks", masks), weights_(op, where, "weights", weights),
+      prior_(op, where, "prior", prior), mask_(op, where, "mask", mask), index_(op, where, "index", index),
+      votes_(op, where, "votes", votes);
   masks_.need_rank(2, 2);
   masks_.need_dtype(DType::boolean);
   const int64_t voters = masks.shape[0], units = masks.shape[1];
@@ -220,7 +220,7 @@ inline bool overlap(const TensorView& a, const TensorView& b) {  // both dense
   return from(a) < end(b) && from(b) < end(a);
 }
 
-inline void check_pack(const char* op, Place place, const std::vector<TensorView>& full,
+inline void check_pack(const char* op, Where where, const std::vector<TensorView>& full,
                        const std::vector<TensorView>& packed, const std::vector<TensorView>& rows,
                        const std::vector<TensorView>& cols) {
   const bool packing = op[0] == 'p';
@@ -228,9 +228,9 @@ inline void check_pack(const char* op, Place place, const std::vector<TensorView
     refuse(op, "expected lists of equal length");
   for (size_t p = 0; p < full.size(); ++p) {
     const auto at = static_cast<int64_t>(p);
-    const Argument full_(op, place, packing ? "tensors" : "out", full[p], at),
-        part_(op, place, "packed", packed[p], at), rows_(op, place, "rows", rows[p], at),
-        cols_(op, place, "cols", cols[p], at);
+    const Argument full_(op, where, packing ? "tensors" : "out", full[p], at),
+        part_(op, where, "packed", packed[p], at), rows_(op, where, "rows", rows[p], at),
+        cols_(op, where, "cols", cols[p], at);
     check_slice(full_, full[p], part_, rows_, cols_, cols[p].defined());
     full_.need_dense(full[p].columns_innermost());
     part_.need_dtype(full[p].dtype);
@@ -239,7 +239,7 @@ inline void check_pack(const char* op, Place place, const std::vector<TensorView
 }
 
 // `weights`: how many there are.
-inline void check_merge(Place place, const std::vector<TensorView>& base,
+inline void check_merge(Where where, const std::vector<TensorView>& base,
                         const std::vector<TensorView>& voters, const std::vector<TensorView>& voter_rows,
                         const std::vector<TensorView>& voter_cols, size_t weights,
                         const std::vector<TensorView>& rows, const std::vector<TensorView>& cols,
@@ -252,8 +252,8 @@ inline void check_merge(Place place, const std::vector<TensorView>& base,
     refuse(op, "expected lists of equal length");
   for (size_t p = 0; p < count; ++p) {
     const auto at = static_cast<int64_t>(p);
-    const Argument base_(op, place, "base", base[p], at), out_(op, place, "out", out[p], at),
-        rows_(op, place, "rows", rows[p], at), cols_(op, place, "cols", cols[p], at);
+    const Argument base_(op, where, "base", base[p], at), out_(op, where, "out", out[p], at),
+        rows_(op, where, "rows", rows[p], at), cols_(op, where, "cols", cols[p], at);
     check_slice(base_, base[p], out_, rows_, cols_, cols[p].defined());
     base_.need_floating();
     base_.need_dense(base[p].columns_innermost());
@@ -262,9 +262,9 @@ inline void check_merge(Place place, const std::vector<TensorView>& base,
   for (size_t v = 0; v < voters.size(); ++v) {
     const auto at = static_cast<int64_t>(v);
     const TensorView& full = base[v % count];
-    const Argument base_(op, place, "base", full, static_cast<int64_t>(v % count)),
-        voter_(op, place, "voters", voters[v], at), rows_(op, place, "voter_rows", voter_rows[v], at),
-        cols_(op, place, "voter_cols", voter_cols[v], at);
+    const Argument base_(op, where, "base", full, static_cast<int64_t>(v % count)),
+        voter_(op, where, "voters", voters[v], at), rows_(op, where, "voter_rows", voter_rows[v], at),
+        cols_(op, where, "voter_cols", voter_cols[v], at);
     check_slice(base_, full, voter_, rows_, cols_, voter_cols[v].defined());
     voter_.need_floating();
   }
@@ -277,14 +277,14 @@ inline int64_t row_count(const TensorView& view) {
 }
 
 // x may have its leading dimensions flattened.
-inline void check_pruned_linear(Place place, const TensorView& x, const TensorView& weight,
+inline void check_pruned_linear(Where where, const TensorView& x, const TensorView& weight,
                                 const TensorView& bias, const TensorView& out_index,
                                 const TensorView& in_index, int64_t out_block, int64_t in_block,
                                 const TensorView& residual, const TensorView& out) {
   constexpr char op[] = "pruned_linear";
-  const Argument x_(op, place, "x", x), weight_(op, place, "weight", weight), bias_(op, place, "bias", bias),
-      out_index_(op, place, "out_index", out_index), in_index_(op, place, "in_index", in_index),
-      residual_(op, place, "residual", residual), out_(op, place, "out", out);
+  const Argument x_(op, where, "x", x), weight_(op, where, "weight", weight), bias_(op, where, "bias", bias),
+      out_index_(op, where, "out_index", out_index), in_index_(op, where, "in_index", in_index),
+      residual_(op, where, "residual", residual), out_(op, where, "out", out);
   x_.need_rank(1, kMaxDims);
   x_.need_floating();
   weight_.need_rank(2, 2);
@@ -312,13 +312,13 @@ inline void check_pruned_linear(Place place, const TensorView& x, const TensorVi
   }
 }
 
-inline void check_residual_add(Place place, const TensorView& residual, const TensorView& y,
+inline void check_residual_add(Where where, const TensorView& residual, const TensorView& y,
                                const TensorView& index, const TensorView& scale, const TensorView& shift,
                                int64_t dim, const TensorView& out) {
   constexpr char op[] = "residual_add";
-  const Argument residual_(op, place, "residual", residual), y_(op, place, "y", y),
-      index_(op, place, "index", index), scale_(op, place, "scale", scale), shift_(op, place, "shift", shift),
-      out_(op, place, "out", out);
+  const Argument residual_(op, where, "residual", residual), y_(op, where, "y", y),
+      index_(op, where, "index", index), scale_(op, where, "scale", scale), shift_(op, where, "shift", shift),
+      out_(op, where, "out", out);
   residual_.need_tensor();
   residual_.need_floating();
   if (dim < 0 || dim >= residual.ndim)

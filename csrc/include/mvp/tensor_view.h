@@ -36,7 +36,7 @@ inline bool is_floating(DType dtype) {
 constexpr int kMaxDims = 6;
 
 // Where tensors lie: DLPack's kind of device (1: CPU, 2: CUDA), and which of them.
-struct Place {
+struct Where {
   int32_t type = 1;
   int32_t index = 0;
 };
@@ -47,7 +47,7 @@ struct TensorView {
   int64_t stride[kMaxDims] = {};  // in elements
   int32_t ndim = -1;              // -1: no tensor (Python's None)
   DType dtype = DType::f32;
-  Place place;
+  Where where;
   // Not null: no kernel may touch this tensor, and this is what was expected instead. See mvp/arguments.h.
   const char* fault = nullptr;
 

@@ -56,7 +56,7 @@ def _filter_layers(path: str, block: Any, scope: str) -> list[UnitLayer]:
         if block.se is not None:
             raise UnsupportedModelError(
                 f"{path}.se ({type(block.se).__name__}): it mixes the channels of the residual stream, so scope `all` "
-                "cannot cut them; use scope `inner`"
+                "cannot cut them"
             )
         slices = _filter_slices(path, block, depth)
         if isinstance(block, ScatterBlock):
