@@ -272,10 +272,10 @@ def _classes(root: Path, left_out: LeftOut) -> dict[str, list[Path]]:
     known = known.union(*(walk.reached for walk in walks.values()))
     classes: dict[str, list[Path]] = {}
     for name in sorted(walks):
-        if not name.isprintable():
-            # Not to be written into a file of text, or steering whoever reads it.
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            # Bytes that are no UTF-8: no file of text could hold the name.
             raise DataError(
-                f"{root}: the class folder {name!r} has a name that is no printable text; rename it"
+                f"{root}: the class folder {name!r} has a name that is no text in UTF-8; rename it"
             )
         walks[name].follow(known)
         images = walks[name].images()
