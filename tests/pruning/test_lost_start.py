@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,8 +43,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
-@pytest.mark.parametrize("damage", [cut, Path.unlink], ids=["cut", "gone"])
-@pytest.mark.parametrize("repair", [True, False])
+@pytest.mark.parametrize(("damage", "repair"), [(cut, True), (Path.unlink, False)], ids=["cut", "gone"])
 def test_the_build_goes_on(tmp_path: Path, damage: Callable[[Path], None], repair: bool) -> None:
     backbone, zoo = tiny_backbone(), Zoo(tmp_path / "zoo")
     build_refined_zoo(backbone, TASKS, zoo, SETTINGS)
@@ -106,15 +104,13 @@ def _other_kind(path: Path) -> None:
     "leave",
     [
         lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"\xff" * 100),
-        lambda path: path.write_bytes((10**6).to_bytes(8, "little") + json.dumps({"a": 1}).encode()),
         lambda path: path.write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5),
         _other_kind,
         Path.mkdir,
         _pipe,
         _link,
     ],
-    ids=["empty", "noise", "short", "deep", "other", "folder", "pipe", "link"],
+    ids=["empty", "deep", "other", "folder", "pipe", "link"],
 )
 def test_what_lies_where_a_run_is_saved_does_not_stop_it(
     tmp_path: Path, leave: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
