@@ -13,6 +13,7 @@ from mvp_ext.app.comparison import zoo_cost
 from mvp_ext.app.console import Commands, console, progress_bar, say
 from mvp_ext.app.results import count_text, flops_text, seconds_text
 from mvp_ext.app.tables import Side, Table
+from mvp_ext.model.families import find_structure
 from mvp_ext.model.measure import count_parameters
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
 from mvp_ext.train.cost import Cost
@@ -47,6 +48,8 @@ def build(
     device, opened = run.begin(), Zoo(zoo)
     backbone = model.backbone(device, seen=opened.preprocessing)
     settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
+    # What the model does not have is said before images are read.
+    find_structure(backbone.model, settings.scope)
     drawn = sampling.tasks(data.images(), what.tasks, "zoo", data, [], seed=0)
     have = [task for task in drawn if task.name in opened]
     for task in have:
