@@ -175,6 +175,8 @@ def prune(
     opened = Zoo(zoo, create=False) if how.method in NEED_ZOO or what.add else None
     backbone = model.backbone(device, seen=None if opened is None else opened.preprocessing)
     settings = cut.settings(opened, backbone, run.seed)
+    # What the model does not have is said before images are read.
+    find_structure(backbone.model, settings.scope)
     chosen = task.of(data.images(), data, run.seed)
     with progress_bar("fine-tuning") as progress:
         result = run_prune(
@@ -237,6 +239,7 @@ def compare(
     opened = Zoo(zoo, create=False)
     backbone = model.backbone(device, seen=opened.preprocessing)
     settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.final_steps)
+    find_structure(backbone.model, settings.scope)
     images = data.images()
     known = [Task.of(e.name, images, e.task["classes"]) for e in opened.entries() if _has(images, e.task)]
     drawn = sampling.tasks(images, what.tasks, "held-out", data, known, seed=1000)

@@ -24,7 +24,6 @@ from typer import Option
 from mvp_ext.app.comparison import NAMES, Comparison
 from mvp_ext.data.images import ImageData, load_joined
 from mvp_ext.data.tasks import Task, sample_tasks
-from mvp_ext.model.families import find_structure
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
@@ -287,11 +286,7 @@ class CutOptions:
     ] = None
 
     def settings(self, zoo: Zoo | None, backbone: Backbone, seed: int) -> Settings:
-        """The zoo's settings, with what was given on the command line in their place.
-
-        Raises:
-            ValueError: the model does not have the scope; before anything else is done.
-        """
+        """The zoo's settings, with what was given on the command line in their place."""
         settings = Settings.of_zoo(zoo)
         given = {"keep": self.keep, "scope": self.scope, "align": self.align}
         settings = replace(settings, seed=seed, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
@@ -300,7 +295,6 @@ class CutOptions:
         if self.learning_rate is not None:
             recipe = settings.recipe_for(backbone.model)
             settings = replace(settings, recipe=recipe.with_rate(self.learning_rate))
-        find_structure(backbone.model, settings.scope)
         return settings
 
 

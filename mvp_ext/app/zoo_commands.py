@@ -55,6 +55,8 @@ def build(
     device, opened = run.begin(), Zoo(zoo)
     backbone = model.backbone(device, seen=opened.preprocessing)
     settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
+    # What the model does not have is said before images are read.
+    find_structure(backbone.model, settings.scope)
     drawn = sampling.tasks(data.images(), what.tasks, "zoo", data, [], seed=0)
     have = [task for task in drawn if task.name in opened]
     for task in have:
