@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
@@ -49,6 +50,24 @@ def test_equals_the_masked_block(path: str, kwargs: dict[str, Any]) -> None:
             torch.manual_seed(3)
             got = copy.deepcopy(block).train(training)(x)
         torch.testing.assert_close(got, results[0][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("path", ["layer1.0", "layer3.0"])
+def test_transforms_and_tensors_without_memory(path: str, training: bool) -> None:
+    """Forward-mode AD equals the masked block's; meta and fake tensors get the result's shape and strides."""
+    block, masked, x = pair(path)
+    if not training:  # statistics are not updated in a transform
+        tangents = [torch.func.jvp(each.eval(), (x,), (x.cos(),)) for each in (block, masked)]
+        torch.testing.assert_close(*tangents, rtol=1e-4, atol=1e-4)
+    block.train(training)
+    y = copy.deepcopy(block)(x)
+    state = block.state_dict()
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(tensor) for name, tensor in state.items()}
+        faked = torch.func.functional_call(block, fakes, (mode.from_tensor(x),))
+    for got in (block.to("meta")(x.to("meta")), faked):
+        assert (got.shape, got.dtype, got.stride()) == (y.shape, y.dtype, y.stride())
 
 
 def test_running_statistics_follow_in_train_mode() -> None:
