@@ -371,7 +371,7 @@ def test_fake_beside_real_tensors_is_an_error(name: str) -> None:
     for at in range(len(drawn(name))):
         floats = drawn(name)
         floats[at] = FakeTensorMode().from_tensor(floats[at])
-        with pytest.raises((ValueError, AssertionError), match=r"[Ff]ake"):
+        with pytest.raises((ValueError, AssertionError), match=r"(?i)fake"):
             op(*floats)
 
 
@@ -381,7 +381,7 @@ def test_a_fake_index_beside_real_tensors_is_an_error(case: Case) -> None:
         if index is not None:
             indices = list(case.indices)
             indices[at] = FakeTensorMode().from_tensor(index)
-            with pytest.raises((ValueError, AssertionError), match=r"[Ff]ake"):
+            with pytest.raises((ValueError, AssertionError), match=r"(?i)fake"):
                 case.call(ops, *case.floats(torch.float32), indices=tuple(indices))
 
 
