@@ -139,9 +139,11 @@ def _signature(model: nn.Module) -> tuple[object, ...]:
 
 def _count_flops(model: nn.Module, input_shape: Sequence[int], batch: int) -> int:
     counting = FlopCounterMode(display=False, custom_mapping=_flop_formulas())
-    # The counter hooks parameters that are a module's input (an attention pool's query): not in inference mode.
-    with borrowed(model), torch.inference_mode(False), torch.no_grad(), counting as counter:
-        model(_example(model, input_shape, batch))
+    with borrowed(model), torch.inference_mode(False), torch.no_grad():
+        # The counter looks for gradients of parameters that are a module's input, as an attention pool's query is.
+        model.requires_grad_(False)
+        with counting as counter:
+            model(_example(model, input_shape, batch))
     return int(counter.get_total_flops())
 
 
