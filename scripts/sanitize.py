@@ -54,10 +54,14 @@ def chosen_tests() -> str:
 
 
 def environment(site: Path, isa: str) -> dict[str, str]:
-    find = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # The second, or the first does not find what throws exceptions, and takes torch's for a failure of its own.
+    preloaded = [
+        str(Path(subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()).resolve())
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     return {
         **os.environ,
-        "LD_PRELOAD": str(Path(find.stdout.strip()).resolve()),
+        "LD_PRELOAD": ":".join(preloaded),
         # Of the leaks and the odd allocations, Python's and torch's own would drown ours; a fuzz asks for too much.
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
