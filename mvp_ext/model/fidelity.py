@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.model.borrowed import own_random_numbers
+
 # Side of the images that a convolutional model, which takes any, is tried on.
 TRIED_SIZE = 64
 # Of the largest output: kernels of another layout or fusion may round otherwise, another function is further away.
@@ -71,6 +73,7 @@ def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+@own_random_numbers()
 @torch.no_grad()
 def _of_outputs(given: nn.Module, built: nn.Module, shape: tuple[int, int, int]) -> str | None:
     like = next((p for p in given.parameters() if p.is_floating_point()), torch.empty(0))

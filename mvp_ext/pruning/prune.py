@@ -147,7 +147,8 @@ def prune(
         small, (3, backbone.preprocessing.size, backbone.preprocessing.size)
     )
     backbone.preprocessing.declare(small, data.class_names)
-    quality = evaluate(small, data, backbone.preprocessing, recipe.precision)
+    # As whoever gets the model runs it: in its own type, whatever it was trained in.
+    quality = evaluate(small, data, backbone.preprocessing, "float32")
     return Result(
         model=small.eval(),
         mask=mask,

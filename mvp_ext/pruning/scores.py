@@ -176,19 +176,36 @@ def _synflow(model: nn.Module, structure: Structure, image_shape: tuple[int, ...
     Normalisation layers run on their running statistics, so that R is positive and depends on no data. Float64: with
     |w| the signal grows by orders of magnitude from layer to layer.
     """
-    twin = copy.deepcopy(model).double()
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.abs_()
-        for module in twin.modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is not None:
-                module.running_mean.zero_()
-    weights = _rows_of_units(twin, structure)
-    output = twin(as_input(twin, torch.ones(1, *image_shape)))
-    terms = {n: (weights[n].detach() * g).abs() for n, g in _gradients(output.sum(), weights).items()}
+    # Other tensors in the model's own parts: a copy of parts would not reach what functions hold on to.
+    tensors = {
+        name: tensor.detach().double() if tensor.is_floating_point() else tensor
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    for name, parameter in model.named_parameters():
+        tensors[name] = tensors[name].abs().requires_grad_(parameter.is_floating_point())
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            mean = f"{name}.running_mean".removeprefix(".")
+            tensors[mean] = torch.zeros_like(tensors[mean])
+    weights = {name: tensors[name] for name in _rows_of_units(model, structure)}
+    images = as_input(model, torch.ones(1, *image_shape)).double()
+    swapped = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    gradients = torch.func.functional_call(_Flow(model, weights), swapped, (images,))
+    terms = {name: (weights[name].detach() * gradient).abs() for name, gradient in gradients.items()}
     sums = {layer.name: _own_weights(layer, terms, True).double().sum(1) for layer in structure.layers}
     # Only ratios within a layer matter; scale before float32 so that nothing overflows.
     return {name: (value / value.max().clamp_min(1e-300)).float().cpu() for name, value in sums.items()}
+
+
+class _Flow(nn.Module):
+    """Gradients of a model's summed outputs, taken while its tensors are swapped: checkpointing reads them again."""
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.weights = model, weights
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return _gradients(self.model(images).sum(), self.weights)
 
 
 def score_units(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import struct
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor
 import mvp_ext  # noqa: F401  (registers the ops)
 
 CALLS = 20_000
+MEMORY = 4 * 2**30
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OTHERS = (torch.int32, torch.int64, torch.bool, torch.uint8, torch.int8, torch.complex64)
 HUGE = (2**31, 2**32 + 1, 2**57, 2**63 - 1, -(2**63))
@@ -298,6 +300,9 @@ def describe(value: Any) -> str:
 def run_calls(first: int, calls: int, log: Path) -> None:
     """Makes the calls; before each, its seed goes to ``log``. Prints how many of each op returned."""
     torch.set_num_threads(1)  # threads would wait for each other, long on a busy machine
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):  # which takes up terabytes of addresses
+        # A call that asks for more shall be refused; writing so much takes longer than all the rest.
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     returned: Counter[str] = Counter()
     with log.open("wb", buffering=0) as file:
         for seed in range(first, first + calls):

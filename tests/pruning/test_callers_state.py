@@ -205,9 +205,22 @@ OTHERS = {
     "model.borrowed.borrowed": "every call above uses it",
     "model.borrowed.unwrapped": "gives a part of the model",
     "model.checkpoint.PrunedState.checkpoint": "holds the model",
+    "model.ends.as_input": "a look at modules",
+    "model.ends.built_for": "a look at modules",
+    "model.ends.classifiers": "a look at modules",
+    "model.ends.dtype_of": "a look at modules",
+    "model.ends.hidden_classifiers": "a look at modules",
+    "model.ends.in_channels": "a look at modules",
+    "model.checkpoint.fill": "gives a new model its tensors",
+    "model.checkpoint.whole_state": "a look at tensors",
     "model.families.parts.Family.blocks": "a look at modules",
     "model.families.parts.computes_as": "a look at modules",
     "model.families.parts.is_elementwise": "a look at modules",
+    "model.holders.check_wrappers": "a look at modules",
+    "model.holders.is_held": "a look at references",
+    "train.backbone.check_trainable": "a look at tensors",
+    "train.backbone.classify": "the model's own classifier",
+    "train.backbone.fresh_head": "a step of set_head",
     "train.backbone.forward_features": "the model's own forward pass, in its mode",
 }
 
@@ -520,7 +533,7 @@ def test_hooks_of_the_caller_stay_and_run() -> None:
     calls: list[str] = []
     handles = [
         model.layer2.register_forward_hook(lambda *_: calls.append("after")),
-        model.layer4[0].bn3.register_forward_pre_hook(lambda *_: calls.append("before")),
+        model.layer4[0].bn2.register_forward_pre_hook(lambda *_: calls.append("before")),
     ]
     stepped: list[str] = []
     # An optimizer may step as soon as a gradient is accumulated.
