@@ -63,7 +63,8 @@ def environment(site: Path, isa: str) -> dict[str, str]:
         **os.environ,
         "LD_PRELOAD": ":".join(preloaded),
         # Of the leaks and the odd allocations, Python's and torch's own would drown ours; a fuzz asks for too much.
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1"
+        ":max_allocation_size_mb=1024",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "MVP_CPU_ISA": isa,
         "OMP_NUM_THREADS": "2",
@@ -104,7 +105,7 @@ def check(site: Path, isa: str, calls: int) -> str:
             cwd=site, env=environment(site, isa), capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode:
-            return f"{isa}: {' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+            return f"{isa}: exit code {done.returncode}: {' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
         lines = done.stdout.strip().splitlines()
         print(f"{isa}: {time.monotonic() - start:.0f} s: {lines[-1] if lines else 'loads'}", flush=True)
     return ""
@@ -115,7 +116,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "sanitized")
-    parser.add_argument("--calls", type=int, default=3000, help="raw calls for each instruction set")
+    parser.add_argument("--calls", type=int, default=1500, help="raw calls for each instruction set")
     parser.add_argument("--jobs", type=int, default=2, help="instruction sets at a time")
     options = parser.parse_args()
     start = time.monotonic()

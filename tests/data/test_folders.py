@@ -213,7 +213,7 @@ def test_splits_that_do_not_fit_are_named(tmp_path: Path, folders: tuple[str, ..
 def test_a_class_has_a_name_that_can_be_written(tmp_path: Path) -> None:
     fill(tmp_path, {os.fsdecode(b"\xe9t\xe9"): 2, "bus": 2})
     with pytest.raises(
-        DataError, match=r"class folder '\\udce9t\\udce9' has a name that is no printable text"
+        DataError, match=r"class folder '\\udce9t\\udce9' has a name that is no text in UTF-8"
     ):
         load_data(tmp_path)
 
