@@ -105,7 +105,8 @@ def check(site: Path, isa: str, calls: int) -> str:
             cwd=site, env=environment(site, isa), capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode:
-            return f"{isa}: exit code {done.returncode}: {' '.join(map(str, command))}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+            title = f"{isa}: exit code {done.returncode}: {' '.join(map(str, command))}"
+            return f"{title}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
         lines = done.stdout.strip().splitlines()
         print(f"{isa}: {time.monotonic() - start:.0f} s: {lines[-1] if lines else 'loads'}", flush=True)
     return ""
