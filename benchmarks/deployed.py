@@ -136,7 +136,8 @@ def accuracy_against_latency(result: dict[str, Any], theme: Theme) -> Figure:
         axes.plot([], [], color=theme.muted, marker=mark, ls="", label=method)
     axes.plot([], [], "*", ms=11, color=theme.muted, label="dense, ridge head")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("latency of one image (ms), two threads")
     axes.set_ylabel("test accuracy (%)")
     add_legend(axes, theme)

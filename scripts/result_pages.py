@@ -4,7 +4,7 @@ Everything comes from committed files. Each folder of benchmarks/results/ is a d
 
     study.md          from study_*.json          claims, verdicts, tables, figures
     comparisons.md    from compare_*.json, demo_*.json
-    speed.md          from latency_*.json, runtimes_*.json and each op's file
+    speed.md          from deployed_*.json, latency_*.json, runtimes_*.json and each op's file
 """
 
 from __future__ import annotations
@@ -202,20 +202,51 @@ def comparisons_page(paths: Sequence[Path], page: Path) -> str:
 # ---- speed
 
 
-def speed_page(
-    latencies: Sequence[Path], runtimes: Sequence[Path], ops: Sequence[Results], page: Path
-) -> str:
+def speed_page(folder: Path, ops: Sequence[Results], page: Path) -> str:
+    deployed, latencies, runtimes = (
+        sorted(folder.glob(f"{kind}_*.json")) for kind in ("deployed", "latency", "runtimes")
+    )
     parts = [
         "# Speed",
         f"Measured on `{page.parent.name}`; every number's file is named, and slow cases stay.",
     ]
+    if deployed:
+        parts += ["## Accuracy against latency", *_deployed(deployed, page)]
     if latencies:
         parts += ["## Pruned models", _latency(latencies)]
     if runtimes:
         parts += ["## Runtimes", *_runtimes(runtimes)]
     if ops:
-        parts += ["## Ops", *_ops(ops, RESULTS / page.parent.name)]
+        parts += ["## Ops", *_ops(ops, folder)]
     return "\n\n".join(parts) + "\n"
+
+
+def _deployed(paths: Sequence[Path], page: Path) -> Iterator[str]:
+    """One task's models over keep ratios, methods and runtimes."""
+    for path in paths:
+        result = read(path)
+        setting, models, accuracy = result["setting"], result["speed"]["models"], result["accuracy"]
+        yield (
+            f"{setting['model']} on {setting['data']}, mean accuracy of {setting['held-out tasks']} held-out tasks of "
+            f"{setting['classes a task']} classes after {setting['fine-tuning steps']} steps; one image, two threads. "
+            f"`{setting['command']}` ({machine(result['speed']['environment'])}; `{name_of(path)}`)."
+        )
+        runtimes = [timed["runtime"] for timed in models["dense"]["latency"]]
+        dense = [kept["dense"] for kept in accuracy.values()]
+        found = [("dense", "dense, ridge head", sum(dense) / len(dense))]
+        for keep, kept in accuracy.items():
+            found += [(keep, arm, sum(tasks) / len(tasks)) for arm, tasks in kept["arms"].items()]
+        rows = [
+            (
+                arm if name == "dense" else f"{arm}, {name}",
+                f"{100 * mean:.1f}",
+                *(f"{timed['median_ms']:.2f}" for timed in models[name]["latency"]),
+            )
+            for name, arm, mean in found
+        ]
+        yield table(("model", "accuracy (%)", *(f"{runtime} (ms)" for runtime in runtimes)), rows)
+        figures = sorted((FIGURES / path.stem).glob("*.png"))
+        yield from (f"![{setting['model']}: {figure.stem}]({link(figure, page)})" for figure in figures)
 
 
 def _latency(paths: Sequence[Path]) -> str:
@@ -338,11 +369,9 @@ def render() -> dict[Path, str]:
         compared = [*sorted(folder.glob("compare_*.json")), *sorted(folder.glob("demo_*.json"))]
         if compared:
             pages[here / "comparisons.md"] = comparisons_page(compared, here / "comparisons.md")
-        latencies = sorted(folder.glob("latency_*.json"))
-        runtimes = sorted(folder.glob("runtimes_*.json"))
         ops = [result for result in read_results(folder) if not result.dry_run]
-        if latencies or runtimes or ops:
-            pages[here / "speed.md"] = speed_page(latencies, runtimes, ops, here / "speed.md")
+        if ops or any([*folder.glob("latency_*.json"), *folder.glob("runtimes_*.json")]):
+            pages[here / "speed.md"] = speed_page(folder, ops, here / "speed.md")
     index, readme, study = PAGES / "index.md", ROOT / "README.md", read(SHOWN)
     listed = [
         f"- [{page.parent.name}: {page.stem}]({link(page, index)}): {PAGE_TITLES[page.stem]}"

@@ -43,9 +43,10 @@ from mvp_ext.train.evaluate import accuracy_of
 DENSE = "dense"
 # Images that int8 is calibrated on where there is no task: noise, which is enough for a time.
 NOISE = 32
-# For the threads of one runtime to fall asleep before another is timed: ONNX Runtime's spin for tens of milliseconds,
-# which halved OpenVINO's speed on two cores.
+# For the threads of one model to fall asleep before another is timed: those of each ONNX Runtime session spin for tens
+# of milliseconds, which halved the speed of OpenVINO, and of the next session, on two cores.
 PAUSE_SECONDS = 0.1
+OWN_THREADS = ("onnxruntime", "openvino")
 # Of a task's test images, in passes of so many.
 ACCURACY_ON, ACCURACY_BATCH = 1000, 32
 
@@ -247,13 +248,9 @@ class _Session:
                     raise
         if not runs:
             return
-        latencies = measure.time_in_turn(
-            runs,
-            batch=batch,
-            seconds=self.grid.seconds,
-            group=lambda key: key.runtime,
-            pause=PAUSE_SECONDS,
-        )
+        # Of torch's runtimes all models share one pool of threads.
+        pause = PAUSE_SECONDS if any(key.runtime in OWN_THREADS for key in runs) else 0.0
+        latencies = measure.time_in_turn(runs, batch=batch, seconds=self.grid.seconds, pause=pause)
         for key, latency in latencies.items():
             size, accuracy = self.prepared[key].bytes, self.accuracy[key]
             self.cells.append(_Cell(key, number, latency, size, self._peak(key, batch, threads), accuracy))

@@ -248,43 +248,35 @@ def time_in_turn(
     batch: int = 1,
     seconds: float = 2.0,
     rounds: int | None = None,
-    group: Callable[[Name], object] = lambda name: None,
     pause: float = 0.0,
 ) -> dict[Name, Latency]:
-    """Time functions in turn: one call of each a round, group after group, in an order that changes.
+    """Time functions in turn: one call of each a round, in an order that changes.
 
     Args:
         runs: name → what is timed, to its end.
         batch: images in a call, for the result.
         seconds: about how long the slowest is timed, at least ``MIN_ROUNDS`` calls. All get as many calls.
         rounds: exactly so many calls of each instead.
-        group: of a name: what must not be timed right after another group.
-        pause: seconds of rest before each group: threads of one runtime go on spinning after a call, on the cores of
+        pause: seconds of rest before each call: threads of one runtime go on spinning after a call, on the cores of
             the next.
     """
 
     def timed(run: Callable[[], object]) -> float:
+        if pause:
+            time.sleep(pause)
         begin = time.perf_counter()
         run()
         return time.perf_counter() - begin
 
-    groups: dict[object, list[Name]] = {}
-    for name in runs:
-        groups.setdefault(group(name), []).append(name)
-    # Of one group there is nothing to rest from.
-    pause *= len(groups) > 1
     warm = {name: min(timed(run) for _ in range(WARM_UP_ROUNDS)) for name, run in runs.items()}
     if rounds is None:
         slowest = max(*warm.values(), pause, 1e-6)
         rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(seconds / slowest)))
     samples: dict[Name, list[float]] = {name: [] for name in runs}
-    orders = itertools.cycle(_rotations(list(groups)))
-    within = {key: itertools.cycle(_rotations(names)) for key, names in groups.items()}
+    orders = itertools.cycle(_rotations(list(runs)))
     for order in itertools.islice(orders, rounds):
-        for key in order:
-            time.sleep(pause)
-            for name in next(within[key]):
-                samples[name].append(timed(runs[name]))
+        for name in order:
+            samples[name].append(timed(runs[name]))
     return {name: _summary(batch, values) for name, values in samples.items()}
 
 

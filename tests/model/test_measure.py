@@ -161,21 +161,17 @@ def test_counts_are_remembered_only_where_nothing_changed() -> None:
     assert measure.count_flops(model, (3, 8, 8)) == 0
 
 
-def test_groups_stand_together_and_rest_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every model of a group comes first in it, and every group first, equally often."""
+def test_it_rests_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    monkeypatch.setattr(measure.time, "sleep", lambda seconds: called.append("rest"))
-    runs = {name: partial(called.append, name) for name in ("a1", "b1", "a2", "b2")}
-    measure.time_in_turn(runs, rounds=4, group=lambda name: name[0], pause=0.5)
-    turns = " ".join(called[measure.WARM_UP_ROUNDS * 4 :]).split("rest ")[1:]
-    assert [turn.split() for turn in turns] == [
-        *(["a1", "a2"], ["b1", "b2"]),
-        *(["b2", "b1"], ["a2", "a1"]),
-        *(["b2", "b1"], ["a2", "a1"]),
-        *(["a1", "a2"], ["b1", "b2"]),
-    ]
-    called.clear()
-    # Of one group there is nothing to rest from.
     monkeypatch.setattr(measure.time, "sleep", lambda seconds: called.append(f"rest {seconds}"))
-    measure.time_in_turn(runs, rounds=1, pause=0.5)
-    assert "rest 0.5" not in called
+    runs = {name: partial(called.append, name) for name in "ab"}
+    measure.time_in_turn(runs, rounds=3, pause=0.5)
+    assert called[::2] == ["rest 0.5"] * (len(called) // 2)
+    assert set(called[1::2]) == {"a", "b"}
+    # So long a rest counts in how many rounds there is time for.
+    called.clear()
+    measure.time_in_turn(runs, seconds=5.0, pause=0.5)
+    assert called.count("a") == measure.WARM_UP_ROUNDS + 10
+    called.clear()
+    measure.time_in_turn(runs, rounds=1)
+    assert not [each for each in called if each.startswith("rest")]
