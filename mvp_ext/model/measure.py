@@ -258,12 +258,13 @@ def time_in_turn(
         seconds: about how long the slowest is timed, at least ``MIN_ROUNDS`` calls. All get as many calls.
         rounds: exactly so many calls of each instead.
         pause: seconds of rest before each call: threads of one runtime go on spinning after a call, on the cores of
-            the next.
+            the next. A call that is not timed follows the rest, to wake the runtime's own.
     """
 
     def timed(run: Callable[[], object]) -> float:
         if pause:
             time.sleep(pause)
+            run()
         begin = time.perf_counter()
         run()
         return time.perf_counter() - begin

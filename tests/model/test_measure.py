@@ -166,12 +166,14 @@ def test_it_rests_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure.time, "sleep", lambda seconds: called.append(f"rest {seconds}"))
     runs = {name: partial(called.append, name) for name in "ab"}
     measure.time_in_turn(runs, rounds=3, pause=0.5)
-    assert called[::2] == ["rest 0.5"] * (len(called) // 2)
-    assert set(called[1::2]) == {"a", "b"}
+    # And a call that is not timed.
+    assert called[::3] == ["rest 0.5"] * (len(called) // 3)
+    assert called[1::3] == called[2::3]
+    assert set(called[1::3]) == {"a", "b"}
     # So long a rest counts in how many rounds there is time for.
     called.clear()
     measure.time_in_turn(runs, seconds=5.0, pause=0.5)
-    assert called.count("a") == measure.WARM_UP_ROUNDS + 10
+    assert called.count("a") == 2 * (measure.WARM_UP_ROUNDS + 10)
     called.clear()
     measure.time_in_turn(runs, rounds=1)
     assert not [each for each in called if each.startswith("rest")]
