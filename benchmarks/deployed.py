@@ -1,6 +1,6 @@
 """What a user gets for a task: accuracy against latency, over keep ratios, ways to prune and runtimes.
 
-    python benchmarks/deployed.py --work /tmp/deployed --data DATA --weights FILE --image-size 64 --mean … --std …
+    python benchmarks/deployed.py --work deployed --data DATA --weights FILE --image-size 64 --mean … --std …
     # benchmarks/results/cpu/deployed_<model>.json, docs/figures/deployed_<model>/accuracy_latency.png
 
 At each keep ratio a zoo is built and `compare` runs its methods on held-out tasks; what is finished is kept in the work
