@@ -333,7 +333,7 @@ def test_commands_refuse_before_they_begin(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("data was loaded")
 
-    monkeypatch.setattr("mvp_ext.app.options.load_joined", never)
+    monkeypatch.setattr("mvp_ext.app.data_options.load_joined", never)
     model = files / f"{name}.safetensors"
     for command in ("prune --classes 0,1 --method one_shot", "zoo build --zoo z"):
         said = run(f"{command} --model {model} {options}", code=2).output

@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from mvp_ext._version import __version__
-from mvp_ext.app import deploy_options, options, zoo_commands
+from mvp_ext.app import data_options, deploy_options, options, zoo_commands
 from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, checkpoint_of, pruned_copies, reasons
 from mvp_ext.app.comparison import NEED_ZOO, arms_of
@@ -118,7 +118,7 @@ def pretrain(
             rich_help_panel=options.MODEL,
         ),
     ] = None,
-    data: options.Data = None,
+    data: data_options.Data = None,
     steps: Annotated[int, Option(help="Training steps.", rich_help_panel=options.RUN)] = 500,
     batch_size: Annotated[int | None, Option(help="Images a step.", rich_help_panel=options.RUN)] = None,
     learning_rate: Annotated[
@@ -132,7 +132,7 @@ def pretrain(
     """
     device = run.begin()
     check_output("--out", out, replace=force)
-    images = options.load_images(data)
+    images = data_options.load_images(data)
     size = image_size or max(32, *images.image_size)
     # The weights that training starts from.
     torch.manual_seed(run.seed)
@@ -159,8 +159,8 @@ def pretrain(
 @options.grouped
 def prune(
     model: options.ModelOptions,
-    data: options.DataOptions,
-    task: options.TaskOptions,
+    data: data_options.DataOptions,
+    task: data_options.TaskOptions,
     cut: options.CutOptions,
     how: options.MethodOptions,
     voters: options.NeighbourOptions,
@@ -220,8 +220,8 @@ def export(
 @options.grouped
 def compare(
     model: options.ModelOptions,
-    data: options.DataOptions,
-    sampling: options.SamplingOptions,
+    data: data_options.DataOptions,
+    sampling: data_options.SamplingOptions,
     cut: options.CutOptions,
     schedule: options.ScheduleOptions,
     voters: options.NeighbourOptions,
@@ -239,12 +239,12 @@ def compare(
     opened = Zoo(zoo, create=False)
     backbone = model.backbone(device, seen=opened.preprocessing)
     settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.final_steps)
-    find_structure(backbone.model, settings.scope)
+    # What the model does not have is said before images are read.
+    structure = find_structure(backbone.model, settings.scope)
     images = data.images()
     known = [Task.of(e.name, images, e.task["classes"]) for e in opened.entries() if _has(images, e.task)]
     drawn = sampling.tasks(images, what.tasks, "held-out", data, known, seed=1000)
     compared = what.comparison(settings, voters.vote())
-    structure = find_structure(backbone.model, settings.scope)
     arms = arms_of(opened, compared)
     steps = len(drawn) * sum(compared.all_steps(arm, structure) for arm in arms)
     say(f"to do: {len(arms)} methods on {len(drawn)} tasks, {steps} optimizer steps")

@@ -36,7 +36,7 @@ class Commands(TyperGroup):
             kept = (
                 "what was finished is kept, and the same command goes on from there"
                 if resumes
-                else "nothing was written"
+                else "the same command begins anew"
             )
             complain(f"interrupted; {kept}", "yellow")
             raise typer.Exit(INTERRUPTED) from None

@@ -11,7 +11,8 @@ import torch
 from typer import Option
 
 from mvp_ext.app.bench import Grid
-from mvp_ext.app.options import DATA, MODEL, PRUNING, RUN, ModelOptions, load_images
+from mvp_ext.app.data_options import load_images
+from mvp_ext.app.options import DATA, MODEL, PRUNING, RUN, ModelOptions
 from mvp_ext.app.outputs import check_output
 from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.deploy.formats import FORMATS

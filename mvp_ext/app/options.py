@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,6 @@ import torch
 from typer import Option
 
 from mvp_ext.app.comparison import NAMES, Comparison
-from mvp_ext.data.images import ImageData, load_joined
-from mvp_ext.data.tasks import Task, sample_tasks
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
@@ -33,20 +30,9 @@ from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.similarity import SIMILARITIES
 from mvp_ext.zoo.zoo import Zoo
 
-# A name in quotes, up to the comma behind it or the end.
-_QUOTED = re.compile(r'\s*"((?:[^"]|"")*)"\s*(?:,|$)')
-
 MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
 
 Out = Annotated[Path, Option(help="Where the result goes.", rich_help_panel=RUN)]
-Data = Annotated[
-    list[str] | None,
-    Option(
-        help="digits; a folder class/image.png; an .npz, several joined by commas, or a folder of them; cifar100. "
-        "Given several times, the data sets are joined, and classes named photos/cat. Default: digits.",
-        rich_help_panel=DATA,
-    ),
-]
 Force = Annotated[bool, Option("--force", help="Replace a file that is there.", rich_help_panel=RUN)]
 ZooPath = Annotated[Path, Option("--zoo", help="Directory of the zoo.")]
 
@@ -191,64 +177,6 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Which images."""
-
-    data: Data = None
-    max_train: Annotated[
-        int | None, Option(help="At most so many training images a class.", rich_help_panel=DATA)
-    ] = None
-
-    def images(self) -> ImageData:
-        return load_images(self.data)
-
-
-def load_images(given: list[str] | None) -> ImageData:
-    """What the options ``--data`` name, as one data set."""
-    return load_joined(given or ["digits"])
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How tasks are drawn."""
-
-    classes: Annotated[
-        str | None,
-        Option(
-            help="Draw tasks of these classes alone, joined by commas as of `prune`.", rich_help_panel=DATA
-        ),
-    ] = None
-    exclude_classes: Annotated[
-        str | None, Option(help="Draw no task with one of these classes.", rich_help_panel=DATA)
-    ] = None
-    classes_per_task: Annotated[int, Option(help="Classes of each sampled task.", rich_help_panel=DATA)] = 5
-    task_seed: Annotated[
-        int | None,
-        Option(help="Seed of the draw of tasks. Default: 0; held out: 1000.", rich_help_panel=DATA),
-    ] = None
-
-    def tasks(
-        self, data: ImageData, count: int, prefix: str, options: DataOptions, exclude: list[Task], seed: int
-    ) -> list[Task]:
-        """``count`` tasks of ``data``, none with the class set of one of ``exclude``; ``seed`` unless given."""
-        pool = data.usable
-        if self.classes is not None:
-            pool = frozenset(data.numbers_of(names_in("classes", self.classes)))
-        if self.exclude_classes is not None:
-            pool -= set(data.numbers_of(names_in("exclude-classes", self.exclude_classes)))
-        return sample_tasks(
-            data,
-            count,
-            self.classes_per_task,
-            seed if self.task_seed is None else self.task_seed,
-            prefix,
-            exclude=exclude,
-            classes=pool,
-            max_train_per_class=options.max_train,
-        )
-
-
-@dataclass(frozen=True)
 class CutOptions:
     """What is cut. None: as the zoo says, and where there is none, ``Settings``' default."""
 
@@ -335,44 +263,6 @@ class NeighbourOptions:
 
     def vote(self) -> VoteOptions:
         return VoteOptions(neighbours=self.neighbours, similarity=self.similarity)
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """Which task `prune` prunes for."""
-
-    classes: Annotated[
-        str | None,
-        Option(
-            help="The task: class names joined by commas; a name with a comma in quotes: 'cat,\"fox, red\"'.",
-            rich_help_panel=DATA,
-        ),
-    ] = None
-    task: Annotated[
-        Path | None, Option(help="The task: a file that --save-task wrote.", rich_help_panel=DATA)
-    ] = None
-    save_task: Annotated[
-        Path | None, Option(help="Write the task's description here.", rich_help_panel=DATA)
-    ] = None
-
-    def check(self) -> None:
-        """ValueError unless exactly one of the two ways to name a task was used."""
-        if (self.classes is None) == (self.task is None):
-            raise ValueError("prune: which task? Give either --classes name,name,… or --task FILE")
-
-    def of(self, data: ImageData, options: DataOptions, seed: int) -> Task:
-        """The task; its description is written where one wants it."""
-        if self.task is not None:
-            task = Task.load(self.task, data)
-        else:
-            names = names_in("classes", str(self.classes))
-            limit = options.max_train
-            task = Task.of("task", data, names, seed=seed, max_train_per_class=limit)
-            # In the order of the outputs, whatever the order on the command line.
-            task = replace(task, name="+".join(task.class_names))
-        if self.save_task is not None:
-            task.save(self.save_task)
-        return task
 
 
 @dataclass(frozen=True)
@@ -463,28 +353,6 @@ def pretraining_recipe(family: Recipe, learning_rate: float | None, batch_size: 
         return None
     rate = learning_rate or family.learning_rate * (10 if family.optimizer == "sgd" else 3)
     return replace(family, learning_rate=rate, batch_size=batch_size or family.batch_size)
-
-
-def names_in(option: str, text: str) -> list[str]:
-    """Names that are joined by commas. In quotes a name may have commas, a quote twice for one, and outer spaces."""
-    names = []
-    at = 0
-    while at <= len(text):
-        quoted = _QUOTED.match(text, at)
-        if quoted is not None:
-            names.append(quoted[1].replace('""', '"'))
-            at = quoted.end()
-            continue
-        end = text.find(",", at)
-        end = len(text) if end < 0 else end
-        name = text[at:end].strip()
-        if name.startswith('"') and '"' not in name[1:]:
-            raise ValueError(f"--{option}: expected a closing quote and then a comma, got {text[at:]!r}")
-        names += [name] if name else []
-        at = end + 1
-    if not names:
-        raise ValueError(f"--{option}: expected class names joined by commas, got {text!r}")
-    return names
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

@@ -30,7 +30,7 @@ class Work:
 
     def __init__(self, total: int | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.clock, self.began = total, clock, clock()
-        self.what, self.part, self.parts = "", (0, 0), 0
+        self.what, self.part = "", (0, 0)
         self._done: dict[str, int] = {}
         self._found: dict[str, int] = {}
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from mvp_ext.app import options
+from mvp_ext.app import data_options, options
 from mvp_ext.app.comparison import zoo_cost
 from mvp_ext.app.console import Commands, console, plain, say
 from mvp_ext.app.progress import progress_bar
@@ -40,8 +40,8 @@ ZooArgument = Annotated[
 @options.grouped
 def build(
     model: options.ModelOptions,
-    data: options.DataOptions,
-    sampling: options.SamplingOptions,
+    data: data_options.DataOptions,
+    sampling: data_options.SamplingOptions,
     cut: options.CutOptions,
     schedule: options.ScheduleOptions,
     what: options.BuildOptions,
@@ -56,7 +56,7 @@ def build(
     backbone = model.backbone(device, seen=opened.preprocessing)
     settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
     # What the model does not have is said before images are read.
-    find_structure(backbone.model, settings.scope)
+    structure = find_structure(backbone.model, settings.scope)
     drawn = sampling.tasks(data.images(), what.tasks, "zoo", data, [], seed=0)
     have = [task for task in drawn if task.name in opened]
     for task in have:
@@ -67,7 +67,6 @@ def build(
             )
     if have:
         say(f"{len(have)} of {what.tasks} entries are there already")
-    structure = find_structure(backbone.model, settings.scope)
     first, each = planned_zoo_steps(structure, settings, what.tasks, UNIVERSAL_SHARE if what.refine else 0.0)
     total = first + each * what.tasks
     refined = f"one model of all tasks in {first} optimizer steps, then " if what.refine else ""

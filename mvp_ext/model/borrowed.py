@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -29,6 +30,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module  # type: ignore[assignment]
         else:
             return model
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy of a model's parts, in eval mode, that shares its tensors: hooks and heads put on it are its alone."""
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo).eval()
 
 
 @contextmanager

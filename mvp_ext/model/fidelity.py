@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mvp_ext.model.borrowed import own_random_numbers
+from mvp_ext.model.borrowed import own_random_numbers, twin_of
 
 # Side of the images that a convolutional model, which takes any, is tried on.
 TRIED_SIZE = 64
@@ -98,9 +97,7 @@ def _of_outputs(given: nn.Module, built: nn.Module, shape: tuple[int, int, int])
 def _outputs_of_parts(model: nn.Module, images: Tensor) -> dict[str, list[Any]]:
     """The outputs of every part that runs, by name, as they finish."""
     outputs: dict[str, list[Any]] = {}
-    # A copy that shares the tensors: no hook or mode of the caller's model is touched.
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, memo).eval()
+    twin = twin_of(model)
     for name, module in twin.named_modules():
         # A part may change its output in place later, as ReLU does.
         module.register_forward_hook(

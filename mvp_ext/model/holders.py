@@ -53,7 +53,7 @@ class Holders:
         state = model.state_dict(keep_vars=True)
         self.add = add
         self.kept = {id(state[name]): rows_cols for name, rows_cols in kept.items()}
-        # Old tensor's id → new tensor. Whoever makes the new ones puts them here.
+        # Old tensor's id → new tensor, once it is made (``replace``).
         self.new: dict[int, Tensor] = {}
         self.parts = set(map(id, model.modules()))
         self.named: dict[str, Tensor] = dict(model.named_parameters())

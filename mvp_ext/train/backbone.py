@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mvp_ext.model.borrowed import borrowed, own_random_numbers, unwrapped
+from mvp_ext.model.borrowed import borrowed, own_random_numbers, twin_of, unwrapped
 from mvp_ext.model.checkpoint import check_fidelity, fill, whole_state
 from mvp_ext.model.create import create_empty, create_model
 from mvp_ext.model.create_args import check_args, create_args
@@ -111,11 +111,9 @@ class Backbone:
         name, size = type(self.model).__name__, self.preprocessing.size
         check_trainable("Backbone", self.model)
         images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-        # A copy that shares the tensors: only its head is another.
-        memo = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
-        twin = copy.deepcopy(self.model, memo).eval()
+        twin = twin_of(self.model)
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with own_random_numbers(), torch.no_grad():
                 width = forward_features(twin, images).shape[1]
                 draw = torch.Generator().manual_seed(1)
                 set_head(twin, LinearHead(torch.randn(2, width, generator=draw), torch.ones(2)))

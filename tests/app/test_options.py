@@ -13,7 +13,7 @@ import typer
 from digits import few_digits, tiny_backbone
 from typer.testing import CliRunner
 
-from mvp_ext.app import options
+from mvp_ext.app import data_options, options
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 
 
@@ -91,7 +91,7 @@ def test_any_name_can_be_asked_for(seed: int) -> None:
     rng = random.Random(seed)
     names = ["".join(rng.choices("ab\",' é/=", k=rng.randint(1, 6))) for _ in range(4)]
     names = [name for name in names if name.strip()] or ["a"]
-    assert options.names_in("classes", ",".join(written(name, rng) for name in names)) == names
+    assert data_options.names_in("classes", ",".join(written(name, rng) for name in names)) == names
 
 
 @pytest.mark.parametrize(
@@ -99,28 +99,31 @@ def test_any_name_can_be_asked_for(seed: int) -> None:
     [("3,5, 8", ["3", "5", "8"]), ("a b ,,c,", ["a b", "c"]), ("19\" rack,5'", ['19" rack', "5'"])],
 )
 def test_plain_names_need_no_quotes(text: str, names: list[str]) -> None:
-    assert options.names_in("classes", text) == names
+    assert data_options.names_in("classes", text) == names
 
 
 @pytest.mark.parametrize("text", ['"fox, red', 'cat,"fox, red"x', ""])
 def test_names_that_are_not_closed(text: str) -> None:
     with pytest.raises(ValueError, match="--exclude-classes: expected"):
-        options.names_in("exclude-classes", text)
+        data_options.names_in("exclude-classes", text)
 
 
 def test_tasks_of_some_classes() -> None:
     data = few_digits()
-    some = options.SamplingOptions(classes_per_task=3, classes="1,2,3,4,5", exclude_classes="2")
-    tasks = some.tasks(data, 4, "t", options.DataOptions(), [], seed=0)
+    some = data_options.SamplingOptions(classes_per_task=3, classes="1,2,3,4,5", exclude_classes="2")
+    tasks = some.tasks(data, 4, "t", data_options.DataOptions(), [], seed=0)
     assert {name for task in tasks for name in task.class_names} == set("1345")
-    for wrong in (options.SamplingOptions(classes="1,x"), options.SamplingOptions(exclude_classes="x")):
+    for wrong in (
+        data_options.SamplingOptions(classes="1,x"),
+        data_options.SamplingOptions(exclude_classes="x"),
+    ):
         with pytest.raises(ValueError, match="unknown class 'x'"):
-            wrong.tasks(data, 1, "t", options.DataOptions(), [], seed=0)
+            wrong.tasks(data, 1, "t", data_options.DataOptions(), [], seed=0)
 
 
 def test_a_name_with_a_comma_is_suggested() -> None:
     data = dataclasses.replace(few_digits(), class_names=("fox, red", *"123456789"))
-    task = options.TaskOptions(classes='"fox, red",3').of(data, options.DataOptions(), 0)
+    task = data_options.TaskOptions(classes='"fox, red",3').of(data, data_options.DataOptions(), 0)
     assert task.class_names == ("fox, red", "3")
     with pytest.raises(ValueError, match=r"unknown class 'fox' in .*; did you mean 'fox, red'"):
-        options.TaskOptions(classes="fox, red,3").of(data, options.DataOptions(), 0)
+        data_options.TaskOptions(classes="fox, red,3").of(data, data_options.DataOptions(), 0)

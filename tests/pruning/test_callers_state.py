@@ -203,6 +203,7 @@ CALLS: dict[str, Call] = {
 OTHERS = {
     "deploy.graph.standard_blocks": "changes the copy that deployable makes",
     "model.borrowed.borrowed": "every call above uses it",
+    "model.borrowed.twin_of": "a copy of its parts",
     "model.borrowed.unwrapped": "gives a part of the model",
     "model.checkpoint.PrunedState.checkpoint": "holds the model",
     "model.ends.as_input": "a look at modules",

@@ -19,11 +19,7 @@ import pytest
 import torch
 
 from mvp_ext.model.card import ModelCard
-from mvp_ext.model.create import create_model
-from mvp_ext.model.families import find_structure
-from mvp_ext.model.mask import Mask
 from mvp_ext.model.preprocessing import Preprocessing
-from mvp_ext.model.surgery import prune_model
 from mvp_ext.train.backbone import BackboneIdentity
 from mvp_ext.zoo.shared import START
 from mvp_ext.zoo.zoo import NewEntry, Zoo, ZooError
@@ -36,19 +32,6 @@ SEEN = Preprocessing(32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 def _not_durable(monkeypatch):
     """Nobody pulls the plug: the disk need not be waited for."""
     monkeypatch.setattr("mvp_ext.zoo.index.DURABLE", "PRAGMA synchronous = OFF")
-
-
-@pytest.fixture(scope="module")
-def small():
-    """Two pruned models with their masks and structure."""
-    made = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        dense = create_model("test_resnet", num_classes=3)
-        structure = find_structure(dense)
-        mask = Mask.random(structure, 0.5, seed, align=1)
-        made.append((prune_model(dense, mask, structure=structure).eval(), mask, structure))
-    return made
 
 
 @pytest.fixture(scope="module")
