@@ -47,7 +47,6 @@ def define(schema: str, *, fake: Callable[..., Any], run: Callable[..., Any]) ->
                     raise _freed(user_op, f"{names[at]}[{number}]")
 
     def run_checked(*arguments: Any) -> Any:
-        check(arguments)
         # Anybody may have called the op, and torch is asked about its arguments before the kernel checks them.
         native().check_arguments(name, arguments)
         return run(*arguments)
