@@ -52,6 +52,34 @@ def test_dry_run(script: Path, device: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("script", "options", "written"),
+    [
+        ("deployed.py", ("--work", "work"), {"deployed_test_resnet.json", "accuracy_latency.png"}),
+        (
+            "runtimes.py",
+            ("--only", "vit_tiny", "--without", "compile", "openvino", "onnxruntime"),
+            {"runtimes_vit_tiny_patch16_224.json"},
+        ),
+    ],
+)
+def test_whole_models_run_dry(
+    script: str, options: tuple[str, ...], written: set[str], tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--dry-run", "--out", "out", *options]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written
+
+
 def test_cpu_and_gpu_write_one_form(tmp_path: Path) -> None:
     """A run on the CPU and a GPU's dry run: the same keys, and on the GPU a call's time beside."""
     script = ROOT / "benchmarks" / "bench_residual_add.py"
