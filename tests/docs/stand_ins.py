@@ -69,7 +69,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(timm, "create_model", tiny_model)
     patch.setattr(mvp_ext, "sample_tasks", few_tasks)
-    patch.setattr("mvp_ext.app.options.sample_tasks", few_tasks)
+    patch.setattr("mvp_ext.app.data_options.sample_tasks", few_tasks)
     patch.setattr(Trainer, "_step", first_step)
     patch.setattr(measure, "time_in_turn", lambda runs, **how: time_in_turn(runs, **{**how, "seconds": 0.0}))
     patch.setattr(images, "read_digits", few_digits)
