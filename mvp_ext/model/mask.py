@@ -206,6 +206,8 @@ class Mask:
         """
         self.check(structure)
         index: dict[str, list[Tensor | None]] = {}
+        # Of dimensions that several layers cut, or that have places of others: which places stay.
+        shared: dict[tuple[str, int], Tensor] = {}
         for layer in structure:
             kept = self._layers[layer.name]
             if bool(kept.all()):
@@ -214,9 +216,15 @@ class Mask:
             # A layer's tensors share one index tensor where they can.
             places: dict[tuple[int, int], Tensor] = {}
             for cut in layer.slices:
+                if cut.length is not None:
+                    stays = shared.setdefault((cut.tensor, cut.dim), torch.ones(cut.length, dtype=torch.bool))
+                    stays[cut.places((~kept).nonzero().flatten(), layer.units)] = False
+                    continue
                 if (cut.block, cut.repeat) not in places:
                     places[cut.block, cut.repeat] = cut.places(units, layer.units)
                 index.setdefault(cut.tensor, [None, None])[cut.dim] = places[cut.block, cut.repeat]
+        for (name, dim), stays in shared.items():
+            index.setdefault(name, [None, None])[dim] = stays.nonzero().flatten()
         return {name: (rows, cols) for name, (rows, cols) in index.items()}
 
     def to_vector(self) -> Tensor:

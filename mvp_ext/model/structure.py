@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,24 @@ class Slice:
     """One dimension of one tensor that a layer's units index.
 
     ``dim`` is cut into ``repeat`` equal parts (3 for q, k and v); unit u is ``block`` consecutive places
-    [u·block, (u+1)·block) in each of them. So the dimension has units · block · repeat places.
+    [u·block, (u+1)·block) in each of them. So the units have units · block · repeat places, which are the whole
+    dimension, or lie at ``offset`` in one of ``length`` (behind a concatenation).
 
     Attributes:
         tensor: its name in the model's state dict.
         dim: 0 or 1.
         block: places of one unit (a head's width; 1 for filters and neurons).
-        repeat: parts of the dimension.
+        repeat: parts that the units' places are in.
+        offset: of the first place.
+        length: of the dimension, where it has places of others, too.
     """
 
     tensor: str
     dim: int
     block: int = 1
     repeat: int = 1
+    offset: int = 0
+    length: int | None = None
 
     def places(self, units: Tensor, total: int) -> Tensor:
         """Where units lie in the dimension.
@@ -52,8 +57,12 @@ class Slice:
             int64 [repeat · n · block], part by part.
         """
         within = (units[:, None] * self.block + torch.arange(self.block)).flatten()
-        part = torch.arange(self.repeat)[:, None] * (total * self.block)
+        part = torch.arange(self.repeat)[:, None] * (total * self.block) + self.offset
         return (part + within).flatten()
+
+    def size(self, total: int) -> int:
+        """Of the dimension of a tensor none of whose ``total`` units is cut."""
+        return total * self.block * self.repeat if self.length is None else self.length
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,21 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Attribute:
+    """A number that a module keeps of how many units there are: ``module.name`` = kept · ``per_unit``.
+
+    Attributes:
+        module: its path in the model ("" is the model itself).
+        name: of the attribute, an int.
+        per_unit: how much of it a unit makes.
+    """
+
+    module: str
+    name: str
+    per_unit: int = 1
+
+
+@dataclass(frozen=True)
 class UnitLayer:
     """Units that are voted on and budgeted together.
 
@@ -88,6 +112,9 @@ class UnitLayer:
         probe: where their activation can be read.
         scatter: for a block's last convolution (scope `all`), the block into whose residual stream the kept channels
             are added; else None.
+        attributes: numbers of modules that follow.
+        narrowed: modules that cannot compute with fewer units, and give their parts to one of ours that can
+            (``narrow``).
     """
 
     name: str
@@ -96,6 +123,67 @@ class UnitLayer:
     slices: tuple[Slice, ...]
     probe: Probe
     scatter: str | None = None
+    attributes: tuple[Attribute, ...] = ()
+    narrowed: tuple[str, ...] = ()
+
+
+class LeftWhole(NamedTuple):
+    """A part of a model that no scope cuts, and why."""
+
+    module: str
+    reason: str
+
+
+class LayerCheck:
+    """Whether layers of units are a model's, as it is now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._state = model.state_dict(keep_vars=True)
+        self._modules = dict(model.named_modules())
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), []).append(name)
+        self._memory: dict[Any, list[str]] = {}
+        for name, tensor in self._state.items():
+            self._memory.setdefault(storage_of(tensor), []).append(name)
+
+    def check(self, layer: UnitLayer) -> None:
+        """UnsupportedModelError unless all that ``layer`` names is there, of its size, and no one else's."""
+        for cut in layer.slices:
+            self._check_slice(layer, cut)
+        for attribute in layer.attributes:
+            value = getattr(self._modules.get(attribute.module), attribute.name, None)
+            expected = layer.units * attribute.per_unit
+            if type(value) is not int or value != expected:
+                raise UnsupportedModelError(
+                    f"{attribute.module}.{attribute.name}: expected {expected} for {layer.units} units, got {value!r}"
+                )
+        for path in layer.narrowed:
+            if path not in self._modules:
+                raise UnsupportedModelError(f"{path}: expected a module that can be narrower, got none")
+
+    def _check_slice(self, layer: UnitLayer, cut: Slice) -> None:
+        tensor = self._state.get(cut.tensor)
+        expected = cut.size(layer.units)
+        if tensor is None:
+            raise UnsupportedModelError(
+                f"{cut.tensor}: expected a plain tensor, got none (is it parametrised?)"
+            )
+        if cut.dim >= tensor.ndim or tensor.shape[cut.dim] != expected:
+            raise UnsupportedModelError(
+                f"{cut.tensor}: expected {expected} places in dimension {cut.dim} for {layer.units} units, "
+                f"got shape {tuple(tensor.shape)}"
+            )
+        shared = self._names.get(id(tensor), [])
+        if len(shared) > 1:
+            raise UnsupportedModelError(
+                f"{cut.tensor}: the same tensor is also {shared[-1]}; shared weights cannot be cut"
+            )
+        for other in self._memory[storage_of(tensor)]:
+            if other != cut.tensor and _overlap(tensor, self._state[other]):
+                raise UnsupportedModelError(
+                    f"{cut.tensor}: its memory is also that of {other}; shared weights cannot be cut"
+                )
 
 
 @dataclass(frozen=True)
@@ -109,12 +197,14 @@ class Structure:
         scope: which kinds of units it has (see ``families``).
         architecture: timm's name of the model, where the model knows it.
         layers: in the order in which masks and votes concatenate them.
+        left_whole: parts with weights that no scope cuts.
     """
 
-    family: Literal["resnet", "vit"]
+    family: str
     scope: str
     architecture: str | None
     layers: tuple[UnitLayer, ...]
+    left_whole: tuple[LeftWhole, ...] = field(default=(), compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -155,36 +245,29 @@ class Structure:
 
     def check(self, model: nn.Module) -> None:
         """UnsupportedModelError unless every slice names a plain tensor of ``model``, of its size, used once only."""
-        state = model.state_dict(keep_vars=True)
-        names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        memory: dict[Any, list[str]] = {}
-        for name, tensor in state.items():
-            memory.setdefault(storage_of(tensor), []).append(name)
+        known = LayerCheck(model)
+        for layer in self:
+            known.check(layer)
+        self._check_places()
+
+    def _check_places(self) -> None:
+        """UnsupportedModelError where two units claim one place, or a place is outside of its dimension."""
+        by_dimension: dict[tuple[str, int], list[tuple[UnitLayer, Slice]]] = {}
         for layer in self:
             for cut in layer.slices:
-                tensor = state.get(cut.tensor)
-                expected = layer.units * cut.block * cut.repeat
-                if tensor is None:
-                    raise UnsupportedModelError(
-                        f"{cut.tensor}: expected a plain tensor, got none (is it parametrised?)"
-                    )
-                if tensor.shape[cut.dim] != expected:
-                    raise UnsupportedModelError(
-                        f"{cut.tensor}: expected {expected} places in dimension {cut.dim} for {layer.units} units, "
-                        f"got shape {tuple(tensor.shape)}"
-                    )
-                shared = names.get(id(tensor), [])
-                if len(shared) > 1:
-                    raise UnsupportedModelError(
-                        f"{cut.tensor}: the same tensor is also {shared[-1]}; shared weights cannot be cut"
-                    )
-                for other in memory[storage_of(tensor)]:
-                    if other != cut.tensor and _overlap(tensor, state[other]):
-                        raise UnsupportedModelError(
-                            f"{cut.tensor}: its memory is also that of {other}; shared weights cannot be cut"
-                        )
+                by_dimension.setdefault((cut.tensor, cut.dim), []).append((layer, cut))
+        for (tensor, dim), cuts in by_dimension.items():
+            # The usual case: one layer's units are the whole dimension.
+            if len(cuts) == 1 and cuts[0][1].length is None and cuts[0][1].offset == 0:
+                continue
+            sizes = {cut.size(layer.units) for layer, cut in cuts}
+            places = torch.cat([cut.places(torch.arange(layer.units), layer.units) for layer, cut in cuts])
+            inside = len(sizes) == 1 and int(places.min()) >= 0 and int(places.max()) < min(sizes)
+            if not inside or len(places.unique()) != len(places):
+                names = ", ".join(layer.name for layer, _ in cuts)
+                raise UnsupportedModelError(
+                    f"{tensor}: dimension {dim}: the units of {names} claim the same places, or some outside of it"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; ``from_dict`` reads them back."""
@@ -200,13 +283,24 @@ class Structure:
                         **layer,
                         "slices": tuple(Slice(**s) for s in layer["slices"]),
                         "probe": Probe(**layer["probe"]),
+                        "attributes": tuple(Attribute(**a) for a in layer.get("attributes", _before(layer))),
+                        "narrowed": tuple(layer.get("narrowed", ())),
                     }
                 )
                 for layer in data["layers"]
             )
-            return Structure(**{**data, "layers": layers})
+            whole = tuple(LeftWhole(*each) for each in data.get("left_whole", ()))
+            return Structure(**{**data, "layers": layers, "left_whole": whole})
         except (TypeError, KeyError) as error:
             raise ValueError(f"Structure.from_dict: not a description of a structure ({error})") from error
+
+
+def _before(layer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The attributes of a layer in a file from before version 0.3: of timm's attention, the only ones there were."""
+    if layer["kind"] != "head":
+        return []
+    names = {"num_heads": 1, "attn_dim": layer["slices"][0]["block"]}
+    return [{"module": layer["name"], "name": name, "per_unit": n} for name, n in names.items()]
 
 
 def storage_of(tensor: Tensor) -> tuple[str, int] | None:

@@ -13,6 +13,7 @@ from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.families import SCOPES, find_structure
 from mvp_ext.model.holders import Holders, check_others, check_wrappers, is_held
 from mvp_ext.model.mask import Mask, RowsCols
+from mvp_ext.model.narrow import narrow
 from mvp_ext.model.scatter_block import ScatterBlock
 from mvp_ext.model.structure import Structure, UnsupportedModelError
 from mvp_ext.ops import backend_for
@@ -122,6 +123,13 @@ class _Plan:
         self.model, self.structure, self.mask = model, structure, mask
         self.index = mask.index_in(structure)
         structure.check(model)
+        # They share their parts with those that they will replace.
+        self.narrowed = {
+            path: narrow(model.get_submodule(path))
+            for layer in structure
+            if not bool(mask.layers[layer.name].all())
+            for path in layer.narrowed
+        }
         self.tensors: list[Tensor] = []
         self.kept: list[RowsCols] = []
         self.small: list[Tensor] = []
@@ -155,6 +163,8 @@ class _Plan:
     def apply(self, packed: list[Tensor]) -> None:
         """Put every small tensor in its place."""
         self.small = packed
+        for path, module in self.narrowed.items():
+            _replace(self.model, path, module)
         for name, old in self.old.items():
             tensor, grad, marks = self.cut[name]
             owner, leaf = _owner(self.model, name)
@@ -166,17 +176,17 @@ class _Plan:
                 new = owner._buffers[leaf] = tensor()
             self.holders.replace(old, new, marks)
         self.holders.apply()
-        for path in {name.rpartition(".")[0] for name in self.index}:
-            _set_sizes(self.model.get_submodule(path))
         for layer in self.structure:
             kept = self.mask.layers[layer.name]
-            if layer.kind == "head":
-                attention: Any = self.model.get_submodule(layer.name)
-                # The scale depends on head_dim only, and stays.
-                attention.num_heads = int(kept.sum())
-                attention.attn_dim = attention.num_heads * attention.head_dim
-            elif layer.scatter is not None and not bool(kept.all()):
+            if bool(kept.all()):
+                continue
+            for attribute in layer.attributes:
+                module = self.model.get_submodule(attribute.module)
+                setattr(module, attribute.name, int(kept.sum()) * attribute.per_unit)
+            if layer.scatter is not None:
                 _scatter(self.model, layer.scatter, kept)
+        for path in {name.rpartition(".")[0] for name in self.index}:
+            _set_sizes(self.model.get_submodule(path))
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -186,8 +196,9 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _set_sizes(module: Any) -> None:
     """Make a module's own numbers say what its tensors are."""
-    if isinstance(module, nn.Conv2d):
-        module.out_channels, module.in_channels = module.weight.shape[:2]
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        module.out_channels = module.weight.shape[0]
+        module.in_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -204,9 +215,13 @@ def _scatter(model: nn.Module, path: str, kept: Tensor) -> None:
     block = model.get_submodule(path)
     if isinstance(block, ScatterBlock):
         return
-    owner, leaf = _owner(model, path)
     device = next(block.parameters()).device
-    owner._modules[leaf] = ScatterBlock(block, kept.nonzero().flatten().to(device))
+    _replace(model, path, ScatterBlock(block, kept.nonzero().flatten().to(device)))
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    owner, leaf = _owner(model, path)
+    owner._modules[leaf] = module
 
 
 def _pack(tensors: Sequence[Tensor], kept: Sequence[RowsCols]) -> list[Tensor]:
@@ -305,11 +320,7 @@ def expand_state(
     # Only a pruned model has these buffers.
     own = {f"{layer.scatter}.kept" for layer in structure if layer.scatter is not None}
     full = {name: tensor.clone() for name, tensor in state.items() if name not in index and name not in own}
-    sizes = {
-        (cut.tensor, cut.dim): layer.units * cut.block * cut.repeat
-        for layer in structure
-        for cut in layer.slices
-    }
+    sizes = {(cut.tensor, cut.dim): cut.size(layer.units) for layer in structure for cut in layer.slices}
     for name, (rows, cols) in index.items():
         if name not in state:
             raise ValueError(f"expand_state: expected a tensor {name!r}, got none")

@@ -214,7 +214,6 @@ OTHERS = {
     "model.ends.in_channels": "a look at modules",
     "model.checkpoint.fill": "gives a new model its tensors",
     "model.checkpoint.whole_state": "a look at tensors",
-    "model.families.parts.Family.blocks": "a look at modules",
     "model.families.parts.computes_as": "a look at modules",
     "model.families.parts.is_elementwise": "a look at modules",
     "model.holders.check_wrappers": "a look at modules",

@@ -1,94 +1,152 @@
-"""What each family of backbones looks like: its layers of units, found by looking at its parts, never by its name.
+"""What can be cut in which module: layers of units, found by looking at what modules compute, never at their names.
 
-| scope       | units                                                                                          |
-|-------------|------------------------------------------------------------------------------------------------|
-| `inner`     | ResNet: conv1 of a BasicBlock, conv1 and conv2 of a Bottleneck. Nothing is coupled.            |
-| `all`       | ResNet: each block's last convolution too (``scatter_block.py``). Still nothing is coupled.    |
-| `heads`     | ViT: attention heads.                                                                          |
-| `mlp`       | ViT: hidden neurons of the MLPs.                                                               |
-| `heads+mlp` | ViT: both.                                                                                     |
+| scope             | units                                                                                       |
+|-------------------|---------------------------------------------------------------------------------------------|
+| `inner`           | filters inside a block of convolutions: nothing else reads or adds to them                    |
+| `all`             | `inner`, and each block's last convolution (``scatter_block.py``): still nothing is coupled   |
+| `heads`           | attention heads                                                                               |
+| `mlp`             | hidden neurons of MLPs, 1 × 1 convolutions among them                                         |
+| `heads+mlp`       | both                                                                                          |
+| `inner+mlp`, `inner+heads+mlp` | networks of convolutions and transformers                                        |
 
-A new family is a file here that makes a ``Family``, and its place in ``FAMILIES``.
+A family is a file here with a few ``Rule``s, and its place in ``RULES``; ``register_rule`` takes others'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from mvp_ext.model.borrowed import unwrapped
-from mvp_ext.model.families.parts import Family
+from mvp_ext.model.families.parts import Part, Rule
 from mvp_ext.model.families.resnet import RESNET
 from mvp_ext.model.families.vit import VIT
-from mvp_ext.model.structure import Structure, UnsupportedModelError
+from mvp_ext.model.structure import LayerCheck, LeftWhole, Structure, UnitLayer, UnsupportedModelError
 
-FAMILIES = (VIT, RESNET)
-SCOPES = ("inner", "all", "heads", "mlp", "heads+mlp")
+# Those that others registered come first.
+RULES: list[Rule] = [*VIT, *RESNET]
+# Scope → its parts, in the order in which scopes are preferred.
+SCOPES: dict[str, tuple[Part, ...]] = {
+    "heads": ("heads",),
+    "mlp": ("mlp",),
+    "heads+mlp": ("heads", "mlp"),
+    "inner": ("inner",),
+    "all": ("inner", "last"),
+    "inner+mlp": ("inner", "mlp"),
+    "inner+heads+mlp": ("inner", "heads", "mlp"),
+}
+
+
+def register_rule(rule: Rule) -> None:
+    """Have ``find_structure`` ask a rule of yours before its own, for as long as this process runs.
+
+    What it finds is checked by ``Structure.check``; ``verify`` shows whether it is exact.
+    """
+    RULES.insert(0, rule)
 
 
 def find_structure(model: nn.Module, scope: str | None = None) -> Structure:
-    """The layers of units of ``model``.
+    """The layers of units of ``model``. Parts that no rule knows stay whole: ``Structure.left_whole`` names them.
 
     Args:
-        model: a timm ResNet (BasicBlock, Bottleneck), ViT or DeiT, dense or already pruned, on any device. What torch
-            puts around one (torch.compile, DataParallel) is looked through: layers have the names of the model inside.
-        scope: `inner` or `all` for a ResNet; `heads`, `mlp` or `heads+mlp` for a ViT. None: the first that the model
-            has: where its attention is of a kind that cannot be cut, its MLPs.
+        model: dense or already pruned, on any device. What torch puts around one (torch.compile, DataParallel) is
+            looked through: layers have the names of the model inside.
+        scope: which units: one of ``SCOPES``. None: the first that the model has.
 
     Raises:
-        ValueError: the scope is unknown, or belongs to another family than the model's.
-        UnsupportedModelError: a part of the model is not understood. The message names it, and a scope that works, if
-            one does.
+        ValueError: the scope is unknown.
+        UnsupportedModelError: the model has nothing of a part of the scope that can be cut. The message names what is
+            in the way, and a scope that works, if one does.
     """
     if scope is not None and scope not in SCOPES:
         raise ValueError(f"find_structure: scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
     model = unwrapped(model)
-    found = [(family, blocks) for family in FAMILIES if (blocks := family.blocks(model))]
-    if not found:
-        children = ", ".join(f"{n} ({type(m).__name__})" for n, m in model.named_children()) or "no parts"
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: expected residual blocks (conv1, conv2) or transformer blocks (attn, mlp), "
-            f"got {children}"
-        )
-    # In the order in which they are preferred.
-    known = [(family, blocks, each) for family, blocks in found for each in family.scopes]
-    refused: list[UnsupportedModelError] = []
-    for family, blocks, each in known:
-        if scope in (None, each):
-            try:
-                return _structure(model, family, blocks, each)
-            except UnsupportedModelError as error:
-                refused.append(error)
-    remedy = _remedy(model, [way for way in known if scope not in (None, way[2])])
-    if refused:
-        raise UnsupportedModelError(f"{refused[0]}{remedy}")
-    owner = next(family.name for family in FAMILIES if scope in family.scopes)
-    raise ValueError(
-        f"find_structure: scope {scope!r} is for the family {owner!r}; this model looks like {found[0][0].name!r}"
-        f"{remedy}"
+    found, refused = _ask(model)
+    there = {rule.part for rule, _ in found}
+    possible = [each for each, parts in SCOPES.items() if there.issuperset(parts)]
+    if scope is None and possible:
+        scope = possible[0]
+    if scope not in possible:
+        raise _refusal(model, scope, there, possible, refused)
+    parts = SCOPES[scope]
+    chosen = [(rule, layers) for rule, layers in found if rule.part in parts]
+    structure = Structure(
+        chosen[0][0].family,
+        scope,
+        _architecture(model),
+        tuple(layer for _, layers in chosen for layer in layers),
+        _left_whole(model, [layer for _, layers in found for layer in layers], refused),
     )
-
-
-_Blocks = list[tuple[str, nn.Module]]
-
-
-def _structure(model: nn.Module, family: Family, blocks: _Blocks, scope: str) -> Structure:
-    layers = [layer for path, block in blocks for layer in family.layers(path, block, scope)]
-    structure = Structure(family.name, scope, _architecture(model), tuple(layers))
     structure.check(model)
     return structure
 
 
-def _remedy(model: nn.Module, ways: Iterable[tuple[Family, _Blocks, str]]) -> str:
-    """The end of a refusal: the first of other scopes that this model has."""
-    for family, blocks, scope in ways:
-        try:
-            _structure(model, family, blocks, scope)
-        except UnsupportedModelError:
-            continue
-        return f"; use scope {scope!r}"
-    return ""
+def _ask(model: nn.Module) -> tuple[list[tuple[Rule, list[UnitLayer]]], dict[tuple[str, Part], str]]:
+    """What the rules find, in the model's order, and why they refuse what they know: (path, part) → reason."""
+    found: list[tuple[Rule, list[UnitLayer]]] = []
+    refused: dict[tuple[str, Part], str] = {}
+    known = LayerCheck(model)
+    for path, module in model.named_modules():
+        answered: set[Part] = set()
+        for rule in RULES:
+            if rule.part in answered or not rule.knows(module):
+                continue
+            answered.add(rule.part)
+            try:
+                layers = rule.layers(path, module)
+                for layer in layers:
+                    known.check(layer)
+                found.append((rule, layers))
+            except UnsupportedModelError as error:
+                refused[path, rule.part] = str(error)
+    return found, refused
+
+
+def _refusal(
+    model: nn.Module,
+    scope: str | None,
+    there: set[Part],
+    possible: Sequence[str],
+    refused: Mapping[tuple[str, Part], str],
+) -> UnsupportedModelError:
+    wanted = set(SCOPES[scope] if scope else ()) - there
+    reasons = [reason for (_, part), reason in refused.items() if scope is None or part in wanted]
+    remedy = f"; use scope {possible[0]!r}" if possible else ""
+    if reasons:
+        return UnsupportedModelError(f"{reasons[0]}{remedy}")
+    name = type(model).__name__
+    if scope is not None and possible:
+        missing = " or ".join(sorted(wanted))
+        return UnsupportedModelError(
+            f"{name}: scope {scope!r}: expected a part with {missing} units, got none{remedy}"
+        )
+    children = ", ".join(f"{n} ({type(m).__name__})" for n, m in model.named_children()) or "no parts"
+    return UnsupportedModelError(
+        f"{name}: expected blocks of convolutions, attentions or MLPs that a rule knows, got {children}"
+    )
+
+
+def _left_whole(
+    model: nn.Module, layers: Iterable[UnitLayer], refused: Mapping[tuple[str, Part], str]
+) -> tuple[LeftWhole, ...]:
+    """The largest parts (no mere lists of parts) with matrices or filters none of which is cut."""
+    cut = {piece.tensor for layer in layers for piece in layer.slices}
+    reasons = {path: reason for (path, _), reason in refused.items()}
+
+    def whole(path: str, module: nn.Module) -> list[LeftWhole]:
+        prefix = f"{path}." if path else ""
+        names = [prefix + name for name, p in module.named_parameters() if p.ndim > 1]
+        if not names:
+            return []
+        mixed = not cut.isdisjoint(names) or any(
+            known != path and known.startswith(prefix) for known in reasons
+        )
+        if mixed or type(module) in (nn.Sequential, nn.ModuleList):
+            return [left for name, child in module.named_children() for left in whole(prefix + name, child)]
+        return [LeftWhole(path, reasons.get(path, f"no rule knows {type(module).__name__}"))]
+
+    return tuple(whole("", model))
 
 
 def _architecture(model: nn.Module) -> str | None:

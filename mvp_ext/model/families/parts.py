@@ -1,4 +1,4 @@
-"""What every family is made of: what it is called, how its blocks are known, and what its rules ask of a module."""
+"""What every family is made of: rules, and what rules ask of a module."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mvp_ext.model.structure import UnitLayer
+from mvp_ext.model.structure import Slice, UnitLayer, UnsupportedModelError
+
+# What a rule's units are: filters inside of a block, its last filters, channels of residual streams, attention heads,
+# hidden neurons of an MLP.
+Part = Literal["inner", "last", "stream", "heads", "mlp"]
 
 
 @dataclass(frozen=True)
-class Family:
-    """A family of backbones.
+class Rule:
+    """How the units of one kind of module are found.
 
     Attributes:
-        name: as ``Structure.family`` says it.
-        scopes: the scopes it knows, its default first.
-        children: names of the submodules that make a module one of its blocks.
-        layers: (path of a block, the block, scope) → the block's layers of units; UnsupportedModelError names a part
-            that is not understood.
+        family: as ``Structure.family`` says it.
+        part: which of a scope's parts the units are.
+        knows: whether a module is of this kind: by what it computes (``computes_as``), never by its name.
+        layers: (path of such a module, the module) → its layers of units. UnsupportedModelError names a part in the
+            way of cutting it; the module then stays whole.
     """
 
-    name: Literal["resnet", "vit"]
-    scopes: tuple[str, ...]
-    children: frozenset[str]
-    layers: Callable[[str, Any, str], list[UnitLayer]]
-
-    def blocks(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Every module of ``model`` that looks like a block of this family, with its path."""
-        return [
-            (path, module)
-            for path, module in model.named_modules()
-            if self.children <= dict(module.named_children()).keys()
-        ]
+    family: str
+    part: Part
+    knows: Callable[[nn.Module], bool]
+    layers: Callable[[str, Any], list[UnitLayer]]
 
 
 def computes_as(module: nn.Module, *known: type[nn.Module]) -> bool:
@@ -49,3 +45,31 @@ def is_elementwise(act: nn.Module) -> bool:
         act, (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU, nn.MultiheadAttention)
     )
     return isinstance(act, nn.Identity) or (known and not mixes and not list(act.parameters()))
+
+
+def need_elementwise(path: str, act: nn.Module) -> None:
+    """UnsupportedModelError unless ``act`` is an activation that looks at one value at a time."""
+    if not is_elementwise(act):
+        raise UnsupportedModelError(
+            f"{path}: expected an activation without parameters, got {type(act).__name__}"
+        )
+
+
+def need_plain(path: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
+    """UnsupportedModelError unless ``module`` is exactly of one of these classes."""
+    if type(module) not in kinds:
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise UnsupportedModelError(f"{path}: expected a plain {expected}, got {type(module).__name__}")
+
+
+def writer(path: str, module: Any, block: int = 1, repeat: int = 1) -> tuple[Slice, ...]:
+    """What shrinks of a layer, or a norm over channels, when units that it puts out go: all that is one a channel."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    return tuple(
+        Slice(f"{path}.{name}", 0, block, repeat) for name in names if getattr(module, name, None) is not None
+    )
+
+
+def reader(path: str, block: int = 1, repeat: int = 1) -> Slice:
+    """What shrinks of a layer when units that it reads go."""
+    return Slice(f"{path}.weight", 1, block, repeat)
