@@ -9,7 +9,7 @@ import os
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ _ENTRY = "mvp_ext"
 # How files end that are being written.
 PART = ".part"
 _NO_CHECKSUM = "crc32:--------"  # holds the place of one
+# Bytes of a file that are read at once.
+_CHUNK = 1 << 20
 
 
 class FileFormatError(ValueError):
@@ -39,15 +41,55 @@ def to_bytes(tensors: Mapping[str, Tensor], spec: Mapping[str, Any], *, kind: st
         TypeError: a tensor without plain memory (sparse, quantised, meta), or a value that is not JSON.
         ValueError: NaN, infinity, or nesting too deep for JSON.
     """
+    text, entry = _entry(spec, kind, version)
+    data = bytearray(safetensors.torch.save(_apart(tensors), entry))
+    start = 8 + int.from_bytes(data[:8], "little")
+    place = data.index(_NO_CHECKSUM.encode(), 0, start)
+    data[place : place + len(_NO_CHECKSUM)] = _checksum(text, [memoryview(data)[start:]]).encode()
+    return bytes(data)
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    spec: Mapping[str, Any],
+    *,
+    kind: str,
+    version: int,
+) -> None:
+    """What ``to_bytes`` makes of its arguments, as a file (``write_atomic``), and never as a second copy in memory.
+
+    Raises:
+        TypeError, ValueError: as ``to_bytes``. OSError: it could not be written; what was at ``path`` is untouched.
+    """
+    if _is_special(Path(path)):
+        Path(path).write_bytes(to_bytes(tensors, spec, kind=kind, version=version))
+        return
+    text, entry = _entry(spec, kind, version)
+    whole = _apart(tensors)
+
+    def fill(draft: Path) -> None:
+        try:
+            safetensors.torch.save_file(whole, draft, entry)
+        except SafetensorError as error:
+            raise OSError(f"{os.fspath(path)}: could not be written ({error})") from error
+        with open(draft, "r+b") as file:
+            header = file.read(8)
+            header += file.read(int.from_bytes(header, "little"))
+            checksum = _checksum(text, iter(lambda: file.read(_CHUNK), b""))
+            file.seek(header.index(_NO_CHECKSUM.encode()))
+            file.write(checksum.encode())
+
+    write_together({Path(path): fill})
+
+
+def _entry(spec: Mapping[str, Any], kind: str, version: int) -> tuple[str, dict[str, str]]:
+    """The description as text, and the file's metadata with it and a place for the checksum."""
     text = json.dumps(spec, allow_nan=False)
     # One entry of our own making: safetensors does not promise an order of several, and equal content shall be equal
     # bytes. The checksum comes first in it, so that nothing in the description can be taken for its place.
     entry = json.dumps({"crc32": _NO_CHECKSUM, "format": kind, "version": version, "spec": text})
-    data = bytearray(safetensors.torch.save(_apart(tensors), {_ENTRY: entry}))
-    start = 8 + int.from_bytes(data[:8], "little")
-    place = data.index(_NO_CHECKSUM.encode(), 0, start)
-    data[place : place + len(_NO_CHECKSUM)] = _checksum(text, data, start).encode()
-    return bytes(data)
+    return text, {_ENTRY: entry}
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,9 +110,12 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return whole
 
 
-def _checksum(text: str, data: bytes | bytearray, start: int) -> str:
-    """crc32 of the description and of the tensors, which begin at ``start``; as wide as _NO_CHECKSUM."""
-    return f"crc32:{zlib.crc32(memoryview(data)[start:], zlib.crc32(text.encode())):08x}"
+def _checksum(text: str, tensors: Iterable[bytes | memoryview]) -> str:
+    """crc32 of the description and of the tensors' bytes, piece by piece; as wide as _NO_CHECKSUM."""
+    value = zlib.crc32(text.encode())
+    for piece in tensors:
+        value = zlib.crc32(piece, value)
+    return f"crc32:{value:08x}"
 
 
 def from_bytes(
@@ -91,7 +136,7 @@ def from_bytes(
         spec = json.loads(text)
         if not (isinstance(found, int) and isinstance(spec, dict)):
             raise TypeError("a value of another kind")
-        written = _checksum(text, data, 8 + length)
+        written = _checksum(text, [memoryview(data)[8 + length :]])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{source}: its description is damaged ({error!r})") from error
     if found_kind != kind:
@@ -136,8 +181,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     write_together({Path(path): data})
 
 
-def write_together(files: Mapping[Path, bytes]) -> None:
-    """``write_atomic`` of files that make sense together only.
+def write_together(files: Mapping[Path, bytes | Callable[[Path], None]]) -> None:
+    """``write_atomic`` of files that make sense together only: their bytes, or what writes into a draft of one.
 
     All are on the disk before the first is put in place. While several are, the old ones are away: a kill just then
     leaves no old one beside a new one.
@@ -148,7 +193,7 @@ def write_together(files: Mapping[Path, bytes]) -> None:
     with contextlib.ExitStack() as temporaries:
         drafts: list[tuple[Path, Path]] = []
         for path, data in files.items():
-            if _is_special(path):
+            if _is_special(path) and not callable(data):
                 path.write_bytes(data)
                 continue
             # A link is the user's choice of a place: it stays.
@@ -168,7 +213,7 @@ def _is_special(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _draft(target: Path, data: bytes) -> Iterator[Path]:
+def _draft(target: Path, data: bytes | Callable[[Path], None]) -> Iterator[Path]:
     """A file beside ``target`` with its mode and these bytes, on the disk; removed unless it was put in place.
 
     It is locked while its writer lives, so that others can tell one that a killed writer left.
@@ -183,8 +228,11 @@ def _draft(target: Path, data: bytes) -> Iterator[Path]:
         os.close(handle)
     with os.fdopen(handle, "wb") as file:
         try:
-            file.write(data)
-            file.flush()
+            if callable(data):
+                data(Path(name))
+            else:
+                file.write(data)
+                file.flush()
             _make_alike(handle, target)
             os.fsync(handle)
             yield Path(name)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import stat
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -203,3 +207,67 @@ def test_a_header_nested_too_deep_is_a_damaged_file(tmp_path: Path) -> None:
         storage.from_bytes(data, **KIND)
     (tmp_path / "deep").write_bytes(data)
     assert storage.kind_of(tmp_path / "deep") is None
+
+
+TENSORS = {
+    "weight": torch.arange(600_000.0).reshape(1000, 600),
+    "turned": torch.arange(6).reshape(2, 3).t(),
+    "half": torch.ones(7, dtype=torch.bfloat16),
+    "none": torch.zeros(0),
+}
+
+
+def test_a_file_has_the_bytes_of_to_bytes(tmp_path: Path) -> None:
+    storage.write(tmp_path / "file", TENSORS, {"a": 1}, kind="k", version=1)
+    assert (tmp_path / "file").read_bytes() == storage.to_bytes(TENSORS, {"a": 1}, kind="k", version=1)
+    assert os.listdir(tmp_path) == ["file"]
+    tensors, spec = storage.read(tmp_path / "file", kind="k", version=1)
+    assert spec == {"a": 1}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    storage.write(path, {}, {"a": "old"}, kind="k", version=1)
+    with (
+        file_size_limit(100_000),
+        pytest.raises(OSError, match=r"file: could not be written .*File too large"),
+    ):
+        storage.write(path, TENSORS, {"a": "new"}, kind="k", version=1)
+    assert os.listdir(tmp_path) == ["file"]
+    assert storage.read(path, kind="k", version=1) == ({}, {"a": "old"})
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """As if the disk had no more room: a write beyond fails instead of killing the process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_large_file_is_written_without_a_copy_in_memory(tmp_path: Path) -> None:
+    program = """
+        import resource, sys, torch
+        from mvp_ext import storage
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        storage.write(sys.argv[1], {"a": torch.ones(9)}, {}, kind="k", version=1)
+        tensors = {str(i): torch.ones(16 << 20) for i in range(4)}
+        before = peak()
+        storage.write(sys.argv[1], tensors, {}, kind="k", version=1)
+        print(peak() - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "file")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # MB; the tensors are 256.
+    assert int(done.stdout) < 32

@@ -273,7 +273,7 @@ def save_bundle(
         ],
         "versions": shared.versions,
     }
-    storage.write_atomic(path, storage.to_bytes(tensors, spec, kind=BUNDLE, version=_VERSION))
+    storage.write(path, tensors, spec, kind=BUNDLE, version=_VERSION)
 
 
 def load_bundle(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Bundle:

@@ -173,7 +173,7 @@ def save_pruned(
         "extra": {name: value for name, value in extra.items() if not isinstance(value, Tensor)},
         "versions": described.versions,
     }
-    storage.write_atomic(path, storage.to_bytes(tensors, spec, kind=_FORMAT, version=_VERSION))
+    storage.write(path, tensors, spec, kind=_FORMAT, version=_VERSION)
 
 
 def describe(

@@ -73,9 +73,10 @@ def prune_model(
     if held and (optimizers or not several):
         check_others(plan.holders, named=bool(optimizers))
     plans = [plan, *([] if average is None else [_Plan(average, structure, mask, [])])]
-    packed = [each.pack() for each in plans]
-    for each, tensors in zip(plans, packed, strict=True):
-        each.apply(tensors)
+    for each in plans:
+        each.packing.pack()
+    for each in plans:
+        each.apply()
     return model
 
 
@@ -114,6 +115,27 @@ def structure_for(model: nn.Module, mask: Mask) -> Structure:
     raise ValueError(f"no scope of this model has the layers of the mask ({', '.join(mask.layers)}){reason}")
 
 
+class _Packing:
+    """Tensors that are cut together; it knows nobody who waits for them, so that the large ones go with the last."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._kept: list[RowsCols] = []
+        self._small: list[Tensor] = []
+
+    def add(self, tensor: Tensor, kept: RowsCols) -> Callable[[], Tensor]:
+        """Have a tensor cut; what is returned gives it, once it is."""
+        number = len(self._tensors)
+        self._tensors.append(tensor)
+        self._kept.append(kept)
+        return lambda: self._small[number]
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Make the small tensors. Changes nothing."""
+        self._small = _pack(self._tensors, self._kept)
+
+
 class _Plan:
     """Everything that one model's surgery replaces, checked before the first change."""
 
@@ -130,39 +152,24 @@ class _Plan:
             if not bool(mask.layers[layer.name].all())
             for path in layer.narrowed
         }
-        self.tensors: list[Tensor] = []
-        self.kept: list[RowsCols] = []
-        self.small: list[Tensor] = []
+        self.packing = _Packing()
         state = model.state_dict(keep_vars=True)
         self.old = {name: state[name] for name in self.index}
-        self.holders = Holders(model, self.index, self._add)
+        self.holders = Holders(model, self.index, self.packing.add)
         self.holders.search(optimizers)
         # Of every old tensor: its values, its gradient, and what others left on it, like "no weight decay".
         self.cut = {
             name: (
-                self._add(old.detach(), self.index[name]),
-                None if old.grad is None else self._add(old.grad, self.index[name]),
+                self.packing.add(old.detach(), self.index[name]),
+                None if old.grad is None else self.packing.add(old.grad, self.index[name]),
                 self.holders.marks(name, old),
             )
             for name, old in self.old.items()
         }
 
-    def _add(self, tensor: Tensor, kept: RowsCols) -> Callable[[], Tensor]:
-        """Have a tensor cut; what is returned gives it, once it is."""
-        number = len(self.tensors)
-        self.tensors.append(tensor)
-        self.kept.append(kept)
-        return lambda: self.small[number]
-
-    def pack(self) -> list[Tensor]:
-        """The small tensors, in the order in which they were added. Changes nothing."""
-        with torch.no_grad():
-            return _pack(self.tensors, self.kept)
-
     @torch.no_grad()
-    def apply(self, packed: list[Tensor]) -> None:
-        """Put every small tensor in its place."""
-        self.small = packed
+    def apply(self) -> None:
+        """Put every small tensor, once they are packed, in its place."""
         for path, module in self.narrowed.items():
             _replace(self.model, path, module)
         for name, old in self.old.items():

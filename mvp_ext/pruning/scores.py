@@ -120,31 +120,43 @@ def _on_activations(
     return {name: value / count for name, value in scores.items()}
 
 
-def _own_weights(layer: UnitLayer, tensors: dict[str, Tensor], matrices_only: bool) -> Tensor:
-    """All weights that make a unit, as f32 [units, weights a unit]: the rows that the layer's slices name."""
-    parts = []
+def _own_weights(layer: UnitLayer, tensors: dict[str, Tensor], matrices_only: bool) -> list[Tensor]:
+    """All weights that make a unit: of each tensor whose rows the layer's slices name, f32 [parts, units, n].
+
+    They are views where the tensors are f32: a layer of a large model has weights by the hundred megabytes.
+    """
+    views = []
     for piece in layer.slices:
         if piece.dim != 0 or piece.tensor not in tensors:
             continue
-        tensor = tensors[piece.tensor].float()
+        tensor = tensors[piece.tensor]
+        # Of a lower precision than float32, sums would lose most of their digits.
+        tensor = tensor if tensor.dtype is torch.float64 else tensor.float()
         if matrices_only and tensor.ndim < 2:
             continue
+        if piece.length is not None:
+            # Behind a concatenation: the rows of others are no weights of this layer's.
+            tensor = tensor[piece.places(torch.arange(layer.units), layer.units).to(tensor.device)]
         # repeat equal parts (q, k, v), each of units blocks of rows
-        shaped = tensor.reshape(piece.repeat, layer.units, -1)
-        parts.append(shaped.transpose(0, 1).reshape(layer.units, -1))
-    return torch.cat(parts, 1)
+        views.append(tensor.reshape(piece.repeat, layer.units, -1))
+    return views
+
+
+def _norm(views: list[Tensor], order: int) -> Tensor:
+    """Of each unit's weights, [units]."""
+    norms = [torch.linalg.vector_norm(view, order, dim=(0, 2)) for view in views]
+    return torch.linalg.vector_norm(torch.stack(norms), order, dim=0)
 
 
 def _on_weights(model: nn.Module, structure: Structure, criterion: str) -> Scores:
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     scores = {}
     for layer in structure.layers:
-        weights = _own_weights(layer, tensors, matrices_only=True)
-        if criterion == "l1":
-            scores[layer.name] = weights.abs().sum(1)
-        elif criterion == "l2":
-            scores[layer.name] = weights.square().sum(1).sqrt()
+        views = _own_weights(layer, tensors, matrices_only=True)
+        if criterion in ("l1", "l2"):
+            scores[layer.name] = _norm(views, int(criterion[1]))
         else:  # fpgm: the sum of distances to the layer's other filters (He et al. 2019)
+            weights = torch.cat([view.transpose(0, 1).flatten(1) for view in views], 1)
             scores[layer.name] = torch.cdist(weights, weights).sum(1)
     return scores
 
@@ -161,7 +173,9 @@ def _weight_taylor(model: nn.Module, structure: Structure, batches: Batches, pre
     if count == 0:
         raise ValueError("score_units: weight_taylor: expected at least one batch, got none")
     terms = {name: weight.detach() * sums[name] / count for name, weight in weights.items()}
-    return {layer.name: _own_weights(layer, terms, False).square().sum(1).cpu() for layer in structure.layers}
+    return {
+        layer.name: _norm(_own_weights(layer, terms, False), 2).square().cpu() for layer in structure.layers
+    }
 
 
 def _rows_of_units(model: nn.Module, structure: Structure) -> dict[str, Tensor]:
@@ -192,7 +206,7 @@ def _synflow(model: nn.Module, structure: Structure, image_shape: tuple[int, ...
     swapped = {f"model.{name}": tensor for name, tensor in tensors.items()}
     gradients = torch.func.functional_call(_Flow(model, weights), swapped, (images,))
     terms = {name: (weights[name].detach() * gradient).abs() for name, gradient in gradients.items()}
-    sums = {layer.name: _own_weights(layer, terms, True).double().sum(1) for layer in structure.layers}
+    sums = {layer.name: _norm(_own_weights(layer, terms, True), 1) for layer in structure.layers}
     # Only ratios within a layer matter; scale before float32 so that nothing overflows.
     return {name: (value / value.max().clamp_min(1e-300)).float().cpu() for name, value in sums.items()}
 

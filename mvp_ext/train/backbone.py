@@ -23,7 +23,7 @@ from mvp_ext.model.ends import as_input, built_for, classifiers, dtype_of, hidde
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.model.structure import Structure
-from mvp_ext.storage import FileFormatError, read, to_bytes, write_atomic
+from mvp_ext.storage import FileFormatError, read, write
 from mvp_ext.timm_compat import import_timm
 from mvp_ext.train.heads import LinearHead
 
@@ -99,7 +99,7 @@ class Backbone:
         arguments = create_args(self.model, find_structure(self.model))
         check_fidelity("Backbone.save", self.model, create_empty(arguments), arguments)
         spec = {**self.describe(), "recipe": arguments}
-        write_atomic(path, to_bytes(whole_state(self.model), spec, kind=_KIND, version=_VERSION))
+        write(path, whole_state(self.model), spec, kind=_KIND, version=_VERSION)
 
     def check(self) -> None:
         """Whether models cut from this one can be trained for tasks; a few forward passes of two images of noise.

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mvp_ext.storage import read, to_bytes, write_atomic
+from mvp_ext.storage import read, write
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.trainer import Trainer
 
@@ -91,7 +91,7 @@ class RunFile:
         # A link there would lead to somebody else's file, a pipe would be waited for.
         if self._path.is_symlink() or not self._path.is_file():
             self._path.unlink(missing_ok=True)
-        write_atomic(self._path, to_bytes(tensors, spec, kind=_KIND, version=_VERSION))
+        write(self._path, tensors, spec, kind=_KIND, version=_VERSION)
 
     def remove(self) -> None:
         """The run has come to its end."""
