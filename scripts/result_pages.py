@@ -216,6 +216,8 @@ def speed_page(folder: Path, ops: Sequence[Results], page: Path) -> str:
         parts += ["## Pruned models", _latency(latencies)]
     if runtimes:
         parts += ["## Runtimes", *_runtimes(runtimes)]
+    if (large := folder / "large.json").exists():
+        parts += ["## Large models", *_large(large)]
     if ops:
         parts += ["## Ops", *_ops(ops, folder)]
     return "\n\n".join(parts) + "\n"
@@ -300,6 +302,32 @@ def _runtimes(paths: Sequence[Path]) -> Iterator[str]:
         yield bench_table(result).markdown()
         if lines := reasons(result):
             yield "\n".join(f"- {line}" for line in lines)
+
+
+def _large(path: Path) -> Iterator[str]:
+    """Seconds and memory of each step."""
+    result = read(path)
+    made = result["setting"]
+    yield (
+        f"From a large model to a file of the model cut to keep {made['keep']:g}, and back; random weights. Memory is "
+        f"what a step takes at most beside what there was before it (`{made['command']}`; "
+        f"{machine({**result['environment'], 'threads': made['threads']})}; `{name_of(path)}`)."
+    )
+    yield table(
+        ("model, scope", "weights", "step", "seconds", "peak memory", "memory after"),
+        [
+            (
+                each.replace(":", ", "),
+                f"{model['weights_mb']} MB",
+                name,
+                f"{step['seconds']:.2f}",
+                f"{step['peak_mb']:+} MB",
+                f"{step['after_mb']:+} MB",
+            )
+            for each, model in result["models"].items()
+            for name, step in model["steps"].items()
+        ],
+    )
 
 
 def _ops(ops: Sequence[Results], folder: Path) -> Iterator[str]:

@@ -55,6 +55,7 @@ def test_dry_run(script: Path, device: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "options", "written"),
     [
+        ("large.py", (), {"large.json"}),
         ("deployed.py", ("--work", "work"), {"deployed_test_resnet.json", "accuracy_latency.png"}),
         (
             "runtimes.py",
