@@ -222,8 +222,11 @@ def _build_universal(
 
 
 def pooled_task(tasks: Sequence[Task], name: str, seed: int = 0) -> Task:
-    """All classes of these tasks as one task."""
-    return Task(name, tasks[0].data, tuple(sorted({c for task in tasks for c in task.classes})), seed=seed)
+    """All classes of these tasks as one task, with as many training images a class as the one that sees most."""
+    classes = tuple(sorted({c for task in tasks for c in task.classes}))
+    limits = [task.max_train_per_class for task in tasks]
+    limit = None if None in limits else max(limit for limit in limits if limit is not None)
+    return Task(name, tasks[0].data, classes, seed, limit)
 
 
 def _bind(backbone: Backbone, zoo: Zoo, settings: Settings) -> Structure:

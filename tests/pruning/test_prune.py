@@ -17,7 +17,7 @@ from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.model.structure import UnsupportedModelError
-from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo, zoo_steps
+from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo, pooled_task, zoo_steps
 from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.methods import METHOD_NAMES, method_for
 from mvp_ext.pruning.prune import RunOptions, prune
@@ -292,6 +292,12 @@ def test_universal(backbone, tmp_path):
         make(backbone, zoo=zoo, method="universal", keep=0.25)
     other = build_universal(backbone, TASKS, zoo, replace(BUILD, keep=0.25))
     assert zoo.shared(UNIVERSAL).load().mask == other.mask
+
+
+def test_all_classes_keep_the_limit_of_their_tasks():
+    few = [replace(task, max_train_per_class=n) for task, n in zip(TASKS, (2, 5), strict=False)]
+    assert pooled_task(few, "all").max_train_per_class == 5
+    assert pooled_task([*few, replace(TASKS[0], name="whole")], "all").max_train_per_class is None
 
 
 def test_an_interrupted_universal_goes_on(backbone, tmp_path, monkeypatch):
