@@ -497,9 +497,9 @@ def test_weights_that_are_not_finite_are_named(path):
 
     zoo = Zoo(path)
     file = zoo["b"].path
-    tensors, spec = storage.read(file, kind="mvp_ext.pruned_model", version=2)
+    tensors, spec = storage.read(file, kind="mvp_ext.pruned_model", version=3)
     next(t for name, t in tensors.items() if "weight" in name).view(-1)[0] = float("nan")
-    file.write_bytes(storage.to_bytes(tensors, spec, kind="mvp_ext.pruned_model", version=2))
+    file.write_bytes(storage.to_bytes(tensors, spec, kind="mvp_ext.pruned_model", version=3))
     (path / "index.sqlite").unlink()
     with pytest.warns(UserWarning, match="files of 2 entries"):
         zoo = Zoo(path)

@@ -418,7 +418,7 @@ def test_full_disk_loses_nothing(zoo, add, monkeypatch, moment):
         if moment == "insert":
             patch.setattr(zoo._index, "_record", full_index)
         elif moment == "write":
-            patch.setattr(storage, "write_atomic", full)
+            patch.setattr(storage, "write_together", full)
         else:
             patch.setattr(os, moment, full)
         for options in ({"name": "new"}, {"name": "kept", "which": 1, "replace": True}):
