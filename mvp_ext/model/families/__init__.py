@@ -19,13 +19,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from mvp_ext.model.borrowed import unwrapped
+from mvp_ext.model.families.attention import ATTENTION
+from mvp_ext.model.families.mlp import MLP
 from mvp_ext.model.families.parts import Part, Rule
 from mvp_ext.model.families.resnet import RESNET
 from mvp_ext.model.families.vit import VIT
 from mvp_ext.model.structure import LayerCheck, LeftWhole, Structure, UnitLayer, UnsupportedModelError
 
 # Those that others registered come first.
-RULES: list[Rule] = [*VIT, *RESNET]
+RULES: list[Rule] = [*VIT, *ATTENTION, *MLP, *RESNET]
 # Scope → its parts, in the order in which scopes are preferred.
 SCOPES: dict[str, tuple[Part, ...]] = {
     "heads": ("heads",),
