@@ -171,7 +171,10 @@ class _Trial:
     ) -> list[Tensor]:
         """Every tensor of numbers that the model puts out for these images, or those that work."""
         images = self.inputs[0] if images is None else images
-        with borrowed(model), torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        autocast = torch.autocast(images.device.type, enabled=False)
+        with borrowed(self.model) as given, borrowed(model), torch.no_grad(), autocast:
+            for module in given.modules():
+                module.register_forward_pre_hook(_leads_back)
             model.train(training)
             torch.manual_seed(seed)
             return [t for t in _tensors(model(images.clone())) if t.is_floating_point()]
@@ -182,6 +185,10 @@ class _Trial:
         self.surgery.zero(model, self.structure, mask)
         one, other = (self.run(model, training=True, seed=seed) for seed in (0, 1))
         return _unlike(one, other) is not None
+
+
+def _leads_back(*_: Any) -> None:
+    raise RuntimeError("a function put on one of its parts runs the model itself, not the copy that is tried")
 
 
 def _noise(model: nn.Module) -> Iterator[Tensor]:

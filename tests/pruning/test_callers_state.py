@@ -120,6 +120,7 @@ CALLS: dict[str, Call] = {
     "model.fidelity.difference": Call(lambda g: difference(g.model, g.model, (3, 32, 32))),
     "model.families.find_structure": Call(lambda g: find_structure(g.model)),
     "model.structure.Structure.check": Call(lambda g: g.structure.check(g.model)),
+    "model.structure.Structure.verify": Call(lambda g: g.structure.verify(g.model), True),
     "model.measure.count_parameters": Call(lambda g: measure.count_parameters(g.model)),
     "model.measure.count_flops": Call(lambda g: measure.count_flops(g.model, (3, 32, 32)), True),
     "model.measure.latency": Call(
@@ -216,6 +217,8 @@ OTHERS = {
     "model.checkpoint.whole_state": "a look at tensors",
     "model.families.parts.computes_as": "a look at modules",
     "model.families.parts.is_elementwise": "a look at modules",
+    "model.gate.verify": "what Structure.verify does",
+    "model.gate.verify_once": "what Structure.verify does",
     "model.holders.check_wrappers": "a look at modules",
     "model.holders.is_held": "a look at references",
     "train.backbone.check_trainable": "a look at tensors",
