@@ -359,7 +359,7 @@ def test_a_model_that_takes_other_images_needs_some(fresh: list[Structure]) -> N
     model.head = nn.Sequential(nn.Linear(8, 5), nn.Unflatten(0, (4, 1)), nn.Flatten(1))
     mask = Mask.random(right, 0.5, seed=0, align=1)
     with pytest.raises(
-        UnsupportedModelError, match=r"^Model: expected a model that takes images \[3, 3, 64, 64\]"
+        UnsupportedModelError, match=r"^Model: expected a model that takes images \[2, 3, 64, 64\]"
     ):
         prune_model(model, mask, structure=right)
     right.verify(model, images=torch.randn(4, 3, 16, 16))
