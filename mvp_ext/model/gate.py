@@ -66,15 +66,15 @@ _known: set[_Class] = set()
 
 def verify_once(structure: Structure, model: nn.Module, surgery: Surgery) -> None:
     """``verify``, unless a model of this class has passed on this installation, or this one has no memory (meta)."""
-    if any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers())):
-        return
-    if not _is_known(_class_of(structure, model)):
+    if not _is_meta(model) and not _is_known(_class_of(structure, model)):
         verify(structure, model, surgery)
 
 
 def verify(structure: Structure, model: nn.Module, surgery: Surgery, images: Tensor | None = None) -> None:
     """Compare masked and cut model: ``Structure.verify`` says how."""
     structure.check(model)
+    if _is_meta(model):
+        raise ValueError("Structure.verify: model: expected one that can run, got one on meta")
     if images is not None:
         images = as_input(model, images)
     mask = Mask.random(structure, 0.5, seed=0, align=1)
@@ -87,6 +87,10 @@ def verify(structure: Structure, model: nn.Module, surgery: Surgery, images: Ten
                 raise UnsupportedModelError(f"{layer.name}: {of_layer}")
         raise UnsupportedModelError(f"{', '.join(structure.names)}, together: {found}")
     _remember(_class_of(structure, model))
+
+
+def _is_meta(model: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in itertools.chain(model.parameters(), model.buffers()))
 
 
 class _Trial:
@@ -172,7 +176,7 @@ class _Trial:
     def run(
         self, model: nn.Module, images: Tensor | None = None, *, training: bool, seed: int = 0
     ) -> list[Tensor]:
-        """Every tensor of numbers that the model puts out for these images, or those that work."""
+        """Every tensor of floating point that comes out for these images, or those that work; an error if none does."""
         images = self.inputs[0] if images is None else images
         autocast = torch.autocast(images.device.type, enabled=False)
         with borrowed(self.model) as given, borrowed(model), torch.no_grad(), autocast:
@@ -180,7 +184,10 @@ class _Trial:
                 module.register_forward_pre_hook(_leads_back)
             model.train(training)
             torch.manual_seed(seed)
-            return [t for t in _tensors(model(images.clone())) if t.is_floating_point()]
+            outputs = [t for t in _tensors(model(images.clone())) if t.is_floating_point()]
+        if not outputs or not all(bool(torch.isfinite(t).all()) for t in outputs):
+            raise ArithmeticError("its outputs are not finite numbers")
+        return outputs
 
     def _is_random(self, mask: Mask) -> bool:
         """Whether the masked model itself computes something else each time in train mode."""
@@ -237,11 +244,9 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
 def _unlike(got: list[Tensor], expected: list[Tensor]) -> str | None:
     """How far the one is from the other, in words; None if it is near enough."""
     shapes = [[list(t.shape) for t in side] for side in (got, expected)]
-    if shapes[0] != shapes[1] or not expected:
+    if shapes[0] != shapes[1]:
         return f"outputs {shapes[0]} for {shapes[1]}"
     for a, b in zip(got, expected, strict=True):
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            return "NaN or infinity"
         if b.numel():
             apart, largest = float((a - b).abs().max()), float(b.abs().max())
             if apart > _TOLERANCE.get(b.dtype, _LOW_PRECISION) * largest:
@@ -257,7 +262,7 @@ def _words(error: Exception) -> str:
 
 
 def _is_known(known: _Class) -> bool:
-    return known in _known or (not known.own and (_folder() / known.key).exists())
+    return known in _known or (not known.own and os.path.exists(_folder() / known.key))
 
 
 def _remember(passed: _Class) -> None:
@@ -271,8 +276,8 @@ def _remember(passed: _Class) -> None:
 
 def _folder() -> Path:
     """Has an empty file for each class that passed."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "mvp_ext" / "exact"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "mvp_ext", "exact")
 
 
 def _class_of(structure: Structure, model: nn.Module) -> _Class:

@@ -257,9 +257,9 @@ class Structure:
         """Try whether this structure is exact: cut, the model has to compute what it computes masked.
 
         About half of the units of every layer are cut, in a copy of the model whose weights got some noise (fresh
-        ones hide mistakes), and all outputs compared in eval and in train mode, with dropout off. Layers that
-        cannot be cut alone are named. ``prune_model`` calls this for the first model of each class that it gets on
-        an installation. What passed is noted in the user's cache; to be known there, call this.
+        ones hide mistakes), and all outputs compared in eval and in train mode, with dropout off. ``prune_model``
+        does this with the first model of each class that it gets on an installation. Classes that passed are noted in
+        the user's cache; this call tries the model anyway.
 
         Args:
             model: whose structure this is, dense or already pruned, with memory (not on "meta"). Not changed.
@@ -268,7 +268,9 @@ class Structure:
 
         Raises:
             UnsupportedModelError: cut, it computes something else. The message names the first layer that is wrong,
-                the mode and the difference. Or the model does not run on the images.
+                the mode and the difference. Or the model does not run on the images in eval mode. Train mode is left
+                out where it does not run, or is random beyond its dropout.
+            ValueError: the model is on "meta", or takes images with another number of channels.
         """
         Structure.verifier(self, model, images)
 

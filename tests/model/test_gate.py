@@ -172,6 +172,13 @@ class Single(Hidden):
         return x + self.second(self.first(x) @ torch.eye(self.first.out_features, dtype=torch.float32))
 
 
+class Logarithm(Hidden):
+    """NaN in eval mode for any image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else super().forward(x).abs().neg().log()
+
+
 class Labelled(Hidden):
     """Cannot be trained without what nobody gives it."""
 
@@ -271,6 +278,12 @@ def test_what_is_wrong_in_eval_mode_alone_is_said_so() -> None:
         wrong.verify(model)
 
 
+def test_nothing_is_proved_by_numbers_that_are_not_finite() -> None:
+    model, right = with_first(Logarithm(), plain("blocks.1"))
+    with pytest.raises(UnsupportedModelError, match=r"^Model: expected .* outputs are not finite numbers"):
+        right.verify(model)
+
+
 @pytest.mark.parametrize(
     ("name", "scope", "kwargs"),
     [
@@ -350,6 +363,11 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 
 def test_a_model_without_memory_is_not_tried(fresh: list[Structure]) -> None:
     model = tiny_model("test_vit").to("meta")
+    with pytest.raises(
+        ValueError, match=r"^Structure\.verify: model: expected one that can run, got one on meta$"
+    ):
+        find_structure(model).verify(model)
+    fresh.clear()
     prune_model(model, Mask.random(find_structure(model), 0.5, seed=0))
     assert fresh == []
 
