@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("MVP_REQUIRE_CUDA") == "1":
         pytest.fail("MVP_REQUIRE_CUDA=1, and torch sees no CUDA device", pytrace=False)
     pytest.skip("torch sees no CUDA device (MVP_REQUIRE_CUDA=1 makes this a failure)")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Which classes of models are known to be cut exactly is found out anew, and not noted in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Making an index of fonts takes long: matplotlib keeps its own.
+        patch.setenv(
+            "MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib"))
+        )
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

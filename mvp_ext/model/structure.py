@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -207,6 +207,9 @@ class Structure:
     layers: tuple[UnitLayer, ...]
     left_whole: tuple[LeftWhole, ...] = field(default=(), compare=False)
 
+    # What ``verify`` does. ``surgery`` puts it here: a structure does not know how a model is cut.
+    verifier: ClassVar[Callable[[Structure, nn.Module, Tensor | None], None]]
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of the layers."""
@@ -250,6 +253,27 @@ class Structure:
         for layer in self:
             known.check(layer)
         self._check_places()
+
+    def verify(self, model: nn.Module, *, images: Tensor | None = None) -> None:
+        """Try whether this structure is exact: cut, the model has to compute what it computes masked.
+
+        About half of the units of every layer are cut, in a copy of the model whose weights got some noise (fresh
+        ones hide mistakes), and all outputs compared in eval and in train mode, with dropout off. ``prune_model``
+        does this with the first model of each class that it gets on an installation. Classes that passed are noted in
+        the user's cache; this call tries the model anyway.
+
+        Args:
+            model: whose structure this is, dense or already pruned, with memory (not on "meta"). Not changed.
+            images: what the model takes, float [B, C, H, W], B at least 2. None: noise of the size that the model
+                was built for, or of 64 or 224 pixels.
+
+        Raises:
+            UnsupportedModelError: cut, it computes something else. The message names the first layer that is wrong,
+                the mode and the difference. Or the model does not run on the images in eval mode. Train mode is left
+                out where it does not run, or is random beyond its dropout.
+            ValueError: the model is on "meta", or takes images with another number of channels.
+        """
+        Structure.verifier(self, model, images)
 
     def _check_places(self) -> None:
         """UnsupportedModelError where two units claim one place, or a place is outside of its dimension."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.model import gate
 from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.families import SCOPES, find_structure
 from mvp_ext.model.holders import Holders, check_others, check_wrappers, is_held
@@ -38,7 +39,8 @@ def prune_model(
     hooks), and every state of a parameter's shape (momentum, exp_avg, …) is cut alike; step counts and learning
     rates stay, so training goes on as if the removed units had been masked. Groups, lists and dictionaries stay the
     same objects: a scheduler needs nothing. Gradients, hooks and marks on the parameters go over to the new ones.
-    Either everything is cut or, on an error, nothing is changed.
+    Either everything is cut or, on an error, nothing is changed. The first model of each class that is cut on an
+    installation is tried before (``Structure.verify``), which takes a few forward passes.
 
     What torch.compile or DataParallel made is cut inside and goes on. DistributedDataParallel and FSDP are refused:
     cut first, then wrap. The page "Optimizers and surgery" says which optimizers can be cut.
@@ -59,12 +61,14 @@ def prune_model(
         TypeError: the optimizer is none, or the average no model.
         ValueError: the mask does not fit the model, or an optimizer has none of its parameters.
         UnsupportedModelError: the structure is not the model's (or its average's) as it is now; the optimizer keeps
-            something that cannot be cut, or another one was not given; the model is distributed.
+            something that cannot be cut, or another one was not given; the model is distributed; cut, it would compute
+            something else than masked.
     """
     inner = unwrapped(model)
     check_wrappers(model, inner, "model")
     average = None if ema is None else _average(ema, inner)
     structure = structure or structure_for(inner, mask)
+    gate.verify_once(structure, inner, _SURGERY)
     several = isinstance(optimizer, (list, tuple))
     optimizers = list(optimizer) if several else [] if optimizer is None else [optimizer]
     names = [f"optimizer[{i}]" if several else "optimizer" for i in range(len(optimizers))]
@@ -289,17 +293,38 @@ def masked_model(model: nn.Module, mask: Mask, *, structure: Structure | None = 
     structure = structure or structure_for(model, mask)
     mask.check(structure)
     masked = copy.deepcopy(model)
-    state = masked.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for layer in structure:
-            removed = (~mask.layers[layer.name]).nonzero().flatten()
-            for cut in layer.slices:
-                tensor = state[cut.tensor]
-                # An index buffer of scope `all` stays: zeroed filters add zeros there.
-                if tensor.is_floating_point():
-                    value = 1.0 if cut.tensor.endswith("running_var") else 0.0
-                    tensor.index_fill_(cut.dim, cut.places(removed, layer.units).to(tensor.device), value)
+    _zero(masked, structure, mask)
     return masked
+
+
+@torch.no_grad()
+def _zero(model: nn.Module, structure: Structure, mask: Mask) -> None:
+    """Zero, in place, what every removed unit owns."""
+    state = model.state_dict(keep_vars=True)
+    for layer in structure:
+        removed = (~mask.layers[layer.name]).nonzero().flatten()
+        for cut in layer.slices:
+            tensor = state[cut.tensor]
+            # An index buffer of scope `all` stays: zeroed filters add zeros there.
+            if tensor.is_floating_point():
+                value = 1.0 if cut.tensor.endswith("running_var") else 0.0
+                tensor.index_fill_(cut.dim, cut.places(removed, layer.units).to(tensor.device), value)
+
+
+def _cut(model: nn.Module, structure: Structure, mask: Mask) -> None:
+    """Remove, in place, what every removed unit owns, of a model that nothing trains."""
+    plan = _Plan(model, structure, mask, [])
+    plan.apply(plan.pack())
+
+
+_SURGERY = gate.Surgery(_zero, _cut)
+
+
+def _verify(structure: Structure, model: nn.Module, images: Tensor | None) -> None:
+    gate.verify(structure, unwrapped(model), _SURGERY, images)
+
+
+Structure.verifier = _verify
 
 
 def expand_state(

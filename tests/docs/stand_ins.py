@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 import mvp_ext
 from mvp_ext.data import images
-from mvp_ext.model import measure
+from mvp_ext.model import families, measure
 from mvp_ext.timm_compat import import_timm
 from mvp_ext.train.trainer import Trainer
 
@@ -68,6 +68,8 @@ def install(patch: pytest.MonkeyPatch) -> None:
         return sample_tasks(data, min(count, TASKS), *args, **options)
 
     patch.setattr(timm, "create_model", tiny_model)
+    # A page may register rules.
+    patch.setattr(families, "RULES", list(families.RULES))
     patch.setattr(mvp_ext, "sample_tasks", few_tasks)
     patch.setattr("mvp_ext.app.data_options.sample_tasks", few_tasks)
     patch.setattr(Trainer, "_step", first_step)

@@ -43,7 +43,7 @@ SCOPES: dict[str, tuple[Part, ...]] = {
 def register_rule(rule: Rule) -> None:
     """Have ``find_structure`` ask a rule of yours before its own, for as long as this process runs.
 
-    What it finds is checked by ``Structure.check``; ``verify`` shows whether it is exact.
+    What it finds is checked by ``Structure.check``; ``Structure.verify`` shows whether it is exact.
     """
     RULES.insert(0, rule)
 
