@@ -308,7 +308,8 @@ def expand_state(
         structure: of the dense model.
         mask: of the dense model (composed, if it was pruned more than once).
         base: a dense state dict whose values stand at the removed places; None puts zeros there (ones for
-            running variances), as in ``masked_model``.
+            running variances), as in ``masked_model``. So they do where ``base`` has another shape, as the head of
+            another task.
 
     Returns:
         New tensors on ``state``'s devices; names as in the dense model.
@@ -333,7 +334,7 @@ def expand_state(
             raise ValueError(
                 f"expand_state: {name}: expected shape {tuple(wanted)}, got {tuple(small.shape)}"
             )
-        if base is not None:
+        if base is not None and list(base[name].shape) == shape:
             full[name] = base[name].detach().to(small.device, small.dtype, copy=True)
         else:
             full[name] = small.new_full(shape, 1.0 if name.endswith("running_var") else 0.0)

@@ -4,6 +4,7 @@
 |-------------------|---------------------------------------------------------------------------------------------|
 | `inner`           | filters inside a block of convolutions: nothing else reads or adds to them                    |
 | `all`             | `inner`, and each block's last convolution (``scatter_block.py``): still nothing is coupled   |
+| `stream`          | `inner`, and the residual streams' channels (``stream.py``): one choice for all that share one |
 | `heads`           | attention heads                                                                               |
 | `mlp`             | hidden neurons of MLPs, 1 × 1 convolutions among them                                         |
 | `heads+mlp`       | both                                                                                          |
@@ -21,11 +22,12 @@ from torch import nn
 from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.families.parts import Part, Rule
 from mvp_ext.model.families.resnet import RESNET
+from mvp_ext.model.families.stream import STREAM
 from mvp_ext.model.families.vit import VIT
 from mvp_ext.model.structure import LayerCheck, LeftWhole, Structure, UnitLayer, UnsupportedModelError
 
 # Those that others registered come first.
-RULES: list[Rule] = [*VIT, *RESNET]
+RULES: list[Rule] = [*VIT, *RESNET, *STREAM]
 # Scope → its parts, in the order in which scopes are preferred.
 SCOPES: dict[str, tuple[Part, ...]] = {
     "heads": ("heads",),
@@ -33,6 +35,7 @@ SCOPES: dict[str, tuple[Part, ...]] = {
     "heads+mlp": ("heads", "mlp"),
     "inner": ("inner",),
     "all": ("inner", "last"),
+    "stream": ("inner", "stream"),
     "inner+mlp": ("inner", "mlp"),
     "inner+heads+mlp": ("inner", "heads", "mlp"),
 }
