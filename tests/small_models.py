@@ -14,7 +14,12 @@ from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.model.surgery import prune_model
 
 NAMES = ("ant", "bee", "cat", "dog", "élan")
-MODELS = [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads+mlp")]
+MODELS = [
+    ("test_resnet", "inner"),
+    ("test_resnet", "all"),
+    ("test_vit", "heads+mlp"),
+    ("test_resnet", "stream"),
+]
 
 
 def small_model(name: str, scope: str, *, size: int = 32, **kwargs: Any) -> PrunedCheckpoint:

@@ -314,7 +314,8 @@ def _zero(model: nn.Module, structure: Structure, mask: Mask) -> None:
 def _cut(model: nn.Module, structure: Structure, mask: Mask) -> None:
     """Remove, in place, what every removed unit owns, of a model that nothing trains."""
     plan = _Plan(model, structure, mask, [])
-    plan.apply(plan.pack())
+    plan.packing.pack()
+    plan.apply()
 
 
 _SURGERY = gate.Surgery(_zero, _cut)
@@ -340,7 +341,8 @@ def expand_state(
         structure: of the dense model.
         mask: of the dense model (composed, if it was pruned more than once).
         base: a dense state dict whose values stand at the removed places; None puts zeros there (ones for
-            running variances), as in ``masked_model``.
+            running variances), as in ``masked_model``. So they do where ``base`` has another shape, as the head of
+            another task.
 
     Returns:
         New tensors on ``state``'s devices; names as in the dense model.
@@ -365,7 +367,7 @@ def expand_state(
             raise ValueError(
                 f"expand_state: {name}: expected shape {tuple(wanted)}, got {tuple(small.shape)}"
             )
-        if base is not None:
+        if base is not None and list(base[name].shape) == shape:
             full[name] = base[name].detach().to(small.device, small.dtype, copy=True)
         else:
             full[name] = small.new_full(shape, 1.0 if name.endswith("running_var") else 0.0)

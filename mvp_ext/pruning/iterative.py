@@ -14,6 +14,7 @@ from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.borrowed import own_random_numbers, with_gradients
 from mvp_ext.model.budget import kept_counts
 from mvp_ext.model.checkpoint import PrunedCheckpoint
+from mvp_ext.model.ends import classifiers
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
@@ -129,6 +130,8 @@ def prune_iteratively(
             mask = Mask.from_bytes(bytes.fromhex(saved.values["mask"]))
             prune_model(model, mask, structure=structure)
         trainer = Trainer(model, data, preprocessing, recipe, seed=seed, teacher=teacher, cost=cost)
+        if teacher is not None:
+            teacher.kept = _kept_features(backbone.model, structure, mask)
     if saved is not None:
         saved.restore(trainer)
         final_done, done = saved.done, int(saved.values["steps"])
@@ -138,6 +141,8 @@ def prune_iteratively(
             with cost.timed():
                 prune_model(model, inner, optimizer=trainer.optimizer)
                 mask = Mask.compose(mask, inner)
+                if teacher is not None:
+                    teacher.kept = _kept_features(backbone.model, structure, mask)
             trainer.run(schedule.steps_per_round, "constant", stepped)
 
     # The same at every final step, and dear to make.
@@ -176,6 +181,13 @@ def planned_steps(structure: Structure, settings: Settings, first: Mask | None =
     """All optimizer steps of one iterative run; ``first`` as for ``round_ratios``."""
     rounds = len(round_ratios(structure, settings, first))
     return rounds * settings.schedule.steps_per_round + settings.schedule.final_steps
+
+
+def _kept_features(dense: nn.Module, structure: Structure, mask: Mask) -> Tensor | None:
+    """Which of the features that its classifier reads a model cut by ``mask`` still has, int64; None: all."""
+    read = {id(classifier.weight) for classifier in classifiers(dense)}
+    index = mask.index_in(structure)
+    return next((index[n][1] for n, p in dense.named_parameters() if n in index and id(p) in read), None)
 
 
 def _choose(

@@ -26,24 +26,33 @@ class Teacher:
 
     Args:
         backbone: the dense model; it is read, never changed.
-        variance: total variance of its features on the task's images, so that the loss is a relative error.
+        variance: f64 [F], of each of its features on the task's images, so that the loss is a relative error.
+
+    Attributes:
+        kept: int64 [K], those of the features that the model which learns still has; None: all. Whoever cuts it sets
+            this.
     """
 
-    def __init__(self, backbone: Backbone, variance: float) -> None:
+    def __init__(self, backbone: Backbone, variance: Tensor) -> None:
         self.model = backbone.model
-        self.variance = max(variance, 1e-12)
+        self.variance = variance
+        self.kept: Tensor | None = None
         self.flops = count_flops(self.model, (3, backbone.preprocessing.size, backbone.preprocessing.size))
 
     @classmethod
     def from_features(cls, backbone: Backbone, features: Tensor) -> Teacher:
         """``features``: the backbone's own on the task's training images, f32 [n, F]."""
-        return cls(backbone, float(features.double().var(0, unbiased=False).sum()))
+        return cls(backbone, features.double().var(0, unbiased=False))
 
     def loss(self, features: Tensor, batch: Tensor) -> Tensor:
-        """Mean over the batch of ‖f − f_dense‖² / var f_dense."""
+        """Mean over the batch of ‖f − f_dense‖² / var f_dense, over the features that the learning model has."""
         with borrowed(self.model) as model, torch.no_grad():
             target = forward_features(model, batch)
-        return (features - target).square().sum(1).mean() / self.variance
+        variance = self.variance
+        if self.kept is not None:
+            variance = variance[self.kept]
+            target = target[:, self.kept.to(target.device)]
+        return (features - target).square().sum(1).mean() / max(float(variance.sum()), 1e-12)
 
 
 class Trainer:

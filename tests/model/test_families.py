@@ -112,7 +112,7 @@ def test_probes_read_the_units(name: str, scope: str) -> None:
     ("name", "kwargs", "scope", "message"),
     [
         ("resnext50_32x4d", {}, None, r"layer1\.0\.conv2: .*grouped convolution \(groups = 32\)"),
-        ("resnest14d", {}, None, r"expected blocks of .* got conv1 \(Sequential\)"),
+        ("resnest14d", {}, None, r"layer1\.0: expected a BasicBlock or Bottleneck, got ResNestBottleneck"),
         ("seresnet18", {}, "all", r"layer1\.0\.se \(SEModule\).*; use scope 'inner'$"),
         ("resnet18", {}, "heads", r"expected a part with heads units, got none; use scope 'inner'$"),
         ("test_vit", {}, "all", r"expected a part with inner or last units, got none; use scope 'heads'$"),

@@ -24,7 +24,13 @@ from mvp_ext.timm_compat import import_timm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CASES = [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads"), ("test_vit", "heads+mlp")]
+CASES = [
+    ("test_resnet", "inner"),
+    ("test_resnet", "all"),
+    ("test_vit", "heads"),
+    ("test_vit", "heads+mlp"),
+    ("test_resnet", "stream"),
+]
 
 
 def parts(name: str, scope: str, seed: int = 0, **kwargs: Any) -> tuple[nn.Module, Structure, Mask]:
@@ -205,7 +211,7 @@ def zero_removed(model: nn.Module, structure: Structure, mask: Mask, optimizer: 
 
 
 @pytest.mark.parametrize("make", [sgd, adamw, adam])
-@pytest.mark.parametrize(("name", "scope"), [CASES[1], CASES[3]])
+@pytest.mark.parametrize(("name", "scope"), [CASES[1], CASES[3], CASES[4]])
 def test_next_steps_equal_the_masked_models(name: str, scope: str, make: Callable[..., Any]) -> None:
     """Pruned in the middle of training: parameters, statistics, state, EMA and learning rate go on as if masked."""
     timm = import_timm()

@@ -187,10 +187,12 @@ CALLS: dict[str, Call] = {
     "train.backbone.Backbone.copy_model": Call(lambda g: g.backbone.copy_model()),
     "train.backbone.Backbone.describe": Call(lambda g: g.backbone.describe()),
     "train.trainer.Teacher.loss": Call(
-        lambda g: Teacher(g.backbone, 1.0).loss(torch.zeros(4, g.model.num_features), g.images), True
+        lambda g: Teacher(g.backbone, torch.ones(2)).loss(torch.zeros(4, g.model.num_features), g.images),
+        True,
     ),
     "train.trainer.Trainer": Call(
-        lambda g: Trainer(g.model, g.data, g.see, RECIPE, seed=0, teacher=Teacher(g.backbone, 1.0)), True
+        lambda g: Trainer(g.model, g.data, g.see, RECIPE, seed=0, teacher=Teacher(g.backbone, torch.ones(2))),
+        True,
     ),
     **{
         f"pruning.scores.score_units {criterion}": Call(

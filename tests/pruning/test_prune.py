@@ -34,7 +34,13 @@ SCHEDULE = Schedule(share=0.5, steps_per_round=1, final_steps=2)
 BUILD = Settings(keep=0.5, schedule=SCHEDULE, recipe=RECIPE)
 VOTING = ("refined", "mvp")
 TASKS = [digits_task((3, 4, 5), "b", seed=1), digits_task((0, 1, 6), "a", seed=2)]
-CASES = [("test_resnet", "inner"), ("test_resnet", "all"), ("test_vit", "heads"), ("test_vit", "heads+mlp")]
+CASES = [
+    ("test_resnet", "inner"),
+    ("test_resnet", "all"),
+    ("test_vit", "heads"),
+    ("test_vit", "heads+mlp"),
+    ("test_resnet", "stream"),
+]
 
 
 def sensible_backbone(name="test_resnet"):

@@ -4,6 +4,7 @@
 |-------------------|---------------------------------------------------------------------------------------------|
 | `inner`           | filters inside a block of convolutions: nothing else reads or adds to them                    |
 | `all`             | `inner`, and each block's last convolution (``scatter_block.py``): still nothing is coupled   |
+| `stream`          | `inner`, and the residual streams' channels (``stream.py``): one choice for all that share one |
 | `heads`           | attention heads                                                                               |
 | `mlp`             | hidden neurons of MLPs, 1 × 1 convolutions among them                                         |
 | `heads+mlp`       | both                                                                                          |
@@ -23,11 +24,12 @@ from mvp_ext.model.families.attention import ATTENTION
 from mvp_ext.model.families.mlp import MLP
 from mvp_ext.model.families.parts import Part, Rule
 from mvp_ext.model.families.resnet import RESNET
+from mvp_ext.model.families.stream import STREAM
 from mvp_ext.model.families.vit import VIT
 from mvp_ext.model.structure import LayerCheck, LeftWhole, Structure, UnitLayer, UnsupportedModelError
 
 # Those that others registered come first.
-RULES: list[Rule] = [*VIT, *ATTENTION, *MLP, *RESNET]
+RULES: list[Rule] = [*VIT, *ATTENTION, *MLP, *RESNET, *STREAM]
 # Scope → its parts, in the order in which scopes are preferred.
 SCOPES: dict[str, tuple[Part, ...]] = {
     "heads": ("heads",),
@@ -35,6 +37,7 @@ SCOPES: dict[str, tuple[Part, ...]] = {
     "heads+mlp": ("heads", "mlp"),
     "inner": ("inner",),
     "all": ("inner", "last"),
+    "stream": ("inner", "stream"),
     "inner+mlp": ("inner", "mlp"),
     "inner+heads+mlp": ("inner", "heads", "mlp"),
 }
