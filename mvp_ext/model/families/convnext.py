@@ -1,0 +1,74 @@
+"""Hidden neurons of MLPs of 1 × 1 convolutions, and of those with something between their layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from mvp_ext.model.families.chain import chain, layers_along, runs
+from mvp_ext.model.families.parts import Rule
+from mvp_ext.model.structure import UnitLayer
+
+_MLP = ("fc1", "act", "drop1", "norm", "fc2")
+
+
+def _star_layers(path: str, block: Any) -> list[UnitLayer]:
+    """The hidden neurons of a StarNet's block: products of what two convolutions make of the same."""
+    one, other = (layers_along("mlp", (name, "act", "g"), path, block)[0] for name in ("f1", "f2"))
+    return [replace(one, slices=tuple(dict.fromkeys((*one.slices, *other.slices))))]
+
+
+CONVNEXT = (
+    Rule(
+        "convnext",
+        "mlp",
+        lambda module: runs(module, "timm.layers.Mlp") and isinstance(module.fc1, nn.Conv2d),
+        lambda path, mlp: layers_along("mlp", _MLP, path, mlp),
+    ),
+    chain("convnext", "mlp", ("timm.layers.GlobalResponseNormMlp",), "fc1", "act", "drop1", "grn", "fc2"),
+    chain(
+        "convnext",
+        "mlp",
+        ("timm.layers.ConvMlp", "timm.models.inception_next.ConvMlp", "timm.models.fastvit.ConvMlp"),
+        *("fc1", "norm", "act", "drop", "fc2"),
+    ),
+    chain("convnext", "mlp", ("torchvision.models.convnext.CNBlock",), "block"),
+    chain(
+        "efficientformer",
+        "mlp",
+        ("timm.models.efficientformer.ConvMlpWithNorm",),
+        *("fc1", "norm1", "act", "drop", "fc2"),
+    ),
+    chain(
+        "efficientformer",
+        "mlp",
+        ("timm.models.efficientformer_v2.ConvMlpWithNorm",),
+        *("fc1", "mid", "drop1", "fc2"),
+    ),
+    chain("repvit", "mlp", ("timm.models.repvit.RepVitMlp",), "conv1", "act", "conv2"),
+    chain("levit", "mlp", ("timm.models.levit.LevitMlp",), "ln1", "act", "drop", "ln2"),
+    chain("tiny_vit", "mlp", ("timm.models.tiny_vit.NormMlp",), "fc1", "act", "drop1", "fc2"),
+    chain(
+        "efficientvit",
+        "mlp",
+        ("timm.models.efficientvit_msra.ConvMlp", "timm.models.shvit.FFN"),
+        *("pw1", "act", "pw2"),
+    ),
+    chain("swiftformer", "mlp", ("timm.models.swiftformer.Mlp",), "fc1", "act", "drop", "fc2"),
+    chain(
+        "swiftformer",
+        "mlp",
+        ("timm.models.swiftformer.ConvEncoder", "timm.models.swiftformer.LocalRepresentation"),
+        *("pwconv1", "act", "pwconv2"),
+    ),
+    chain("fasternet", "mlp", ("timm.models.fasternet.MLPBlock",), "mlp"),
+    chain(
+        "visformer",
+        "mlp",
+        ("timm.models.visformer.SpatialMlp",),
+        *("conv1", "act1", "drop1", "conv2", "act2", "conv3"),
+    ),
+    Rule("starnet", "mlp", lambda module: runs(module, "timm.models.starnet.Block"), _star_layers),
+)
