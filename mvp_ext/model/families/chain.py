@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from math import gcd
 from typing import Any, Literal
@@ -29,6 +29,10 @@ _RUNS = {
     "timm.models.efficientformer_v2.ConvNorm": ("conv", "bn"),
     "timm.models.levit.ConvNorm": ("linear", "bn"),
     "timm.models.nextvit.ConvNormAct": ("conv", "norm", "act"),
+    "timm.models.xception_aligned.SeparableConv2d": (
+        *("conv_dw", "bn_dw", "act_dw"),
+        *("conv_pw", "bn_pw", "act_pw"),
+    ),
 }
 _CONVS = ("torch.nn.Conv2d", "timm.layers.Conv2dSame", "timm.layers.conv2d_same.Conv2dSameExport")
 # They standardise a filter over all of its inputs: without some of them the filter is another one. As writers, or
@@ -72,7 +76,7 @@ def chain(family: str, part: Literal["inner", "mlp"], known: Sequence[str], *par
         family: as in ``Rule``.
         part: "inner" (a layer is named after the convolution that makes its units) or "mlp" (after the module).
         known: classes by their full names, one of whose forward such a module runs.
-        parts: their names in the module. Those that it does not have, or that are None, are left out; what comes
+        parts: their names in the module, with points for parts of parts. Those that it does not have, or that are None, are left out; what comes
             before the first dense convolution and after the last does not matter.
     """
     return Rule(family, part, lambda module: runs(module, *known), partial(layers_along, part, parts))
@@ -90,7 +94,7 @@ def layers_along(part: Part, parts: Sequence[str], path: str, module: Any) -> li
     Raises:
         UnsupportedModelError: a part in the way, by its path; or no two dense convolutions follow each other.
     """
-    stages = [stage for name in parts for stage in _flat(f"{path}.{name}", getattr(module, name, None))]
+    stages = [stage for name in parts for stage in _flat(f"{path}.{name}", _part(module, name))]
     dense = [i for i, (_, stage) in enumerate(stages) if _is_dense(stage)]
     if len(dense) < 2:
         raise UnsupportedModelError(
@@ -102,6 +106,10 @@ def layers_along(part: Part, parts: Sequence[str], path: str, module: Any) -> li
             raise UnsupportedModelError(f"{path}: expected one hidden layer, got {len(layers)}")
         layers = [replace(layers[0], name=path)]
     return layers
+
+
+def _part(module: Any, name: str) -> Any:
+    return reduce(lambda part, leaf: getattr(part, leaf, None), name.split("."), module)
 
 
 def _classes(known: Sequence[str]) -> Iterator[type[nn.Module]]:

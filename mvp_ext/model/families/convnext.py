@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from mvp_ext.model.families.chain import chain, layers_along, runs
-from mvp_ext.model.families.parts import Rule
+from mvp_ext.model.families.parts import Rule, need_plain, writer
 from mvp_ext.model.structure import UnitLayer
 
 _MLP = ("fc1", "act", "drop1", "norm", "fc2")
@@ -18,6 +18,14 @@ def _star_layers(path: str, block: Any) -> list[UnitLayer]:
     """The hidden neurons of a StarNet's block: products of what two convolutions make of the same."""
     one, other = (layers_along("mlp", (name, "act", "g"), path, block)[0] for name in ("f1", "f2"))
     return [replace(one, slices=tuple(dict.fromkeys((*one.slices, *other.slices))))]
+
+
+def _levit_layers(path: str, mlp: Any) -> list[UnitLayer]:
+    """The hidden neurons of LeViT's MLP: its linear layers have batch norms, for which all positions are one batch."""
+    for name in ("ln1", "ln2"):
+        need_plain(f"{path}.{name}.bn", getattr(mlp, name).bn, nn.BatchNorm1d, nn.BatchNorm2d)
+    [layer] = layers_along("mlp", ("ln1.linear", "act", "drop", "ln2.linear"), path, mlp)
+    return [replace(layer, slices=(*layer.slices, *writer(f"{path}.ln1.bn", mlp.ln1.bn)))]
 
 
 CONVNEXT = (
@@ -48,7 +56,7 @@ CONVNEXT = (
         *("fc1", "mid", "drop1", "fc2"),
     ),
     chain("repvit", "mlp", ("timm.models.repvit.RepVitMlp",), "conv1", "act", "conv2"),
-    chain("levit", "mlp", ("timm.models.levit.LevitMlp",), "ln1", "act", "drop", "ln2"),
+    Rule("levit", "mlp", lambda module: runs(module, "timm.models.levit.LevitMlp"), _levit_layers),
     chain("tiny_vit", "mlp", ("timm.models.tiny_vit.NormMlp",), "fc1", "act", "drop1", "fc2"),
     chain(
         "efficientvit",

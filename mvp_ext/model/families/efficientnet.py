@@ -84,6 +84,7 @@ EFFICIENTNET = (
         ("timm.models.shvit.PatchMerging",),
         *("conv1", "act1", "conv2", "act2", "se", "conv3"),
     ),
+    chain("xception", "inner", ("timm.models.xception_aligned.XceptionModule",), "stack"),
     chain(
         "metaformer",
         "inner",
