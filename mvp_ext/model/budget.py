@@ -14,9 +14,7 @@ def kept_counts(structure: Structure, keep: float, align: int = ALIGN) -> tuple[
 
     Heads are not aligned: each already is a whole number of aligned blocks, and there are few of them.
     """
-    return tuple(
-        kept_units([layer.units], keep, layer.multiple(align))[0] for layer in structure.layers
-    )
+    return tuple(kept_units([layer.units], keep, layer.multiple(align))[0] for layer in structure.layers)
 
 
 def voted_counts(
@@ -51,6 +49,5 @@ def _is_uniform(structure: Structure, mask: Mask, align: int) -> bool:
     """Whether all layers keep the same share, up to rounding."""
     kept, share = mask.kept, mask.keep
     return all(
-        abs(kept[layer.name] - share * layer.units) <= layer.multiple(align)
-        for layer in structure.layers
+        abs(kept[layer.name] - share * layer.units) <= layer.multiple(align) for layer in structure.layers
     )

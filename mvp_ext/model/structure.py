@@ -132,7 +132,8 @@ class UnitLayer:
 
         1 for heads: each already is a whole number of aligned blocks, and there are few of them.
         """
-        return 1 if self.kind == "head" else align // math.gcd(align, self.slices[0].block)
+        block = self.slices[0].block if self.slices else 1
+        return 1 if self.kind == "head" else align // math.gcd(align, block)
 
 
 class LeftWhole(NamedTuple):

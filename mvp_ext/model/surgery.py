@@ -181,11 +181,11 @@ class _Plan:
             if bool(kept.all()):
                 continue
             for attribute in layer.attributes:
-                module: Any = self.model.get_submodule(attribute.module)
-                setattr(module, attribute.name, int(kept.sum()) * attribute.per_unit)
+                counted: Any = self.model.get_submodule(attribute.module)
+                setattr(counted, attribute.name, int(kept.sum()) * attribute.per_unit)
                 if attribute.name in ("groups", "num_groups"):
                     # Also with one group left its units are groups: the structure that is found next has to see that.
-                    module.had_groups = True
+                    counted.had_groups = True
             if layer.scatter is not None:
                 _scatter(self.model, layer.scatter, kept)
         for path in {name.rpartition(".")[0] for name in self.index}:
@@ -206,8 +206,8 @@ def _set_sizes(module: Any) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = module.weight.shape[0]
-    elif hasattr(module, "num_features"):
-        # A batch norm, of whatever kind.
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm) or hasattr(module, "running_mean"):
+        # A frozen one is no _BatchNorm, but may have the number, too.
         sized = module.weight if module.weight is not None else module.running_mean
         if sized is not None:
             module.num_features = sized.shape[0]

@@ -24,11 +24,12 @@ from mvp_ext.model.families.efficientnet import EFFICIENTNET
 from mvp_ext.model.families.parts import Part, Rule
 from mvp_ext.model.families.regnet import REGNET
 from mvp_ext.model.families.resnet import RESNET
+from mvp_ext.model.families.split import SPLIT
 from mvp_ext.model.families.vit import VIT
 from mvp_ext.model.structure import LayerCheck, LeftWhole, Structure, UnitLayer, UnsupportedModelError
 
 # Those that others registered come first.
-RULES: list[Rule] = [*CONVNEXT, *VIT, *RESNET, *REGNET, *EFFICIENTNET]
+RULES: list[Rule] = [*CONVNEXT, *VIT, *RESNET, *REGNET, *EFFICIENTNET, *SPLIT]
 # Scope → its parts, in the order in which scopes are preferred.
 SCOPES: dict[str, tuple[Part, ...]] = {
     "heads": ("heads",),

@@ -9,7 +9,7 @@ is between, a unit is a whole group.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import pairwise
@@ -38,8 +38,7 @@ _CONVS = ("torch.nn.Conv2d", "timm.layers.Conv2dSame", "timm.layers.conv2d_same.
 # They standardise a filter over all of its inputs: without some of them the filter is another one. As writers, or
 # depthwise, they lose whole filters only.
 _STANDARDISED = tuple(
-    f"timm.layers.{name}"
-    for name in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
+    f"timm.layers.{name}" for name in ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")
 )
 PLAIN_BATCH_NORMS = (
     "torch.nn.BatchNorm2d",
@@ -76,8 +75,8 @@ def chain(family: str, part: Literal["inner", "mlp"], known: Sequence[str], *par
         family: as in ``Rule``.
         part: "inner" (a layer is named after the convolution that makes its units) or "mlp" (after the module).
         known: classes by their full names, one of whose forward such a module runs.
-        parts: their names in the module, with points for parts of parts. Those that it does not have, or that are None, are left out; what comes
-            before the first dense convolution and after the last does not matter.
+        parts: their names in the module, with points for parts of parts. Those that it does not have, or that are None,
+            are left out; what comes before the first dense convolution and after the last does not matter.
     """
     return Rule(family, part, lambda module: runs(module, *known), partial(layers_along, part, parts))
 
@@ -94,7 +93,7 @@ def layers_along(part: Part, parts: Sequence[str], path: str, module: Any) -> li
     Raises:
         UnsupportedModelError: a part in the way, by its path; or no two dense convolutions follow each other.
     """
-    stages = [stage for name in parts for stage in _flat(f"{path}.{name}", _part(module, name))]
+    stages = [stage for name in parts for stage in flat(f"{path}.{name}", _part(module, name))]
     dense = [i for i, (_, stage) in enumerate(stages) if _is_dense(stage)]
     if len(dense) < 2:
         raise UnsupportedModelError(
@@ -120,7 +119,7 @@ def _classes(known: Sequence[str]) -> Iterator[type[nn.Module]]:
             yield cls
 
 
-def _flat(path: str, module: nn.Module | None) -> Iterator[tuple[str, Any]]:
+def flat(path: str, module: nn.Module | None) -> Iterator[tuple[str, Any]]:
     """The parts that compute, in their order."""
     if module is None:
         return
@@ -133,7 +132,7 @@ def _flat(path: str, module: nn.Module | None) -> Iterator[tuple[str, Any]]:
         yield path, module
     else:
         for name in names:
-            yield from _flat(f"{path}.{name}", getattr(module, name, None))
+            yield from flat(f"{path}.{name}", getattr(module, name, None))
 
 
 def _is_dense(module: nn.Module) -> bool:
@@ -146,7 +145,7 @@ def _had_groups(module: nn.Module) -> bool:
     return "had_groups" in vars(module)
 
 
-def _need(path: str, module: nn.Module, *known: str) -> None:
+def need(path: str, module: nn.Module, *known: str) -> None:
     """UnsupportedModelError unless ``module`` is exactly of one of these classes, with its forward."""
     if type(module) not in _classes(known) or "forward" in vars(module):
         raise UnsupportedModelError(
@@ -158,12 +157,12 @@ def _layer(part: Part, stages: Sequence[tuple[str, Any]]) -> UnitLayer:
     """The units that the first stage makes and the last one reads."""
     (first, making), *between, (last, reading) = stages
     if isinstance(making, nn.Linear):
-        _need(first, making, "torch.nn.Linear")
-        _need(last, reading, "torch.nn.Linear")
+        need(first, making, "torch.nn.Linear")
+        need(last, reading, "torch.nn.Linear")
         channels, dim = making.out_features, -1
     else:
-        _need(first, making, *_CONVS, *_STANDARDISED)
-        _need(last, reading, *_CONVS)
+        need(first, making, *_CONVS, *_STANDARDISED)
+        need(last, reading, *_CONVS)
         channels, dim = making.out_channels, 1
     groups = [_groups(stage) for _, stage in between]
     units = gcd(channels, *(n for n in groups if n is not None))
@@ -172,21 +171,13 @@ def _layer(part: Part, stages: Sequence[tuple[str, Any]]) -> UnitLayer:
             f"{first}: expected channels that fall into groups, got one group of {channels} for what lies between it "
             f"and {last}"
         )
-    units_of = _Units(units, channels, dim)
-    units_of.make(first, making)
+    found = Units(units, channels, dim)
+    found.make(first, making)
     for path, stage in between:
-        units_of.carry(path, stage)
-    units_of.read(last)
-    probe = Probe(last, "input", dim, heads=None if units_of.width == 1 else units)
-    return UnitLayer(
-        first,
-        "filter" if part == "inner" else "neuron",
-        units,
-        tuple(dict.fromkeys(units_of.slices)),
-        probe,
-        attributes=tuple(units_of.attributes),
-        narrowed=tuple(units_of.narrowed),
-    )
+        found.carry(path, stage)
+    found.read(last)
+    probe = Probe(last, "input", dim, heads=None if found.width == 1 else units)
+    return found.layer(first, "filter" if part == "inner" else "neuron", probe)
 
 
 def _groups(stage: nn.Module) -> int | None:
@@ -197,19 +188,21 @@ def _groups(stage: nn.Module) -> int | None:
 
 
 @dataclass
-class _Units:
+class Units:
     """What goes with the units of one layer, collected along the way.
 
     Attributes:
         units: how many.
         channels: that they have at this point of the chain.
         dim: of an activation that holds them: 1, or -1 where channels are last.
-        zero_stays: whether a unit that is zero where it is made is still zero at this point.
+        copies: of all units, one after the other, that these channels are (``Slice.repeat``).
+        zero_stays: whether a unit that was zeroed (``masked_model``) is still zero at this point.
     """
 
     units: int
     channels: int
-    dim: int
+    dim: int = 1
+    copies: int = 1
     zero_stays: bool = True
     slices: list[Slice] = field(default_factory=list)
     attributes: list[Attribute] = field(default_factory=list)
@@ -217,18 +210,30 @@ class _Units:
 
     @property
     def width(self) -> int:
-        """Channels of a unit."""
-        return self.channels // self.units
+        """Channels of a unit in one copy."""
+        return self.channels // (self.units * self.copies)
+
+    def layer(self, name: str, kind: Literal["filter", "neuron"], probe: Probe) -> UnitLayer:
+        """All that was collected."""
+        return UnitLayer(
+            name,
+            kind,
+            self.units,
+            tuple(dict.fromkeys(self.slices)),
+            probe,
+            attributes=tuple(self.attributes),
+            narrowed=tuple(self.narrowed),
+        )
 
     def make(self, path: str, module: nn.Module) -> None:
         """``module`` puts the channels out, or is a norm over them."""
-        self.slices += writer(path, module, self.width)
+        self.slices += writer(path, module, self.width, self.copies)
         if getattr(module, "gain", None) is not None:
-            self.slices.append(Slice(f"{path}.gain", 0, self.width))
+            self.slices.append(Slice(f"{path}.gain", 0, self.width, self.copies))
 
     def read(self, path: str) -> None:
         """The layer at ``path`` reads all channels."""
-        self.slices.append(Slice(f"{path}.weight", 1, self.width))
+        self.slices.append(Slice(f"{path}.weight", 1, self.width, self.copies))
 
     def carry(self, path: str, module: Any) -> None:
         """``module`` handles each unit by itself; UnsupportedModelError if that is not known of it."""
@@ -243,17 +248,16 @@ class _Units:
                 f"{path}: expected an activation between linear layers, got {type(module).__name__}"
             )
         elif isinstance(module, nn.Conv2d):
-            _need(path, module, *_CONVS, *_STANDARDISED)
+            need(path, module, *_CONVS, *_STANDARDISED)
             self.attributes.append(Attribute(path, "groups", module.groups // self.units))
             self.channels = module.out_channels
-            self.zero_stays = self.zero_stays and module.bias is None
             self.make(path, module)
         elif runs(module, *_BATCH_NORMS, *_GROUP_NORMS):
             self._norm(path, module)
         elif (ends := next((e for known, e in _SQUEEZES.items() if runs(module, known)), None)) is not None:
             squeeze, excite = ends
             for name in ends:
-                _need(f"{path}.{name}", getattr(module, name), "torch.nn.Conv2d")
+                need(f"{path}.{name}", getattr(module, name), "torch.nn.Conv2d")
             self.read(f"{path}.{squeeze}")
             self.make(f"{path}.{excite}", getattr(module, excite))
         elif runs(module, "timm.layers.BlurPool2d"):
@@ -271,7 +275,6 @@ class _Units:
                 need_elementwise(f"{path}.{name}", part)
         if isinstance(module, nn.GroupNorm):
             self.attributes.append(Attribute(path, "num_groups", module.num_groups // self.units))
-        self.zero_stays = False
         self.make(path, module)
 
     def _grn(self, path: str, module: Any) -> None:

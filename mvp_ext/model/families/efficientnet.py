@@ -71,7 +71,9 @@ EFFICIENTNET = (
         *("inverted_conv", "depth_conv", "point_conv"),
     ),
     chain("efficientvit", "inner", ("timm.models.efficientvit_mit.ConvBlock",), "conv1", "conv2"),
-    chain("efficientvit", "inner", ("timm.models.efficientvit_mit.FusedMBConv",), "spatial_conv", "point_conv"),
+    chain(
+        "efficientvit", "inner", ("timm.models.efficientvit_mit.FusedMBConv",), "spatial_conv", "point_conv"
+    ),
     chain(
         "efficientvit",
         "inner",

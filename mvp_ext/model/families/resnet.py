@@ -58,13 +58,21 @@ RESNET = (
     chain(
         "resnet",
         "inner",
-        ("torchvision.models.resnet.BasicBlock", "timm.models.dla.DlaBasic", "timm.models.senet.SEResNetBlock"),
+        (
+            "torchvision.models.resnet.BasicBlock",
+            "timm.models.dla.DlaBasic",
+            "timm.models.senet.SEResNetBlock",
+        ),
         *_BASIC,
     ),
     chain(
         "resnet",
         "inner",
-        ("torchvision.models.resnet.Bottleneck", "timm.models.dla.DlaBottleneck", "timm.models.senet.Bottleneck"),
+        (
+            "torchvision.models.resnet.Bottleneck",
+            "timm.models.dla.DlaBottleneck",
+            "timm.models.senet.Bottleneck",
+        ),
         *_BOTTLENECK,
     ),
     chain(
