@@ -154,7 +154,8 @@ class LayerCheck:
             self._names.setdefault(id(parameter), []).append(name)
         self._memory: dict[Any, list[str]] = {}
         for name, tensor in self._state.items():
-            self._memory.setdefault(storage_of(tensor), []).append(name)
+            if (place := storage_of(tensor)) is not None:
+                self._memory.setdefault(place, []).append(name)
 
     def check(self, layer: UnitLayer) -> None:
         """UnsupportedModelError unless all that ``layer`` names is there, of its size, and no one else's."""
@@ -188,7 +189,7 @@ class LayerCheck:
             raise UnsupportedModelError(
                 f"{cut.tensor}: the same tensor is also {shared[-1]}; shared weights cannot be cut"
             )
-        for other in self._memory[storage_of(tensor)]:
+        for other in self._memory.get(storage_of(tensor), ()):
             if other != cut.tensor and _overlap(tensor, self._state[other]):
                 raise UnsupportedModelError(
                     f"{cut.tensor}: its memory is also that of {other}; shared weights cannot be cut"

@@ -78,6 +78,18 @@ INNER: dict[str, Callable[[], nn.Module]] = {
     ),
     "metaformer": lambda: models.metaformer.SepConv(16, bias=True),
     "xception": lambda: models.xception_aligned.XceptionModule(16, 16, norm_layer=nn.BatchNorm2d),
+    "res2net": lambda: models.res2net.Bottle2neck(16, 4, base_width=64, norm_layer=nn.BatchNorm2d),
+    "res2net at the start of a stage": lambda: models.res2net.Bottle2neck(
+        16, 4, 2, _pool(16), base_width=64, norm_layer=nn.BatchNorm2d
+    ),
+    "selective kernels": lambda: models.sknet.SelectiveKernelBasic(16, 16),
+    "selective kernels in a bottleneck": lambda: models.sknet.SelectiveKernelBottleneck(
+        16, 4, base_width=128, sk_kwargs={"split_input": True}
+    ),
+    "split attention": lambda: models.resnest.ResNestBottleneck(
+        16, 4, radix=2, base_width=128, avd=True, is_first=True
+    ),
+    "ghost": lambda: models.ghostnet.GhostBottleneck(16, 32, 24, stride=2, se_ratio=0.25),
     "torchvision bottleneck": lambda: torchvision.models.resnet.Bottleneck(16, 4, groups=4, base_width=128),
     "torchvision mobilenet_v2": lambda: torchvision.models.mobilenetv2.InvertedResidual(16, 16, 1, 3),
     "torchvision mobilenet_v3": lambda: torchvision.models.mobilenetv3.InvertedResidual(

@@ -143,7 +143,12 @@ def _knows(*names: str) -> Any:
 
 
 SPLIT = (
-    Rule("res2net", "inner", _knows("timm.models.res2net.Bottle2neck", "timm.models.dla.DlaBottle2neck"), _res2net_layers),
+    Rule(
+        "res2net",
+        "inner",
+        _knows("timm.models.res2net.Bottle2neck", "timm.models.dla.DlaBottle2neck"),
+        _res2net_layers,
+    ),
     Rule(
         "sknet",
         "inner",
