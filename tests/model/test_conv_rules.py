@@ -120,7 +120,57 @@ MLPS: dict[str, Callable[[], nn.Module]] = {
     "starnet": lambda: models.starnet.Block(16),
     "torchvision convnext": lambda: torchvision.models.convnext.CNBlock(16, 1.0, 0.0),
 }
+# The same ideas under other names.
+OTHER_INNER: dict[str, Callable[[], nn.Module]] = {
+    "resnetv2": lambda: models.resnetv2.Bottleneck(
+        16, 16, conv_layer=layers.create_conv2d, norm_layer=layers.BatchNormAct2d, act_layer=nn.ReLU
+    ),
+    "resnetv2 basic": lambda: models.resnetv2.PreActBasic(
+        16, 16, 1.0, conv_layer=layers.create_conv2d, norm_layer=layers.BatchNormAct2d
+    ),
+    "senet": lambda: models.senet.SEBottleneck(16, 8, 1, 4, downsample=nn.Conv2d(16, 32, 1)),
+    "senet basic": lambda: models.senet.SEResNetBlock(16, 16, 1, 4),
+    "tresnet": lambda: models.tresnet.Bottleneck(16, 4),
+    "dla basic": lambda: models.dla.DlaBasic(16, 16),
+    "byobnet basic": lambda: models.byobnet.BasicBlock(16, 16, group_size=None),
+    "byobnet dark": lambda: models.byobnet.DarkBlock(16, 16),
+    "byobnet edge": lambda: models.byobnet.EdgeBlock(16, 16, bottle_ratio=2.0),
+    "byobnet attention": lambda: models.byobnet.SelfAttnBlock(
+        16,
+        16,
+        extra_conv=True,
+        layers=models.byobnet.LayerFn(self_attn=partial(layers.lambda_layer.LambdaLayer, r=3)),
+    ),
+    "efficientvit conv": lambda: models.efficientvit_mit.ConvBlock(16, 16),
+    "efficientvit fused": lambda: models.efficientvit_mit.FusedMBConv(16, 16),
+    "efficientvit merging": lambda: models.efficientvit_msra.PatchMerging(16, 16),
+    "shvit": lambda: models.shvit.PatchMerging(16, 16),
+    "tiny_vit merging": lambda: models.tiny_vit.PatchMerging(16, 16, nn.GELU),
+    "vitamin": lambda: models.vitamin.MbConvLNBlock(16, 16),
+    "torchvision basic": lambda: torchvision.models.resnet.BasicBlock(16, 16),
+    "torchvision mnasnet": lambda: torchvision.models.mnasnet._InvertedResidual(16, 16, 3, 1, 3),
+    "torchvision efficientnet": lambda: torchvision.models.efficientnet.MBConv(
+        torchvision.models.efficientnet.MBConvConfig(3, 3, 1, 16, 16, 1, 1.0, 1.0), 0.0, nn.BatchNorm2d
+    ),
+    "torchvision efficientnet_v2": lambda: torchvision.models.efficientnet.FusedMBConv(
+        torchvision.models.efficientnet.FusedMBConvConfig(3, 3, 1, 16, 16, 1), 0.0, nn.BatchNorm2d
+    ),
+    "torchvision maxvit": lambda: torchvision.models.maxvit.MBConv(
+        16, 16, 4, 0.25, 1, nn.GELU, nn.BatchNorm2d, 0.0
+    ),
+}
+OTHER_MLPS: dict[str, Callable[[], nn.Module]] = {
+    "timm": lambda: layers.ConvMlp(16, 32, 16, norm_layer=nn.BatchNorm2d),
+    "efficientvit neurons": lambda: models.efficientvit_msra.ConvMlp(16, 32),
+    "shvit neurons": lambda: models.shvit.FFN(16, 32),
+    "swiftformer": lambda: models.swiftformer.Mlp(16, 32),
+    "swiftformer encoder": lambda: models.swiftformer.ConvEncoder(16, 32),
+    "swiftformer local": lambda: models.swiftformer.LocalRepresentation(16),
+    "fasternet": lambda: models.fasternet.MLPBlock(16, 4, 2.0, 0.0, 0.1),
+    "tiny_vit neurons": lambda: nn.Sequential(nn.Flatten(2), models.tiny_vit.NormMlp(64, 32)),
+}
 BLOCKS = {**INNER, **MLPS}
+OTHERS = {**OTHER_INNER, **OTHER_MLPS}
 
 
 def _pool(channels: int) -> nn.Module:
@@ -145,8 +195,8 @@ def randomised(module: nn.Module) -> nn.Module:
 
 def block_of(kind: str) -> tuple[nn.Module, Structure]:
     """A network of one block, and its structure."""
-    network = randomised(nn.Sequential(BLOCKS[kind]()))
-    return network, find_structure(network, "inner" if kind in INNER else "mlp")
+    network = randomised(nn.Sequential({**BLOCKS, **OTHERS}[kind]()))
+    return network, find_structure(network, "inner" if kind in {**INNER, **OTHER_INNER} else "mlp")
 
 
 def one_left(structure: Structure) -> Mask:
@@ -188,6 +238,17 @@ def test_the_cut_block_is_the_masked_one(kind: str) -> None:
         assert_equal(prune_model(cut, second), masked, x)
         at_once = prune_model(copy.deepcopy(dense), Mask.compose(mask, second)).state_dict()
         assert all(torch.equal(at_once[name], tensor) for name, tensor in cut.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_others_like_them(kind: str) -> None:
+    dense, structure = block_of(kind)
+    mask = Mask.random(structure, 0.5, seed=0, align=1)
+    masked = masked_model(dense, mask)
+    cut = prune_model(copy.deepcopy(dense), mask)
+    assert list(cut.state_dict()) == list(dense.state_dict())
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in dense.parameters())
+    assert_equal(cut, masked, torch.randn(3, 16, 8, 8, dtype=torch.double))
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -322,6 +383,8 @@ def test_what_else_is_in_the_way() -> None:
     assert "0.parts.1.act: expected an activation" in refusal(
         conv(), layers.BatchNormAct2d(16, act_layer=nn.Softmax2d, act_kwargs={}), conv()
     )
+    squeeze = layers.SEModule(16, gate_layer=nn.Softmax2d)
+    assert "0.parts.1.gate: expected an activation" in refusal(conv(), squeeze, conv())
     assert "expected two convolutions without groups, one after the other, got 1" in refusal(
         conv(groups=16), conv()
     )
@@ -365,7 +428,6 @@ WHOLE = [
     ("test_efficientnet", "inner"),
     ("test_efficientnet_gn", "inner"),
     ("test_convnext3", "mlp"),
-    ("test_byobnet", "inner"),
     ("test_coatnet", "inner+mlp"),
 ]
 

@@ -28,7 +28,6 @@ _RUNS = {
     "timm.models.efficientvit_mit.ConvNormAct": ("dropout", "conv", "norm", "act"),
     "timm.models.efficientformer_v2.ConvNorm": ("conv", "bn"),
     "timm.models.levit.ConvNorm": ("linear", "bn"),
-    "timm.models.nextvit.ConvNormAct": ("conv", "norm", "act"),
     "timm.models.xception_aligned.SeparableConv2d": (
         *("conv_dw", "bn_dw", "act_dw"),
         *("conv_pw", "bn_pw", "act_pw"),
@@ -52,11 +51,12 @@ _BATCH_NORMS = (
     "timm.layers.FrozenBatchNormAct2d",
 )
 _GROUP_NORMS = ("torch.nn.GroupNorm", "timm.layers.GroupNorm", "timm.layers.GroupNormAct")
+# What reads all channels, what makes their weights, and the last activation of these.
 _SQUEEZES = {
-    "timm.layers.SEModule": ("fc1", "fc2"),
-    "timm.layers.EffectiveSEModule": ("fc", "fc"),
-    "timm.models._efficientnet_blocks.SqueezeExcite": ("conv_reduce", "conv_expand"),
-    "torchvision.ops.misc.SqueezeExcitation": ("fc1", "fc2"),
+    "timm.layers.SEModule": ("fc1", "fc2", "gate"),
+    "timm.layers.EffectiveSEModule": ("fc", "fc", "gate"),
+    "timm.models._efficientnet_blocks.SqueezeExcite": ("conv_reduce", "conv_expand", "gate"),
+    "torchvision.ops.misc.SqueezeExcitation": ("fc1", "fc2", "scale_activation"),
 }
 _NOTHING_TO_CUT = (
     "torch.nn.Dropout",
@@ -254,12 +254,8 @@ class Units:
             self.make(path, module)
         elif runs(module, *_BATCH_NORMS, *_GROUP_NORMS):
             self._norm(path, module)
-        elif (ends := next((e for known, e in _SQUEEZES.items() if runs(module, known)), None)) is not None:
-            squeeze, excite = ends
-            for name in ends:
-                need(f"{path}.{name}", getattr(module, name), "torch.nn.Conv2d")
-            self.read(f"{path}.{squeeze}")
-            self.make(f"{path}.{excite}", getattr(module, excite))
+        elif (names := next((n for known, n in _SQUEEZES.items() if runs(module, known)), None)) is not None:
+            self._squeeze(path, module, *names)
         elif runs(module, "timm.layers.BlurPool2d"):
             # One filter for each channel, all the same, in a buffer that is no part of the state.
             if module.channels is not None:
@@ -276,6 +272,13 @@ class Units:
         if isinstance(module, nn.GroupNorm):
             self.attributes.append(Attribute(path, "num_groups", module.num_groups // self.units))
         self.make(path, module)
+
+    def _squeeze(self, path: str, module: Any, reads: str, makes: str, gate: str) -> None:
+        for name in (reads, makes):
+            need(f"{path}.{name}", getattr(module, name), "torch.nn.Conv2d")
+        need_elementwise(f"{path}.{gate}", getattr(module, gate))
+        self.read(f"{path}.{reads}")
+        self.make(f"{path}.{makes}", getattr(module, makes))
 
     def _grn(self, path: str, module: Any) -> None:
         """It divides by a mean over all channels: ours goes on to divide by their first number."""
