@@ -328,6 +328,18 @@ def test_frozen_and_synchronised_batch_norms(kind: str, convert: Callable[[nn.Mo
             assert module.num_features == module.weight.numel()
 
 
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("kind", ["basic blurred", "bottleneck of groups, blurred"])
+def test_scope_all_of_blocks_with_groups_and_blurs(kind: str, freeze: bool) -> None:
+    dense = block_of(kind)[0]
+    dense = layers.freeze_batch_norm_2d(dense).double() if freeze else dense
+    structure = find_structure(dense, "all")
+    x = torch.randn(3, 16, 8, 8, dtype=torch.double)
+    for mask in (Mask.random(structure, 0.5, seed=0, align=1), one_left(structure)):
+        masked = masked_model(dense, mask)
+        assert_equal(prune_model(copy.deepcopy(dense), mask), masked, x)
+
+
 class Chain(nn.Module):
     """Parts one after the other, as a rule of ours sees them."""
 
