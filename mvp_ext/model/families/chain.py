@@ -9,7 +9,7 @@ is between, a unit is a whole group.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from itertools import pairwise
@@ -68,17 +68,25 @@ _NOTHING_TO_CUT = (
 _GRNS = ("timm.layers.grn.GlobalResponseNorm", "mvp_ext.model.narrow.grn.GlobalResponseNorm")
 
 
-def chain(family: str, part: Literal["inner", "mlp"], known: Sequence[str], *parts: str) -> Rule:
-    """A rule for modules that run ``parts`` of theirs one after the other.
+def chains(family: str, part: Literal["inner", "mlp"], known: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Rules for modules that run parts of theirs one after the other.
 
     Args:
         family: as in ``Rule``.
         part: "inner" (a layer is named after the convolution that makes its units) or "mlp" (after the module).
-        known: classes by their full names, one of whose forward such a module runs.
-        parts: their names in the module, with points for parts of parts. Those that it does not have, or that are None,
-            are left out; what comes before the first dense convolution and after the last does not matter.
+        known: a class by its full name, whose forward such a module runs → the names of the parts, with points for
+            parts of parts. Those that a module does not have, or that are None, are left out; what comes before the
+            first dense convolution and after the last does not matter.
     """
-    return Rule(family, part, lambda module: runs(module, *known), partial(layers_along, part, parts))
+    return tuple(
+        Rule(family, part, knows(name), partial(layers_along, part, parts.split()))
+        for name, parts in known.items()
+    )
+
+
+def knows(*known: str) -> Callable[[nn.Module], bool]:
+    """``runs`` as a rule has it."""
+    return lambda module: runs(module, *known)
 
 
 def runs(module: nn.Module, *known: str) -> bool:
@@ -88,7 +96,7 @@ def runs(module: nn.Module, *known: str) -> bool:
 
 
 def layers_along(part: Part, parts: Sequence[str], path: str, module: Any) -> list[UnitLayer]:
-    """The layers of units along ``parts`` of the module at ``path``; arguments as in ``chain``.
+    """The layers of units along ``parts`` of the module at ``path``; the others as in ``chains``.
 
     Raises:
         UnsupportedModelError: a part in the way, by its path; or no two dense convolutions follow each other.

@@ -7,11 +7,29 @@ from typing import Any
 
 from torch import nn
 
-from mvp_ext.model.families.chain import chain, layers_along, runs
+from mvp_ext.model.families.chain import chains, knows, layers_along, runs
 from mvp_ext.model.families.parts import Rule, need_plain, writer
 from mvp_ext.model.structure import UnitLayer
 
-_MLP = ("fc1", "act", "drop1", "norm", "fc2")
+_MLP = "fc1 act drop1 norm fc2"
+_CHAINS = {
+    "timm.layers.GlobalResponseNormMlp": "fc1 act drop1 grn fc2",
+    "timm.layers.ConvMlp": "fc1 norm act drop fc2",
+    "timm.models.inception_next.ConvMlp": "fc1 norm act drop fc2",
+    "timm.models.fastvit.ConvMlp": "fc1 act drop fc2",
+    "timm.models.efficientformer.ConvMlpWithNorm": "fc1 norm1 act drop fc2",
+    "timm.models.efficientformer_v2.ConvMlpWithNorm": "fc1 mid drop1 fc2",
+    "timm.models.efficientvit_msra.ConvMlp": "pw1 act pw2",
+    "timm.models.fasternet.MLPBlock": "mlp",
+    "timm.models.repvit.RepVitMlp": "conv1 act conv2",
+    "timm.models.shvit.FFN": "pw1 act pw2",
+    "timm.models.swiftformer.ConvEncoder": "pwconv1 act pwconv2",
+    "timm.models.swiftformer.LocalRepresentation": "pwconv1 act pwconv2",
+    "timm.models.swiftformer.Mlp": "fc1 act drop fc2",
+    "timm.models.tiny_vit.NormMlp": "fc1 act drop1 fc2",
+    "timm.models.visformer.SpatialMlp": "conv1 act1 drop1 conv2 act2 conv3",
+    "torchvision.models.convnext.CNBlock": "block",
+}
 
 
 def _star_layers(path: str, block: Any) -> list[UnitLayer]:
@@ -32,51 +50,11 @@ CONVNEXT = (
     Rule(
         "convnext",
         "mlp",
+        # Those of linear layers are a transformer's.
         lambda module: runs(module, "timm.layers.Mlp") and isinstance(module.fc1, nn.Conv2d),
-        lambda path, mlp: layers_along("mlp", _MLP, path, mlp),
+        lambda path, mlp: layers_along("mlp", _MLP.split(), path, mlp),
     ),
-    chain("convnext", "mlp", ("timm.layers.GlobalResponseNormMlp",), "fc1", "act", "drop1", "grn", "fc2"),
-    chain(
-        "convnext",
-        "mlp",
-        ("timm.layers.ConvMlp", "timm.models.inception_next.ConvMlp", "timm.models.fastvit.ConvMlp"),
-        *("fc1", "norm", "act", "drop", "fc2"),
-    ),
-    chain("convnext", "mlp", ("torchvision.models.convnext.CNBlock",), "block"),
-    chain(
-        "efficientformer",
-        "mlp",
-        ("timm.models.efficientformer.ConvMlpWithNorm",),
-        *("fc1", "norm1", "act", "drop", "fc2"),
-    ),
-    chain(
-        "efficientformer",
-        "mlp",
-        ("timm.models.efficientformer_v2.ConvMlpWithNorm",),
-        *("fc1", "mid", "drop1", "fc2"),
-    ),
-    chain("repvit", "mlp", ("timm.models.repvit.RepVitMlp",), "conv1", "act", "conv2"),
-    Rule("levit", "mlp", lambda module: runs(module, "timm.models.levit.LevitMlp"), _levit_layers),
-    chain("tiny_vit", "mlp", ("timm.models.tiny_vit.NormMlp",), "fc1", "act", "drop1", "fc2"),
-    chain(
-        "efficientvit",
-        "mlp",
-        ("timm.models.efficientvit_msra.ConvMlp", "timm.models.shvit.FFN"),
-        *("pw1", "act", "pw2"),
-    ),
-    chain("swiftformer", "mlp", ("timm.models.swiftformer.Mlp",), "fc1", "act", "drop", "fc2"),
-    chain(
-        "swiftformer",
-        "mlp",
-        ("timm.models.swiftformer.ConvEncoder", "timm.models.swiftformer.LocalRepresentation"),
-        *("pwconv1", "act", "pwconv2"),
-    ),
-    chain("fasternet", "mlp", ("timm.models.fasternet.MLPBlock",), "mlp"),
-    chain(
-        "visformer",
-        "mlp",
-        ("timm.models.visformer.SpatialMlp",),
-        *("conv1", "act1", "drop1", "conv2", "act2", "conv3"),
-    ),
-    Rule("starnet", "mlp", lambda module: runs(module, "timm.models.starnet.Block"), _star_layers),
+    *chains("convnext", "mlp", _CHAINS),
+    Rule("levit", "mlp", knows("timm.models.levit.LevitMlp"), _levit_layers),
+    Rule("starnet", "mlp", knows("timm.models.starnet.Block"), _star_layers),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mvp_ext.model.families.chain import PLAIN_BATCH_NORMS, chain, layers_along, runs
+from mvp_ext.model.families.chain import PLAIN_BATCH_NORMS, chains, layers_along, runs
 from mvp_ext.model.families.parts import Rule, computes_as, need_elementwise, need_plain, writer
 from mvp_ext.model.scatter_block import BASIC, BOTTLENECK, ScatterBlock
 from mvp_ext.model.structure import Probe, Slice, UnitLayer, UnsupportedModelError
@@ -49,55 +49,26 @@ def _depth(block: Any) -> int:
     return 3 if getattr(block, "conv3", None) is not None else 2
 
 
-_BASIC = ("conv1", "bn1", "relu", "conv2")
-_BOTTLENECK = ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3")
+_BASIC = "conv1 bn1 relu conv2"
+_BOTTLENECK = "conv1 bn1 relu conv2 bn2 relu conv3"
+_CHAINS = {
+    "torchvision.models.resnet.BasicBlock": _BASIC,
+    "torchvision.models.resnet.Bottleneck": _BOTTLENECK,
+    "timm.models.dla.DlaBasic": _BASIC,
+    "timm.models.dla.DlaBottleneck": _BOTTLENECK,
+    "timm.models.senet.SEResNetBlock": _BASIC,
+    "timm.models.senet.Bottleneck": _BOTTLENECK,
+    "timm.models.tresnet.BasicBlock": "conv1 conv2",
+    "timm.models.tresnet.Bottleneck": "conv1 conv2 se conv3",
+    "timm.models.resnetv2.PreActBasic": "conv1 norm2 conv2",
+    "timm.models.resnetv2.PreActBottleneck": "conv1 norm2 conv2 norm3 conv3",
+    "timm.models.resnetv2.Bottleneck": "conv1 norm1 conv2 norm2 conv3",
+    # Their convolutions are standardised over what they read: refused by that name.
+    "timm.models.nfnet.NormFreeBlock": "conv1 act2 conv2 act2b conv2b act3 conv3",
+}
 
 RESNET = (
     Rule("resnet", "inner", _is_block, _inner_layers),
     Rule("resnet", "last", _is_block, _last_layer),
-    chain(
-        "resnet",
-        "inner",
-        (
-            "torchvision.models.resnet.BasicBlock",
-            "timm.models.dla.DlaBasic",
-            "timm.models.senet.SEResNetBlock",
-        ),
-        *_BASIC,
-    ),
-    chain(
-        "resnet",
-        "inner",
-        (
-            "torchvision.models.resnet.Bottleneck",
-            "timm.models.dla.DlaBottleneck",
-            "timm.models.senet.Bottleneck",
-        ),
-        *_BOTTLENECK,
-    ),
-    chain(
-        "resnet",
-        "inner",
-        ("timm.models.resnetv2.PreActBasic", "timm.models.resnetv2.PreActBottleneck"),
-        *("conv1", "norm2", "conv2", "norm3", "conv3"),
-    ),
-    chain(
-        "resnet",
-        "inner",
-        ("timm.models.resnetv2.Bottleneck",),
-        *("conv1", "norm1", "conv2", "norm2", "conv3"),
-    ),
-    # Their convolutions are standardised over what they read: refused by that name.
-    chain(
-        "resnet",
-        "inner",
-        ("timm.models.nfnet.NormFreeBlock",),
-        *("conv1", "act2", "conv2", "act2b", "conv2b", "act3", "conv3"),
-    ),
-    chain(
-        "resnet",
-        "inner",
-        ("timm.models.tresnet.BasicBlock", "timm.models.tresnet.Bottleneck"),
-        *("conv1", "conv2", "se", "conv3"),
-    ),
+    *chains("resnet", "inner", _CHAINS),
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mvp_ext.model.families.chain import Units, flat, need, runs
+from mvp_ext.model.families.chain import Units, flat, knows, need, runs
 from mvp_ext.model.families.parts import Rule
 from mvp_ext.model.structure import Attribute, Probe, UnitLayer, UnsupportedModelError
 
@@ -138,23 +138,19 @@ def _ghost_layers(path: str, block: Any) -> list[UnitLayer]:
     return [found.layer(home, "filter", Probe(f"{home}.cheap_operation.0", "input", dim=1))]
 
 
-def _knows(*names: str) -> Any:
-    return lambda module: runs(module, *names)
-
-
 SPLIT = (
     Rule(
         "res2net",
         "inner",
-        _knows("timm.models.res2net.Bottle2neck", "timm.models.dla.DlaBottle2neck"),
+        knows("timm.models.res2net.Bottle2neck", "timm.models.dla.DlaBottle2neck"),
         _res2net_layers,
     ),
     Rule(
         "sknet",
         "inner",
-        _knows("timm.models.sknet.SelectiveKernelBasic", "timm.models.sknet.SelectiveKernelBottleneck"),
+        knows("timm.models.sknet.SelectiveKernelBasic", "timm.models.sknet.SelectiveKernelBottleneck"),
         _selective_layers,
     ),
-    Rule("resnest", "inner", _knows("timm.models.resnest.ResNestBottleneck"), _split_attention_layers),
-    Rule("ghostnet", "inner", _knows("timm.models.ghostnet.GhostBottleneck"), _ghost_layers),
+    Rule("resnest", "inner", knows("timm.models.resnest.ResNestBottleneck"), _split_attention_layers),
+    Rule("ghostnet", "inner", knows("timm.models.ghostnet.GhostBottleneck"), _ghost_layers),
 )
