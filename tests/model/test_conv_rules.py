@@ -141,6 +141,7 @@ OTHER_INNER: dict[str, Callable[[], nn.Module]] = {
         extra_conv=True,
         layers=models.byobnet.LayerFn(self_attn=partial(layers.lambda_layer.LambdaLayer, r=3)),
     ),
+    "repghost": lambda: models.repghost.RepGhostBottleneck(16, 32, 24, stride=2, se_ratio=0.25),
     "efficientvit conv": lambda: models.efficientvit_mit.ConvBlock(16, 16),
     "efficientvit fused": lambda: models.efficientvit_mit.FusedMBConv(16, 16),
     "efficientvit merging": lambda: models.efficientvit_msra.PatchMerging(16, 16),

@@ -22,6 +22,9 @@ EFFICIENTNET = chains(
         "torchvision.models.efficientnet.FusedMBConv": "block",
         "torchvision.models.maxvit.MBConv": "layers",
         "timm.models.rexnet.LinearBottleneck": "conv_exp conv_dw se act_dw conv_pwl",
+        # Beside the depthwise convolution is a batch norm: what both make is added.
+        "timm.models.repghost.RepGhostBottleneck": "ghost1.primary_conv ghost1.fusion_bn ghost1.cheap_operation "
+        "ghost1.relu conv_dw bn_dw se ghost2.primary_conv.0",
         "timm.models.maxxvit.MbConvBlock": "conv1_1x1 norm1 conv2_kxk se_early norm2 se conv3_1x1",
         "timm.models.vitamin.MbConvLNBlock": "conv1_1x1 act1 conv2_kxk act2 conv3_1x1",
         "timm.models.tiny_vit.MBConv": "conv1 act1 conv2 act2 conv3",
