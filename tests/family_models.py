@@ -17,6 +17,11 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "test_resnet": {},
     "seresnet18": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
     "ecaresnet26t": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
+    "resnetblur18": {"layers": (1, 1, 1, 1), "channels": (8, 8, 16, 16)},
+    "resnext50_32x4d": {"layers": (1, 1, 1, 1), "cardinality": 4},
+    "test_byobnet": {},
+    "test_efficientnet": {},
+    "test_convnext3": {},
     "vit_tiny_patch16_224": _PLAIN,
     "vit_giant_patch14_dinov2": {**_PLAIN, "img_size": 28},
     "vit_base_patch32_clip_224": {**_PLAIN, "img_size": 64},
@@ -47,12 +52,10 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 }
 # Name → the arguments that make it small; none can be cut in any scope.
 REFUSED: dict[str, dict[str, Any]] = {
-    "resnext50_32x4d": {},
-    "resnetv2_50": {},
-    "efficientnet_b0": {},
-    "convnext_atto": {},
+    "nf_resnet26": {},
+    "resnetv2_50x1_bit": {},
+    "mambaout_femto": {},
     "eva02_tiny_patch14_224": {"depth": 1},
-    "resnest14d": {},
 }
 
 

@@ -14,9 +14,7 @@ def kept_counts(structure: Structure, keep: float, align: int = ALIGN) -> tuple[
 
     Heads are not aligned: each already is a whole number of aligned blocks, and there are few of them.
     """
-    return tuple(
-        kept_units([layer.units], keep, 1 if layer.kind == "head" else align)[0] for layer in structure.layers
-    )
+    return tuple(kept_units([layer.units], keep, layer.multiple(align))[0] for layer in structure.layers)
 
 
 def voted_counts(
@@ -42,7 +40,7 @@ def voted_counts(
         low, high = (factor, high) if total < target else (low, factor)
     ratios = [min(1.0, max(1e-9, high * rate)) for rate in rates]
     return tuple(
-        kept_units([layer.units], ratio, 1 if layer.kind == "head" else align)[0]
+        kept_units([layer.units], ratio, layer.multiple(align))[0]
         for layer, ratio in zip(structure.layers, ratios, strict=True)
     )
 
@@ -51,6 +49,5 @@ def _is_uniform(structure: Structure, mask: Mask, align: int) -> bool:
     """Whether all layers keep the same share, up to rounding."""
     kept, share = mask.kept, mask.keep
     return all(
-        abs(kept[layer.name] - share * layer.units) <= (1 if layer.kind == "head" else align)
-        for layer in structure.layers
+        abs(kept[layer.name] - share * layer.units) <= layer.multiple(align) for layer in structure.layers
     )

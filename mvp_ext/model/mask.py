@@ -100,7 +100,7 @@ class Mask:
             TypeError: ``keep`` is of another kind.
         """
         checked = [_scores_of(layer.name, layer.units, scores, finite=global_) for layer in structure]
-        aligns = [1 if layer.kind == "head" else align for layer in structure]
+        aligns = [layer.multiple(align) for layer in structure]
         units = structure.units_per_layer
         # Not 1 for 1.0: is it all units, or one a layer?
         if isinstance(keep, (numbers.Integral, str)):

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from mvp_ext.ops import residual_add
 
-_BASIC = ("conv1", "bn1", "drop_block", "act1", "aa", "conv2")
-_BOTTLENECK = ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3")
+# What a block runs on its way, one after the other.
+BASIC = ("conv1", "bn1", "drop_block", "act1", "aa", "conv2")
+BOTTLENECK = ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3")
 
 
 class ScatterBlock(nn.Module):
@@ -38,7 +39,7 @@ class ScatterBlock(nn.Module):
             if name not in self._modules:
                 self.add_module(name, None)
         basic = self._modules["conv3"] is None
-        self._branch = _BASIC if basic else _BOTTLENECK
+        self._branch = BASIC if basic else BOTTLENECK
         self._norm, self._act = ("bn2", "act2") if basic else ("bn3", "act3")
         self.register_buffer("kept", kept)
         # Not train(): the parts keep the modes they are in.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -125,6 +126,14 @@ class UnitLayer:
     scatter: str | None = None
     attributes: tuple[Attribute, ...] = ()
     narrowed: tuple[str, ...] = ()
+
+    def multiple(self, align: int) -> int:
+        """Of how many units kept counts are multiples, so that those of their channels are multiples of ``align``.
+
+        1 for heads: each already is a whole number of aligned blocks, and there are few of them.
+        """
+        block = self.slices[0].block if self.slices else 1
+        return 1 if self.kind == "head" else align // math.gcd(align, block)
 
 
 class LeftWhole(NamedTuple):

@@ -192,8 +192,11 @@ class _Plan:
             if bool(kept.all()):
                 continue
             for attribute in layer.attributes:
-                module = self.model.get_submodule(attribute.module)
-                setattr(module, attribute.name, int(kept.sum()) * attribute.per_unit)
+                counted: Any = self.model.get_submodule(attribute.module)
+                setattr(counted, attribute.name, int(kept.sum()) * attribute.per_unit)
+                if attribute.name in ("groups", "num_groups"):
+                    # Also with one group left its units are groups: the structure that is found next has to see that.
+                    counted.had_groups = True
             if layer.scatter is not None:
                 _scatter(self.model, layer.scatter, kept)
         for path in {name.rpartition(".")[0] for name in self.index}:
@@ -212,7 +215,10 @@ def _set_sizes(module: Any) -> None:
         module.in_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = module.weight.shape[0]
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm) or hasattr(module, "running_mean"):
+        # A frozen one is no _BatchNorm, but may have the number, too.
         sized = module.weight if module.weight is not None else module.running_mean
         if sized is not None:
             module.num_features = sized.shape[0]

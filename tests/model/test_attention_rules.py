@@ -155,6 +155,7 @@ def test_multihead_attention(call: dict[str, Any], batch_first: bool) -> None:
     structure = find_structure(model, "heads")
     mask = Mask({"attention": torch.tensor([True, False, True, True])})
     x = torch.randn(5, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    structure.verify(model, images=x)
     expected = masked_model(model, mask, structure=structure)(x)
     cut: Any = prune_model(copy.deepcopy(model), mask, structure=structure)
     assert isinstance(cut.attention, NarrowMultiheadAttention)
@@ -169,6 +170,7 @@ def test_multihead_attention_in_torchs_own_encoder() -> None:
     structure = find_structure(layer, "heads")
     mask = Mask({"self_attn": torch.tensor([True, False, False, True])})
     x = torch.randn(2, 5, 24, dtype=torch.float64)
+    structure.verify(layer, images=x)
     with torch.no_grad():
         close(
             prune_model(copy.deepcopy(layer), mask, structure=structure)(x),
@@ -180,9 +182,10 @@ def test_what_cannot_be_told_from_the_module_is_refused() -> None:
     one = nn.Sequential(nn.MultiheadAttention(24, 4, add_bias_kv=True))
     with pytest.raises(UnsupportedModelError, match="expected one packed projection"):
         find_structure(one)
-    model = Encoder(True, True, attn_mask=torch.zeros(20, 5, 5)).eval()
-    mask = Mask({"attention": torch.tensor([True, False, True, True])})
-    prune_model(model, mask)
+    model = Encoder(True, True).eval()
+    find_structure(model).verify(model, images=torch.randn(5, 5, 24))
+    prune_model(model, Mask({"attention": torch.tensor([True, False, True, True])}))
+    model.call["attn_mask"] = torch.zeros(20, 5, 5)
     with pytest.raises(ValueError, match=r"attn_mask: expected \[L, S\], as some heads were cut"):
         model(torch.randn(5, 5, 24))
     shared: Any = import_timm().create_model(

@@ -11,7 +11,7 @@ from mvp_ext.model.structure import UnsupportedModelError
 def test_create_model_says_what_is_wrong() -> None:
     with pytest.raises(ValueError, match=r"has no model named 'resnet8'; close names: .*resnet18"):
         create_model("resnet8")
-    with pytest.raises(UnsupportedModelError, match="conv_stem"):
-        create_model("efficientnet_b0")
+    with pytest.raises(UnsupportedModelError, match="ScaledStdConv2d"):
+        create_model("nf_resnet26")
     assert create_model("test_resnet", img_size=32, num_classes=3).num_classes == 3
     assert create_model("test_vit", img_size=32).patch_embed.img_size == (32, 32)

@@ -35,6 +35,13 @@ RESNET50 = [n for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)) for n
         ("resnet18", None, RESNET18),
         ("resnet18", "all", [n for n in RESNET18 for _ in range(2)]),
         ("resnet50", "inner", RESNET50),
+        ("resnext50_32x4d", None, [32] * 16),
+        (
+            "convnextv2_atto",
+            None,
+            [4 * n for n, blocks in ((40, 2), (80, 2), (160, 6), (320, 2)) for _ in range(blocks)],
+        ),
+        ("mobilenetv2_100", None, [6 * n for n in (16, 24, 24, *[32] * 3, *[64] * 4, *[96] * 3, *[160] * 3)]),
         ("resnet50", "all", [m for n in RESNET50[::2] for m in (n, n, 4 * n)]),
         ("test_resnet", "inner", [32, 48, 48, 48, 96]),
         ("test_resnet", "all", [32, 32, 48, 48, 48, 48, 192, 96, 96]),
@@ -111,8 +118,8 @@ def test_probes_read_the_units(name: str, scope: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "scope", "message"),
     [
-        ("resnext50_32x4d", {}, None, r"layer1\.0\.conv2: .*grouped convolution \(groups = 32\)"),
-        ("resnest14d", {}, None, r"layer1\.0: expected a BasicBlock or Bottleneck, got ResNestBottleneck"),
+        ("nf_resnet26", {}, None, r"stages\.0\.0\.conv2: expected a plain Conv2d, got ScaledStdConv2d"),
+        ("mambaout_femto", {}, None, r"expected blocks of .* got stem \(Stem\)"),
         ("seresnet18", {}, "all", r"layer1\.0\.se \(SEModule\).*; use scope 'inner'$"),
         ("resnet18", {}, "heads", r"expected a part with heads units, got none; use scope 'inner'$"),
         ("test_vit", {}, "all", r"expected a part with inner or last units, got none; use scope 'heads'$"),
@@ -138,6 +145,8 @@ def test_the_default_is_the_first_scope_that_the_model_has() -> None:
     [
         ("seresnet18", {}, "inner"),  # squeeze-excitation sees the full stream only
         ("resnetaa50", {}, "all"),  # an average pool keeps channels apart
+        ("resnetblur18", {}, "all"),
+        ("resnext50_32x4d", {}, "all"),
         ("resnet18", {"drop_path_rate": 0.1, "drop_block_rate": 0.1}, "all"),
         ("test_vit", {"qk_norm": True}, "heads"),  # inside one head, shared by all
         ("test_vit", {"scale_mlp_norm": True}, "heads"),
@@ -173,9 +182,9 @@ def test_what_cannot_be_cut_stays_whole_and_says_why(tiny_resnet: Any, tiny_vit:
 
 
 def test_a_block_that_is_left_whole_is_named() -> None:
-    structure = find_structure(on_meta("resnetblur18"))
-    assert "layer1.0.conv1" in structure.names
-    assert "got BlurPool2d" in dict(structure.left_whole)["layer2.0"]
+    structure = find_structure(on_meta("mobilenetv2_035"))
+    assert "blocks.1.0.conv_pw" in structure.names
+    assert "expected two convolutions" in dict(structure.left_whole)["blocks.0.0"]
 
 
 def test_refuses_a_model_of_lookalikes(tiny_vit: Any) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
-from mvp_ext.model.families.parts import Rule, computes_as, head_layer, need_no_norm
-from mvp_ext.model.narrow.attention import NarrowBeitAttention, NarrowEvaAttention, NarrowMultiheadAttention
+from mvp_ext.model.families.chain import knows
+from mvp_ext.model.families.parts import Rule, head_layer, need_no_norm
 from mvp_ext.model.structure import Slice, UnitLayer, UnsupportedModelError
-from mvp_ext.timm_compat import import_timm
 
 
 def _eva_layers(path: str, attn: Any) -> list[UnitLayer]:
@@ -66,22 +63,15 @@ def _multihead_layers(path: str, attn: Any) -> list[UnitLayer]:
     return [head_layer(path, attn, {}, out="out_proj", more=more, narrowed=True)]
 
 
-def _knows(name: str, *, ours: tuple[type[nn.Module], ...] = ()) -> Any:
-    """Whether a module computes as timm's class of this name, like ``eva.EvaAttention``, or as one of ours does."""
-    module, kind = name.split(".")
-    return lambda m: computes_as(m, getattr(getattr(import_timm().models, module), kind), *ours)
-
-
-ATTENTION = (
-    Rule("vit", "heads", _knows("eva.EvaAttention", ours=(NarrowEvaAttention,)), _eva_layers),
-    Rule("vit", "heads", _knows("beit.Attention", ours=(NarrowBeitAttention,)), _beit_layers),
-    Rule("vit", "heads", _knows("swin_transformer.WindowAttention"), _swin_layers),
-    Rule("vit", "heads", _knows("vision_transformer_sam.Attention"), _sam_layers),
-    Rule("vit", "heads", _knows("hiera.MaskUnitAttention"), _hiera_layers),
-    Rule(
-        "vit",
-        "heads",
-        lambda m: computes_as(m, nn.MultiheadAttention, NarrowMultiheadAttention),
-        _multihead_layers,
-    ),
+_OURS = "mvp_ext.model.narrow.attention"
+ATTENTION = tuple(
+    Rule("vit", "heads", knows(*classes), layers)
+    for layers, *classes in (
+        (_eva_layers, "timm.models.eva.EvaAttention", f"{_OURS}.NarrowEvaAttention"),
+        (_beit_layers, "timm.models.beit.Attention", f"{_OURS}.NarrowBeitAttention"),
+        (_swin_layers, "timm.models.swin_transformer.WindowAttention"),
+        (_sam_layers, "timm.models.vision_transformer_sam.Attention"),
+        (_hiera_layers, "timm.models.hiera.MaskUnitAttention"),
+        (_multihead_layers, "torch.nn.MultiheadAttention", f"{_OURS}.NarrowMultiheadAttention"),
+    )
 )

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from mvp_ext.model.families.chain import knows
 from mvp_ext.model.families.parts import (
     Rule,
-    computes_as,
     need_elementwise,
     need_no_norm,
     need_plain,
@@ -17,7 +17,6 @@ from mvp_ext.model.families.parts import (
     writer,
 )
 from mvp_ext.model.structure import Attribute, UnitLayer, UnsupportedModelError
-from mvp_ext.timm_compat import import_timm
 
 
 def _glu_layers(path: str, mlp: Any) -> list[UnitLayer]:
@@ -34,12 +33,6 @@ def _swiglu_layers(path: str, mlp: Any) -> list[UnitLayer]:
     return [neuron_layer(path, mlp, {"fc1_g": 1, "fc1_x": 1}, "fc2")]
 
 
-def _norm_layers(path: str, mlp: Any) -> list[UnitLayer]:
-    """The MLP of TinyViT, with a norm of its input."""
-    need_elementwise(f"{path}.act", mlp.act)
-    return [neuron_layer(path, mlp, {"fc1": 1}, "fc2")]
-
-
 def _depthwise_layers(path: str, mlp: Any) -> list[UnitLayer]:
     """The MLP of PVTv2: each hidden neuron has a filter of its own between the layers."""
     conv = mlp.dwconv
@@ -54,28 +47,8 @@ def _depthwise_layers(path: str, mlp: Any) -> list[UnitLayer]:
     return [replace(layer, attributes=(Attribute(f"{path}.dwconv", "groups"),))]
 
 
-def _levit_layers(path: str, mlp: Any) -> list[UnitLayer]:
-    """The MLP of LeViT: a batch norm behind each layer."""
-    layers = import_timm().models.levit
-    need_elementwise(f"{path}.act", mlp.act)
-    for name in ("ln1", "ln2"):
-        if not computes_as(getattr(mlp, name), layers.LinearNorm, layers.ConvNorm):
-            raise UnsupportedModelError(
-                f"{path}.{name}: expected a layer with a batch norm, got {type(getattr(mlp, name)).__name__}"
-            )
-    more = writer(f"{path}.ln1.bn", mlp.ln1.bn)
-    return [neuron_layer(path, mlp, {"ln1.linear": 1}, "ln2.linear", more=more)]
-
-
 MLP = (
-    Rule("vit", "mlp", lambda m: computes_as(m, import_timm().layers.GluMlp), _glu_layers),
-    Rule("vit", "mlp", lambda m: computes_as(m, import_timm().layers.SwiGLU), _swiglu_layers),
-    Rule("vit", "mlp", lambda m: computes_as(m, import_timm().models.tiny_vit.NormMlp), _norm_layers),
-    Rule(
-        "vit",
-        "mlp",
-        lambda m: computes_as(m, import_timm().models.pvt_v2.MlpWithDepthwiseConv),
-        _depthwise_layers,
-    ),
-    Rule("vit", "mlp", lambda m: computes_as(m, import_timm().models.levit.LevitMlp), _levit_layers),
+    Rule("vit", "mlp", knows("timm.layers.GluMlp"), _glu_layers),
+    Rule("vit", "mlp", knows("timm.layers.SwiGLU"), _swiglu_layers),
+    Rule("vit", "mlp", knows("timm.models.pvt_v2.MlpWithDepthwiseConv"), _depthwise_layers),
 )

@@ -39,19 +39,21 @@ def computes_as(module: nn.Module, *known: type[nn.Module]) -> bool:
 
 
 def is_elementwise(act: nn.Module) -> bool:
-    """Whether ``act`` is an activation without parameters that looks at one value at a time."""
+    """Whether ``act`` is an activation that looks at one value at a time, and treats all channels alike."""
     known = type(act).__module__ in ("torch.nn.modules.activation", "timm.layers.activations")
+    known = known or (type(act).__module__, type(act).__name__) == ("timm.models.metaformer", "StarReLU")
     mixes = isinstance(
         act, (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU, nn.MultiheadAttention)
     )
-    return isinstance(act, nn.Identity) or (known and not mixes and not list(act.parameters()))
+    alike = all(parameter.numel() == 1 for parameter in act.parameters())
+    return isinstance(act, nn.Identity) or (known and not mixes and alike)
 
 
 def need_elementwise(path: str, act: nn.Module) -> None:
     """UnsupportedModelError unless ``act`` is an activation that looks at one value at a time."""
     if not is_elementwise(act):
         raise UnsupportedModelError(
-            f"{path}: expected an activation without parameters, got {type(act).__name__}"
+            f"{path}: expected an activation that treats all channels alike, got {type(act).__name__}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Filters of a ResNet's residual blocks."""
+"""Filters of residual blocks of ResNets and their kin: bottlenecks with or without groups, pre-activation, RegNets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from mvp_ext.model.families.parts import Rule, computes_as, need_elementwise, reader, writer
-from mvp_ext.model.scatter_block import ScatterBlock
+from mvp_ext.model.families.chain import PLAIN_BATCH_NORMS, chains, layers_along, runs
+from mvp_ext.model.families.parts import Rule, computes_as, need_elementwise, need_plain, writer
+from mvp_ext.model.scatter_block import BASIC, BOTTLENECK, ScatterBlock
 from mvp_ext.model.structure import Probe, Slice, UnitLayer, UnsupportedModelError
 from mvp_ext.timm_compat import import_timm
 
@@ -19,69 +20,55 @@ def _is_block(module: nn.Module) -> bool:
 
 def _inner_layers(path: str, block: Any) -> list[UnitLayer]:
     """The convolutions of one residual block but its last."""
-    depth = _check(path, block)
-    layers = []
-    for i in range(1, depth):
-        conv, after = f"{path}.conv{i}", f"{path}.conv{i + 1}"
-        units = getattr(block, f"conv{i}").out_channels
-        slices = (*_filter_slices(path, block, i), reader(after))
-        layers.append(UnitLayer(conv, "filter", units, slices, Probe(after, "input", dim=1)))
-    return layers
+    return layers_along("inner", BASIC if _depth(block) == 2 else BOTTLENECK, path, block)
 
 
 def _last_layer(path: str, block: Any) -> list[UnitLayer]:
     """The last convolution of one residual block."""
-    depth = _check(path, block)
+    depth = _depth(block)
+    conv, norm = (getattr(block, f"{name}{depth}") for name in ("conv", "bn"))
+    need_plain(f"{path}.conv{depth}", conv, nn.Conv2d)
+    if not runs(norm, *PLAIN_BATCH_NORMS):
+        raise UnsupportedModelError(
+            f"{path}.bn{depth}: expected a batch normalisation, got {type(norm).__name__}"
+        )
     need_elementwise(f"{path}.act{depth}", getattr(block, f"act{depth}"))
     if block.se is not None:
         raise UnsupportedModelError(
             f"{path}.se ({type(block.se).__name__}): it mixes the channels of the residual stream, so scope `all` "
             "cannot cut them"
         )
-    slices = _filter_slices(path, block, depth)
+    slices = (*writer(f"{path}.conv{depth}", conv), *writer(f"{path}.bn{depth}", norm))
     if isinstance(block, ScatterBlock):
         slices = (*slices, Slice(f"{path}.kept", 0))
-    units = getattr(block, f"conv{depth}").out_channels
     probe = Probe(f"{path}.bn{depth}", "output", dim=1)
-    return [UnitLayer(f"{path}.conv{depth}", "filter", units, slices, probe, scatter=path)]
+    return [UnitLayer(f"{path}.conv{depth}", "filter", conv.out_channels, slices, probe, scatter=path)]
 
 
-def _check(path: str, block: Any) -> int:
-    """The number of convolutions of a block all of whose parts are understood."""
-    depth = 3 if getattr(block, "conv3", None) is not None else 2
-    for i in range(1, depth + 1):
-        _check_convolution(f"{path}.conv{i}", getattr(block, f"conv{i}"))
-        norm = getattr(block, f"bn{i}")
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            raise UnsupportedModelError(
-                f"{path}.bn{i}: expected a batch normalisation, got {type(norm).__name__}"
-            )
-        if i < depth:
-            need_elementwise(f"{path}.act{i}", getattr(block, f"act{i}"))
-    aa = getattr(block, "aa", None)
-    if aa is not None and not isinstance(aa, (nn.Identity, nn.AvgPool2d)):
-        raise UnsupportedModelError(f"{path}.aa: expected none or an average pool, got {type(aa).__name__}")
-    drop = getattr(block, "drop_block", None)
-    if drop is not None and not isinstance(drop, (nn.Identity, import_timm().layers.DropBlock2d)):
-        raise UnsupportedModelError(
-            f"{path}.drop_block: expected none or a DropBlock2d, got {type(drop).__name__}"
-        )
-    return depth
+def _depth(block: Any) -> int:
+    return 3 if getattr(block, "conv3", None) is not None else 2
 
 
-def _filter_slices(path: str, block: Any, i: int) -> tuple[Slice, ...]:
-    """The tensors of convolution i and its normalisation, along its filters."""
-    own = (f"conv{i}", f"bn{i}")
-    return tuple(each for name in own for each in writer(f"{path}.{name}", getattr(block, name)))
+_BASIC = "conv1 bn1 relu conv2"
+_BOTTLENECK = "conv1 bn1 relu conv2 bn2 relu conv3"
+_CHAINS = {
+    "torchvision.models.resnet.BasicBlock": _BASIC,
+    "torchvision.models.resnet.Bottleneck": _BOTTLENECK,
+    "timm.models.dla.DlaBasic": _BASIC,
+    "timm.models.dla.DlaBottleneck": _BOTTLENECK,
+    "timm.models.senet.SEResNetBlock": _BASIC,
+    "timm.models.senet.Bottleneck": _BOTTLENECK,
+    "timm.models.tresnet.BasicBlock": "conv1 conv2",
+    "timm.models.tresnet.Bottleneck": "conv1 conv2 se conv3",
+    "timm.models.resnetv2.PreActBasic": "conv1 norm2 conv2",
+    "timm.models.resnetv2.PreActBottleneck": "conv1 norm2 conv2 norm3 conv3",
+    "timm.models.resnetv2.Bottleneck": "conv1 norm1 conv2 norm2 conv3",
+    # Their convolutions are standardised over what they read: refused by that name.
+    "timm.models.nfnet.NormFreeBlock": "conv1 act2 conv2 act2b conv2b act3 conv3",
+}
 
-
-def _check_convolution(path: str, conv: nn.Module) -> None:
-    if type(conv) is not nn.Conv2d:
-        raise UnsupportedModelError(f"{path}: expected a plain Conv2d, got {type(conv).__name__}")
-    if conv.groups != 1:
-        raise UnsupportedModelError(
-            f"{path}: expected groups = 1, got a grouped convolution (groups = {conv.groups})"
-        )
-
-
-RESNET = (Rule("resnet", "inner", _is_block, _inner_layers), Rule("resnet", "last", _is_block, _last_layer))
+RESNET = (
+    Rule("resnet", "inner", _is_block, _inner_layers),
+    Rule("resnet", "last", _is_block, _last_layer),
+    *chains("resnet", "inner", _CHAINS),
+)
