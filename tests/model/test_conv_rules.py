@@ -30,6 +30,13 @@ blocks = models._efficientnet_blocks
 SE = partial(blocks.SqueezeExcite, rd_ratio=0.25, gate_layer="hard_sigmoid")
 GROUP_NORM = partial(layers.GroupNormAct, num_groups=8)
 
+
+@pytest.fixture(autouse=True)
+def _no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks take no images: what a trial would compare before the first cut is compared here."""
+    monkeypatch.setattr("mvp_ext.model.gate.verify_once", lambda *_: None)
+
+
 # Each takes [B, 16, 8, 8].
 INNER: dict[str, Callable[[], nn.Module]] = {
     "basic": lambda: models.resnet.BasicBlock(16, 16, attn_layer=layers.SEModule),
