@@ -25,12 +25,14 @@ class Rule:
         knows: whether a module is of this kind: by what it computes (``computes_as``), never by its name.
         layers: (path of such a module, the module) → its layers of units. UnsupportedModelError names a part in the
             way of cutting it; the module then stays whole.
+        within: whether what it refuses is refused for every part inside of the module, too.
     """
 
     family: str
     part: Part
     knows: Callable[[nn.Module], bool]
     layers: Callable[[str, Any], list[UnitLayer]]
+    within: bool = False
 
 
 def computes_as(module: nn.Module, *known: type[nn.Module]) -> bool:

@@ -6,6 +6,7 @@ dict stay as they are, and compute the same with any number of units.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 from torch import nn
@@ -24,8 +25,10 @@ def narrow(module: nn.Module) -> nn.Module:
     """
     if type(module).__module__.startswith(__name__):
         return module
+    # Not before it is needed: timm is imported with it.
+    importlib.import_module(f"{__name__}.attentions")
     for known, ours in NARROW.items():
-        if type(module).forward is known.forward:
+        if type(module).forward is known.forward and isinstance(module, known):
             return ours(module)
     raise UnsupportedModelError(
         f"{type(module).__name__}: expected a module that can be narrower, and there is none of ours for it"
