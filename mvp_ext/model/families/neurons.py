@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mvp_ext.model.families.parts import Rule, computes_as, need_elementwise, need_plain, reader, writer
 from mvp_ext.model.families.vit import timms
@@ -51,18 +51,26 @@ class _Mlp:
         attributes: tuple[Attribute, ...] = ()
         for name, repeat in self.makers.items():
             maker = mlp.get_submodule(name)
-            need_plain(f"{path}.{name}", maker, nn.Linear, nn.BatchNorm1d)
+            _need_layer(f"{path}.{name}", maker, nn.BatchNorm1d, nn.BatchNorm2d)
             slices += writer(f"{path}.{name}", maker, 1, repeat)
         read = mlp.get_submodule(self.reads)
-        need_plain(f"{path}.{self.reads}", read, nn.Linear)
+        _need_layer(f"{path}.{self.reads}", read)
         if self.depthwise is not None:
             conv = mlp.get_submodule(self.depthwise)
             need_plain(f"{path}.{self.depthwise}", conv, nn.Conv2d)
             slices += writer(f"{path}.{self.depthwise}", conv)
             attributes = (Attribute(f"{path}.{self.depthwise}", "groups"),)
         slices.append(reader(f"{path}.{self.reads}"))
-        probe = Probe(f"{path}.{self.reads}", "input", dim=-1)
-        return [UnitLayer(path, "neuron", read.in_features, tuple(slices), probe, attributes=attributes)]
+        weight: Tensor = read.weight
+        probe = Probe(f"{path}.{self.reads}", "input", dim=1 if weight.ndim == 4 else -1)
+        return [UnitLayer(path, "neuron", weight.shape[1], tuple(slices), probe, attributes=attributes)]
+
+
+def _need_layer(path: str, layer: nn.Module, *norms: type[nn.Module]) -> None:
+    """UnsupportedModelError unless ``layer`` is a plain one, with each of its outputs of all inputs; or a norm."""
+    need_plain(path, layer, nn.Linear, nn.Conv2d, *norms)
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        raise UnsupportedModelError(f"{path}: expected one group, got groups = {layer.groups}")
 
 
 def _need_act(path: str, act: nn.Module) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mvp_ext.model.families.parts import Rule, computes_as, need_plain, reader, writer
 from mvp_ext.model.narrow import NARROW
@@ -66,6 +66,8 @@ class _Attention:
         units, narrowed = getattr(attn, self.units), [path] if self.narrow else []
         slices: list[Slice] = []
         for name, repeat in self.makers.items():
+            # With the heads first, q, k and v of one lie side by side.
+            repeat = 1 if getattr(attn, "head_first", False) else repeat
             slices += _made(f"{path}.{name}", _part(attn, name), units, repeat)
         slices += [
             Slice(f"{path}.{name}", dim) for name, dim in self.tables.items() if _part(attn, name) is not None
@@ -139,10 +141,11 @@ def _made(path: str, maker: Any, units: int, repeat: int) -> tuple[Slice, ...]:
     """What shrinks of a layer, or of a tensor, that makes the heads."""
     if maker is None:
         return ()
-    if not isinstance(maker, nn.Module):
+    if isinstance(maker, Tensor):
         return (Slice(path, 0, maker.shape[0] // (units * repeat), repeat),)
     need_plain(path, maker, nn.Linear, nn.Conv2d)
-    return writer(path, maker, maker.weight.shape[0] // (units * repeat), repeat)
+    weight: Tensor = maker.weight
+    return writer(path, maker, weight.shape[0] // (units * repeat), repeat)
 
 
 def _old(attn: Any) -> str:
@@ -175,11 +178,6 @@ def _global_queries(attn: Any) -> str:
     return "its queries come from elsewhere (use_global)" if attn.use_global else ""
 
 
-def _maxvit(attn: Any) -> str:
-    # With the heads first, a head's q, k and v lie side by side.
-    return "expected q, k and v of a head side by side (head_first), got them apart" * (not attn.head_first)
-
-
 def _no_query(attn: Any) -> str:
     if not isinstance(attn.q, nn.Linear):
         return "its latents are its queries (q_proj=False)"
@@ -192,7 +190,6 @@ def _torchs(attn: Any) -> str:
     return ""
 
 
-_CONV_OR_LINEAR = {"makers": {"qkv": 1}, "refuses": _maxvit}
 _ATTENTIONS: tuple[Any, ...] = (
     _Attention(
         "layers.Attention",
@@ -235,8 +232,8 @@ _ATTENTIONS: tuple[Any, ...] = (
         narrow=True,
     ),
     _Attention("models.vision_transformer_relpos.RelPosAttention", narrow=True, refuses=_without_table),
-    _Attention("models.maxxvit.Attention2d", **_CONV_OR_LINEAR),
-    _Attention("models.maxxvit.AttentionCl", **_CONV_OR_LINEAR),
+    _Attention("models.maxxvit.Attention2d"),
+    _Attention("models.maxxvit.AttentionCl"),
     _Attention("models.vision_transformer_sam.Attention"),
     _Attention("models.hiera.MaskUnitAttention", numbers=("heads", "dim_out"), units="heads"),
     _Attention("models.mvitv2.MultiScaleAttention", numbers=("num_heads", "dim_out")),

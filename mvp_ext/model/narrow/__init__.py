@@ -6,12 +6,13 @@ dict stay as they are, and compute the same with any number of units.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from mvp_ext.model.structure import UnsupportedModelError
+from mvp_ext.model.structure import Structure, UnsupportedModelError
 
 # Class → what makes ours of one of its modules.
 NARROW: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {}
@@ -33,3 +34,20 @@ def narrow(module: nn.Module) -> nn.Module:
     raise UnsupportedModelError(
         f"{type(module).__name__}: expected a module that can be narrower, and there is none of ours for it"
     )
+
+
+@contextlib.contextmanager
+def in_their_place(model: nn.Module, structure: Structure) -> Iterator[None]:
+    """Have ours in the place of all modules that ``structure`` says can be narrower, and give them back after.
+
+    Both compute the same and hold the same tensors, but only ours call all their parts: torch's attention reads the
+    weights of its last layer, and no hook there is called.
+    """
+    theirs = {path: model.get_submodule(path) for layer in structure for path in layer.narrowed}
+    try:
+        for path, module in theirs.items():
+            model.set_submodule(path, narrow(module))
+        yield
+    finally:
+        for path, module in theirs.items():
+            model.set_submodule(path, module)

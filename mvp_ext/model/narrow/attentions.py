@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ class _Narrow(nn.Module):
         self.__dict__.update(
             {name: value.copy() if isinstance(value, dict) else value for name, value in vars(attn).items()}
         )
+
+    if TYPE_CHECKING:
+        # Its parts are those of the other one.
+        def __getattr__(self, name: str) -> Any: ...
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, in the place of {_original(type(self)).__name__}"
