@@ -30,6 +30,7 @@ def timms() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "volo": (models.volo.Attention(32, 4), (2, 2, 2, 32)),
         "volo class": (models.volo.ClassAttention(32, 4), (2, 5, 32)),
         "crossvit": (models.crossvit.CrossAttention(32, 4), (2, 5, 32)),
+        "edgenext": (models.edgenext.CrossCovarianceAttn(32, 4), (2, 5, 32)),
         "tiny_vit": (
             models.tiny_vit.Attention(32, 8, num_heads=4, attn_ratio=2, resolution=(2, 2)),
             (2, 4, 32),

@@ -21,6 +21,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 4, "img_size": 32, "patch_size": 16}
 WINDOWS = {"depths": (2, 1), "embed_dim": 16, "num_heads": (2, 4), "img_size": 32, "window_size": 2}
+PYRAMID = {
+    "depths": (1, 1),
+    "embed_dims": (16, 32),
+    "num_heads": (2, 4),
+    "mlp_ratios": (2, 2),
+    "sr_ratios": (2, 1),
+}
 # name → (arguments, what its scopes are).
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "vit_small_patch16_dinov3": (SMALL, "heads+mlp"),
@@ -44,16 +51,9 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "cait_xxs24_224": ({**SMALL, "depth_token_only": 1}, "heads+mlp"),
     "xcit_nano_12_p16_224": ({**SMALL, "cls_attn_layers": 1}, "heads+mlp"),
-    "pvt_v2_b0": (
-        {
-            "depths": (1, 1),
-            "embed_dims": (16, 32),
-            "num_heads": (1, 2),
-            "mlp_ratios": (2, 2),
-            "sr_ratios": (2, 1),
-        },
-        "mlp",
-    ),
+    "pvt_v2_b0": (PYRAMID, "heads+mlp"),
+    "pvt_v2_b2_li": ({**PYRAMID, "linear": True}, "heads+mlp"),
+    "twins_svt_small": ({**PYRAMID, "depths": (2, 2), "wss": (3, 2), "img_size": 32}, "heads+mlp"),
 }
 
 
@@ -63,7 +63,7 @@ def tiny(name: str) -> nn.Module:
     timm = import_timm()
     kind = timm.models._registry._model_entrypoints.get(name)
     assert kind is not None, name
-    if name == "pvt_v2_b0":
+    if name.startswith("pvt"):
         model = timm.models.pvt_v2.PyramidVisionTransformerV2(num_classes=5, **MODELS[name][0])
     else:
         model = timm.create_model(name, num_classes=5, **MODELS[name][0])
@@ -103,7 +103,7 @@ def assert_same(a: nn.Module, b: nn.Module, *inputs: Any) -> None:
 def test_equals_the_masked_dense_model(name: str) -> None:
     dense, scope, x = tiny(name), MODELS[name][1], images()
     structure = find_structure(dense, scope)
-    for seed, keep in enumerate((0.7, 0.4, 0.01)):
+    for seed, keep in enumerate((0.6, 0.01)):
         mask = Mask.random(structure, keep, seed, align=1)
         model = copy.deepcopy(dense)
         masked = masked_model(model, mask, structure=structure)

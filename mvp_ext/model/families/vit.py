@@ -99,7 +99,12 @@ class _Attention:
 # torch's own last layer of an attention.
 _ITS_OWN = nn.modules.linear.NonDynamicallyQuantizableLinear
 # Their norm is one of what they read, or of what comes out of them.
-_NORM_IS_ELSEWHERE = ("models.tiny_vit.Attention", "layers.AttentionPoolLatent")
+_NORM_IS_ELSEWHERE = (
+    "models.tiny_vit.Attention",
+    "layers.AttentionPoolLatent",
+    "models.pvt_v2.Attention",
+    "models.twins.GlobalSubSampleAttn",
+)
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,10 @@ _ATTENTIONS: tuple[Any, ...] = (
     _Attention("models.cait.ClassAttn", {"q": 1, "k": 1, "v": 1}, narrow=True),
     _Attention("models.crossvit.CrossAttention", {"wq": 1, "wk": 1, "wv": 1}, narrow=True),
     _Attention("models.xcit.XCA", tables={"temperature": 0}, narrow=True),
+    _Attention("models.edgenext.CrossCovarianceAttn", tables={"temperature": 0}, narrow=True),
+    _Attention("models.pvt_v2.Attention", {"q": 1, "kv": 2}, narrow=True),
+    _Attention("models.twins.GlobalSubSampleAttn", {"q": 1, "kv": 2}, narrow=True),
+    _Attention("models.twins.LocallyGroupedAttn", narrow=True),
     _Attention("models.tnt.Attention", {"qk": 2, "v": 1}, numbers=("num_heads", "hidden_dim")),
     _Attention(
         "models.tiny_vit.Attention",

@@ -36,7 +36,7 @@ class _Narrow(nn.Module):
         return f"heads={self.num_heads}, in the place of {_original(type(self)).__name__}"
 
 
-def _original(ours: type[nn.Module]) -> type[nn.Module]:
+def _original(ours: Any) -> Any:
     """The class whose modules one of ours takes over."""
     return next(base for base in ours.__bases__ if not issubclass(base, _Narrow))
 
@@ -185,11 +185,12 @@ class NarrowGPSA(_Narrow, _models.convit.GPSA):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float [B, N, C] → [B, N, C]."""
-        if self.rel_indices.shape[1] != x.shape[1]:
-            self.rel_indices = self.get_rel_indices(x.shape[1])
+        indices: Any = self._buffers["rel_indices"]
+        if indices.shape[1] != x.shape[1]:
+            self._buffers["rel_indices"] = indices = self.get_rel_indices(x.shape[1])
         q, k = _heads(self.qk(x), 2, self.num_heads)
         content = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
-        position = self.pos_proj(self.rel_indices).permute(0, 3, 1, 2).softmax(-1)
+        position = self.pos_proj(indices).permute(0, 3, 1, 2).softmax(-1)
         gate = self.gating_param.view(1, -1, 1, 1).sigmoid()
         weights = (1 - gate) * content + gate * position
         weights = self.attn_drop(weights / weights.sum(-1, keepdim=True))
@@ -237,16 +238,77 @@ class NarrowCrossAttention(_Narrow, _models.crossvit.CrossAttention):  # type: i
         return _attended(self, q, k, v)
 
 
-class NarrowXCA(_Narrow, _models.xcit.XCA):  # type: ignore[misc]
-    """XCiT's cross-covariance attention with any number of heads."""
+class _NarrowCrossCovariance(_Narrow):
+    """Of an attention between channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float [B, N, C] → [B, N, C]."""
         q, k, v = (t.transpose(-2, -1) for t in _heads(self.qkv(x), 3, self.num_heads))
         weights = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.temperature
-        # timm drops none of them where its attention is fused.
-        weights = weights.softmax(-1) if self.fused_attn else self.attn_drop(weights.softmax(-1))
+        # timm's XCA drops none of them where it is fused.
+        weights = (
+            weights.softmax(-1)
+            if vars(self).get("fused_attn", False)
+            else self.attn_drop(weights.softmax(-1))
+        )
         return self.proj_drop(self.proj(_joined((weights @ v).transpose(-2, -1))))
+
+
+class NarrowXCA(_NarrowCrossCovariance, _models.xcit.XCA):  # type: ignore[misc]
+    """XCiT's cross-covariance attention with any number of heads."""
+
+
+class NarrowCrossCovarianceAttn(_NarrowCrossCovariance, _models.edgenext.CrossCovarianceAttn):  # type: ignore[misc]
+    """EdgeNeXt's cross-covariance attention with any number of heads."""
+
+
+def _as_map(x: Tensor, size: Any) -> Tensor:
+    """[B, h · w, C] → [B, C, h, w]."""
+    return x.transpose(1, 2).unflatten(2, tuple(size))
+
+
+def _as_tokens(x: Tensor) -> Tensor:
+    """[B, C, h, w] → [B, h · w, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+class NarrowPvtAttention(_Narrow, _models.pvt_v2.Attention):  # type: ignore[misc]
+    """PVT v2's Attention with any number of heads."""
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        """x: float [B, h · w, C] → as x."""
+        (q,) = _heads(self.q(x), 1, self.num_heads)
+        if self.pool is not None:
+            x = self.act(self.norm(_as_tokens(self.sr(self.pool(_as_map(x, feat_size))))))
+        elif self.sr is not None:
+            x = self.norm(_as_tokens(self.sr(_as_map(x, feat_size))))
+        return _attended(self, q, *_heads(self.kv(x), 2, self.num_heads))
+
+
+class NarrowGlobalSubSampleAttn(_Narrow, _models.twins.GlobalSubSampleAttn):  # type: ignore[misc]
+    """Twins' attention to a smaller map, with any number of heads."""
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """x: float [B, h · w, C] → as x."""
+        (q,) = _heads(self.q(x), 1, self.num_heads)
+        if self.sr is not None:
+            x = self.norm(_as_tokens(self.sr(_as_map(x, size))))
+        return _attended(self, q, *_heads(self.kv(x), 2, self.num_heads))
+
+
+class NarrowLocallyGroupedAttn(_Narrow, _models.twins.LocallyGroupedAttn):  # type: ignore[misc]
+    """Twins' attention in windows, with any number of heads."""
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """x: float [B, h · w, C] → as x."""
+        (h, w), side = size, self.ws
+        x = F.pad(x.unflatten(1, (h, w)), (0, 0, 0, -w % side, 0, -h % side))
+        rows, columns = x.shape[1] // side, x.shape[2] // side
+        x = x.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3).flatten(3, 4)
+        x = x.flatten(0, 2)
+        x = _attended(self, *_heads(self.qkv(x), 3, self.num_heads))
+        x = x.unflatten(1, (side, side)).unflatten(0, (-1, rows, columns)).transpose(2, 3)
+        return x.flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1, 2)
 
 
 class NarrowAttentionPoolLatent(_Narrow, _timm.layers.AttentionPoolLatent):  # type: ignore[misc]
