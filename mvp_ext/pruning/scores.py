@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mvp_ext.model.borrowed import borrowed, with_gradients
 from mvp_ext.model.ends import as_input
+from mvp_ext.model.narrow import in_their_place
 from mvp_ext.model.structure import Structure, UnitLayer
 from mvp_ext.ops import backend_for
 from mvp_ext.train.backbone import autocast
@@ -255,7 +256,7 @@ def score_units(
     """
     if criterion not in CRITERIA:
         raise ValueError(f"score_units: criterion: expected one of {', '.join(CRITERIA)}, got {criterion!r}")
-    with borrowed(model) as inner, with_gradients():
+    with borrowed(model) as inner, with_gradients(), in_their_place(inner, structure):
         if any(parameter.is_inference() for parameter in inner.parameters()):
             # Made in inference mode: such weights take no part in a graph.
             inner = copy.deepcopy(inner)

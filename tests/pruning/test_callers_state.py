@@ -227,6 +227,7 @@ OTHERS = {
     "model.families.parts.need_plain": "a look at modules",
     "model.gate.verify": "what Structure.verify does",
     "model.gate.verify_once": "what Structure.verify does",
+    "model.narrow.in_their_place": "puts its modules back",
     "model.holders.check_wrappers": "a look at modules",
     "model.holders.is_held": "a look at references",
     "model.narrow.narrow": "a step of prune_model",

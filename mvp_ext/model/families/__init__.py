@@ -20,10 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from mvp_ext.model.borrowed import unwrapped
-from mvp_ext.model.families.attention import ATTENTION
 from mvp_ext.model.families.convnext import CONVNEXT
 from mvp_ext.model.families.efficientnet import EFFICIENTNET
-from mvp_ext.model.families.mlp import MLP
+from mvp_ext.model.families.neurons import NEURONS
 from mvp_ext.model.families.parts import Part, Rule
 from mvp_ext.model.families.regnet import REGNET
 from mvp_ext.model.families.resnet import RESNET
@@ -33,7 +32,7 @@ from mvp_ext.model.families.vit import VIT
 from mvp_ext.model.structure import LayerCheck, LeftWhole, Structure, UnitLayer, UnsupportedModelError
 
 # Those that others registered come first.
-RULES: list[Rule] = [*CONVNEXT, *VIT, *ATTENTION, *MLP, *RESNET, *REGNET, *EFFICIENTNET, *SPLIT, *STREAM]
+RULES: list[Rule] = [*CONVNEXT, *VIT, *NEURONS, *RESNET, *REGNET, *EFFICIENTNET, *SPLIT, *STREAM]
 # Scope → its parts, in the order in which scopes are preferred.
 SCOPES: dict[str, tuple[Part, ...]] = {
     "heads": ("heads",),
@@ -95,9 +94,11 @@ def _ask(model: nn.Module) -> tuple[list[tuple[Rule, list[UnitLayer]]], dict[tup
     """What the rules find, in the model's order, and why they refuse what they know: (path, part) → reason."""
     found: list[tuple[Rule, list[UnitLayer]]] = []
     refused: dict[tuple[str, Part], str] = {}
+    # What is inside of a module that a rule refuses with all its parts: (beginning of paths, part).
+    closed: list[tuple[str, Part]] = []
     known = LayerCheck(model)
     for path, module in model.named_modules():
-        answered: set[Part] = set()
+        answered: set[Part] = {part for beginning, part in closed if path.startswith(beginning)}
         for rule in RULES:
             if rule.part in answered or not rule.knows(module):
                 continue
@@ -109,6 +110,8 @@ def _ask(model: nn.Module) -> tuple[list[tuple[Rule, list[UnitLayer]]], dict[tup
                 found.append((rule, layers))
             except UnsupportedModelError as error:
                 refused[path, rule.part] = str(error)
+                if rule.within:
+                    closed.append((f"{path}." if path else "", rule.part))
     return found, refused
 
 

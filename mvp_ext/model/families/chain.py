@@ -65,7 +65,7 @@ _NOTHING_TO_CUT = (
     "torch.nn.MaxPool2d",
     "timm.layers.DropBlock2d",
 )
-_GRNS = ("timm.layers.grn.GlobalResponseNorm", "mvp_ext.model.narrow.grn.NarrowGlobalResponseNorm")
+_GRNS = ("timm.layers.grn.GlobalResponseNorm", "mvp_ext.model.narrow.grn.GlobalResponseNorm")
 
 
 def chains(family: str, part: Literal["inner", "mlp"], known: Mapping[str, str]) -> tuple[Rule, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
-from mvp_ext.model.structure import Attribute, Probe, Slice, UnitLayer, UnsupportedModelError
+from mvp_ext.model.structure import Slice, UnitLayer, UnsupportedModelError
 
 # What a rule's units are: filters inside of a block, its last filters, channels of residual streams, attention heads,
 # hidden neurons of an MLP.
@@ -25,12 +25,14 @@ class Rule:
         knows: whether a module is of this kind: by what it computes (``computes_as``), never by its name.
         layers: (path of such a module, the module) → its layers of units. UnsupportedModelError names a part in the
             way of cutting it; the module then stays whole.
+        within: whether what it refuses is refused for every part inside of the module, too.
     """
 
     family: str
     part: Part
     knows: Callable[[nn.Module], bool]
     layers: Callable[[str, Any], list[UnitLayer]]
+    within: bool = False
 
 
 def computes_as(module: nn.Module, *known: type[nn.Module]) -> bool:
@@ -70,77 +72,6 @@ def writer(path: str, module: Any, block: int = 1, repeat: int = 1) -> tuple[Sli
     return tuple(
         Slice(f"{path}.{name}", 0, block, repeat) for name in names if getattr(module, name, None) is not None
     )
-
-
-def head_layer(
-    path: str,
-    attn: Any,
-    packed: Mapping[str, int],
-    *,
-    heads: int | None = None,
-    out: str = "proj",
-    more: Sequence[Slice] = (),
-    attributes: Mapping[str, int] | None = None,
-    narrowed: bool = False,
-) -> UnitLayer:
-    """The heads of an attention whose output projection reads one head after the other.
-
-    Args:
-        path, attn: the module, with its path.
-        packed: name of a linear layer that writes for the heads → how many of q, k, v, gates it holds. The module may
-            lack some.
-        heads: how many units there are; default: ``attn.num_heads``.
-        out: name of the output projection.
-        more: what else has places for the heads.
-        attributes: name of an attribute of the module → how much of it a unit makes; default: ``num_heads``, 1.
-        narrowed: whether the module is to be taken over.
-    """
-    heads = attn.num_heads if heads is None else heads
-    projection = getattr(attn, out)
-    if not computes_as(projection, nn.Linear):
-        raise UnsupportedModelError(f"{path}.{out}: expected a plain Linear, got {type(projection).__name__}")
-    slices: list[Slice] = []
-    for name, repeat in packed.items():
-        if (linear := getattr(attn, name, None)) is not None:
-            need_plain(f"{path}.{name}", linear, nn.Linear)
-            slices += writer(f"{path}.{name}", linear, linear.out_features // (repeat * heads), repeat)
-    return UnitLayer(
-        path,
-        "head",
-        heads,
-        (*slices, *more, reader(f"{path}.{out}", projection.in_features // heads)),
-        Probe(f"{path}.{out}", "input", dim=-1, heads=heads),
-        attributes=tuple(Attribute(path, n, k) for n, k in (attributes or {"num_heads": 1}).items()),
-        narrowed=(path,) if narrowed else (),
-    )
-
-
-def neuron_layer(
-    path: str, mlp: Any, into: Mapping[str, int], out: str, *, more: Sequence[Slice] = ()
-) -> UnitLayer:
-    """The hidden neurons of an MLP of linear layers or 1 × 1 convolutions.
-
-    Args:
-        path, mlp: the module, with its path.
-        into: name of a layer that writes hidden neurons → how many parts of them (2 for a gate beside) it holds.
-        out: name of the layer that reads them.
-        more: what else has places for them.
-    """
-    parts = {name: mlp.get_submodule(name) for name in (*into, out)}
-    for name, part in parts.items():
-        need_plain(f"{path}.{name}", part, nn.Linear, nn.Conv2d)
-        if isinstance(part, nn.Conv2d) and part.groups != 1:
-            raise UnsupportedModelError(f"{path}.{name}: expected groups = 1, got groups = {part.groups}")
-    slices = [each for name, n in into.items() for each in writer(f"{path}.{name}", parts[name], 1, n)]
-    probe = Probe(f"{path}.{out}", "input", dim=1 if isinstance(parts[out], nn.Conv2d) else -1)
-    units = parts[out].weight.shape[1]
-    return UnitLayer(path, "neuron", units, (*slices, *more, reader(f"{path}.{out}")), probe)
-
-
-def need_no_norm(path: str, module: Any, across: str) -> None:
-    """UnsupportedModelError where ``module.norm`` normalises across the units."""
-    if not isinstance(norm := getattr(module, "norm", nn.Identity()), nn.Identity):
-        raise UnsupportedModelError(f"{path}.norm ({type(norm).__name__}): it normalises across {across}")
 
 
 def reader(path: str, block: int = 1, repeat: int = 1) -> Slice:

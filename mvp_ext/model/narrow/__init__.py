@@ -1,21 +1,24 @@
 """Modules of others that cannot compute with fewer units than they were built for, and ours that take their place.
 
-Ours hold the very parts, tensors and settings of the one that they take over, under its names, so that the names in the
-state dict stay as they are, and compute the same with any number of units.
+Ours hold the very parts and tensors of the one that they take over, under its names, so that the names in the state
+dict stay as they are, and compute the same with any number of units.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
-from mvp_ext.model.narrow.attention import NarrowBeitAttention, NarrowEvaAttention, NarrowMultiheadAttention
-from mvp_ext.model.narrow.grn import NarrowGlobalResponseNorm
-from mvp_ext.model.narrow.taken import Taken
-from mvp_ext.model.structure import UnsupportedModelError
+from mvp_ext.model.narrow.grn import GlobalResponseNorm
+from mvp_ext.model.structure import Structure, UnsupportedModelError
 from mvp_ext.timm_compat import import_timm
+
+# Class → what makes ours of one of its modules.
+NARROW: dict[type[nn.Module], Callable[[nn.Module], nn.Module]] = {}
 
 
 def narrow(module: nn.Module) -> nn.Module:
@@ -24,26 +27,38 @@ def narrow(module: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: there is none of ours for its class.
     """
-    if isinstance(module, Taken):
+    if type(module).__module__.startswith(__name__):
         return module
-    for known, ours in _known().items():
-        if type(module).forward is known.forward:
+    # Not before it is needed: timm is imported with it.
+    importlib.import_module(f"{__name__}.attentions")
+    for known, ours in {**NARROW, **_of_timm()}.items():
+        if type(module).forward is known.forward and isinstance(module, known):
             return ours(module)
     raise UnsupportedModelError(
         f"{type(module).__name__}: expected a module that can be narrower, and there is none of ours for it"
     )
 
 
-def _known() -> dict[type[nn.Module], Callable[[nn.Module], nn.Module]]:
-    """Class → what makes ours of one of its modules. Only a call imports timm."""
-    timm = import_timm()
-    return {
-        nn.MultiheadAttention: NarrowMultiheadAttention,
-        timm.models.eva.EvaAttention: NarrowEvaAttention,
-        timm.models.beit.Attention: NarrowBeitAttention,
-        timm.layers.grn.GlobalResponseNorm: NarrowGlobalResponseNorm,
-        timm.layers.BlurPool2d: _blur_pool,
-    }
+@contextlib.contextmanager
+def in_their_place(model: nn.Module, structure: Structure) -> Iterator[None]:
+    """Have ours in the place of all modules that ``structure`` says can be narrower, and give them back after.
+
+    Both compute the same and hold the same tensors, but only ours call all their parts: torch's attention reads the
+    weights of its last layer, and no hook there is called.
+    """
+    theirs = {path: model.get_submodule(path) for layer in structure for path in layer.narrowed}
+    try:
+        for path, module in theirs.items():
+            model.set_submodule(path, narrow(module))
+        yield
+    finally:
+        for path, module in theirs.items():
+            model.set_submodule(path, module)
+
+
+def _of_timm() -> dict[type[nn.Module], Callable[[nn.Module], nn.Module]]:
+    layers = import_timm().layers
+    return {layers.grn.GlobalResponseNorm: GlobalResponseNorm, layers.BlurPool2d: _blur_pool}
 
 
 def _blur_pool(pool: Any) -> nn.Module:
