@@ -20,7 +20,7 @@ from mvp_ext.model.surgery import expand_state, masked_model, prune_model
 from mvp_ext.pruning.scores import ON_ACTIVATIONS, score_units
 from mvp_ext.timm_compat import import_timm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_trial")
 
 timm = import_timm()
 import torchvision  # noqa: E402  after timm: see timm_compat
@@ -29,12 +29,6 @@ models, layers = timm.models, timm.layers
 blocks = models._efficientnet_blocks
 SE = partial(blocks.SqueezeExcite, rd_ratio=0.25, gate_layer="hard_sigmoid")
 GROUP_NORM = partial(layers.GroupNormAct, num_groups=8)
-
-
-@pytest.fixture(autouse=True)
-def _no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks take no images: what a trial would compare before the first cut is compared here."""
-    monkeypatch.setattr("mvp_ext.model.gate.verify_once", lambda *_: None)
 
 
 # Each takes [B, 16, 8, 8].

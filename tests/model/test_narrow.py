@@ -17,7 +17,7 @@ from mvp_ext.model.surgery import masked_model, prune_model
 from mvp_ext.pruning.scores import score_units
 from mvp_ext.timm_compat import import_timm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_trial")
 
 
 def timms() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:

@@ -17,7 +17,7 @@ from mvp_ext.model.structure import UnsupportedModelError
 from mvp_ext.model.surgery import masked_model, prune_model
 from mvp_ext.timm_compat import import_timm
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_trial")
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 4, "img_size": 32, "patch_size": 16}
 WINDOWS = {"depths": (2, 1), "embed_dim": 16, "num_heads": (2, 4), "img_size": 32, "window_size": 2}
