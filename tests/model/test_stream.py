@@ -1,4 +1,4 @@
-"""Scope `stream`: a residual stream's channels go from all that write and read them, exactly, or the model is refused."""
+"""Scope `stream`: channels go from all that write and read a residual stream, exactly, or the model is refused."""
 
 from __future__ import annotations
 
