@@ -54,7 +54,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Any) -> None:
     structure = find_structure(model, "stream")
     mask = Mask.random(structure, 0.5, 0, align=1)
     prune_model(model, mask, structure=structure)
-    save_pruned(tmp_path / "m.safetensors", model, mask=mask, structure=structure)
+    save_pruned(model, tmp_path / "m.safetensors", mask=mask, structure=structure)
     x = tiny_images(model)
     with torch.no_grad():
         assert torch.equal(load_pruned(tmp_path / "m.safetensors").model.eval()(x), model(x))
@@ -72,7 +72,7 @@ def test_every_score(criterion: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kwargs", "message"),
     [
-        ("resnet18", {"norm_layer": "groupnorm"}, r"bn1: .* got GroupNorm"),
+        ("resnet50_gn", {"channels": (32, 32, 32, 32)}, r"bn1: .* got GroupNorm"),
         ("ecaresnet26t", {}, r"layer1\.0\.se: .* got EcaModule"),
         ("resnetblur18", {}, r"maxpool\.1: .* got BlurPool2d"),
         ("resnet18", {"num_classes": 0}, r"fc: expected a layer that reads the stream"),
