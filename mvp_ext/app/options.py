@@ -190,7 +190,7 @@ class CutOptions:
     scope: Annotated[
         str | None,
         Option(
-            help="ResNet: inner, all. ViT: heads, mlp, heads+mlp. Default: the zoo's, or the first that the model has.",
+            help="ResNet: inner, all, stream. ViT: heads, mlp, heads+mlp. Default: the zoo's, or the model's first.",
             rich_help_panel=PRUNING,
         ),
     ] = None

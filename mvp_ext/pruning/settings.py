@@ -58,8 +58,8 @@ class Settings:
 
     Attributes:
         keep: share of each layer's units that stays, in (0, 1].
-        scope: which units are cut: "inner" or "all" for a ResNet, "heads", "mlp" or "heads+mlp" for a ViT. None: the
-            first that the model has.
+        scope: which units are cut: "inner", "all" or "stream" for a ResNet, "heads", "mlp" or "heads+mlp" for a ViT.
+            None: the first that the model has.
         align: kept counts of filters and neurons are rounded to multiples of this.
         schedule: of iterative pruning, and the criterion of one-shot pruning.
         recipe: how weights are trained. None: the family's.
