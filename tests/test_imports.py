@@ -14,7 +14,8 @@ HEAVY = ("timm", "torchvision", "sklearn", "scipy", "matplotlib", "typer", "rich
 EVERY_MODULE_BELOW_THE_APP = """
 import importlib, pkgutil
 for module in pkgutil.walk_packages(mvp_ext.__path__, "mvp_ext."):
-    if not module.name.startswith(("mvp_ext.app", "mvp_ext.__main__")):
+    # The classes of narrow.attentions are subclasses of timm's: whoever needs one imports it.
+    if not module.name.startswith(("mvp_ext.app", "mvp_ext.__main__", "mvp_ext.model.narrow.attentions")):
         importlib.import_module(module.name)
 """
 
