@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,10 +121,10 @@ def _noisy(model: nn.Module) -> nn.Module:
             else:
                 fill(parameter, 1.0 if name.endswith("weight") else 0.1, 0.25)
         for module in noisy.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and isinstance(module.running_var, Tensor):
                 # What runs in train mode leaves them as they are.
                 module.momentum = 0.0
-                fill(module.running_mean, 0, 0.5)
+                fill(cast(Tensor, module.running_mean), 0, 0.5)
                 module.running_var.copy_(
                     torch.rand(module.running_var.shape, generator=generator, dtype=torch.float64) + 0.5
                 )
@@ -146,9 +146,7 @@ def _trace(model: nn.Module) -> tuple[_Channels, Tensor]:
     reason = ""
     for height, width in sides:
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(
-            3, first.in_channels, height, width, generator=generator, dtype=torch.float64
-        )
+        images = torch.randn(3, first.in_channels, height, width, generator=generator, dtype=torch.float64)
         graph = torch_pruning.DependencyGraph()
         try:
             # Models and Torch-Pruning may raise anything, and it guesses aloud.
@@ -258,7 +256,9 @@ def _say_places(graph: Any) -> None:
             back = reader.dependencies[k]
             to_reader = [i for i, each in enumerate(node.outputs) if each is reader][nth]
             forth = node.dependencies[len(node.inputs) + to_reader]
-            out_of = _shift(parts[number], parts[number + 1], -parts[number]) if parts else forth.index_mapping[0]
+            out_of = (
+                _shift(parts[number], parts[number + 1], -parts[number]) if parts else forth.index_mapping[0]
+            )
             into = _shift(0, None, parts[number]) if parts else back.index_mapping[0]
             forth.index_mapping = [out_of, _shift(0, None, offsets[k]) if offsets else forth.index_mapping[1]]
             apart = _shift(offsets[k], offsets[k + 1], -offsets[k]) if offsets else back.index_mapping[1]
@@ -314,7 +314,7 @@ class _Unit:
             if module.groups == 1 or not is_input:
                 self._module(channels, name, module, is_input, index)
         elif isinstance(module, nn.Linear):
-            if type(module).forward is not nn.Linear.forward:
+            if type(module).forward not in (nn.Linear.forward, import_timm().layers.Linear.forward):
                 self.problem = f"{path}: expected a plain Linear, got {type(module).__name__}"
             self._module(channels, name, module, is_input, index)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -328,7 +328,7 @@ class _Unit:
             self.parts |= {sizes[0], sum(sizes)}
             if len(set(sizes)) > 1:
                 self.problem = "its channels are split into parts of different sizes"
-        elif str(getattr(module, "_grad_fn", "")).startswith("Add") and len(node.inputs) > 1:
+        elif str(getattr(module, "_grad_fn", "")).startswith("AddBackward") and len(node.inputs) > 1:
             self.added = True
 
     def _module(self, channels: _Channels, path: str, module: nn.Module, is_input: bool, index: int) -> None:
@@ -348,7 +348,8 @@ class _Unit:
         made = [
             path
             for path, module in self.modules.items()
-            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and (f"{path}.weight", 0) in self.places
+            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+            and (f"{path}.weight", 0) in self.places
         ]
         return sorted(made, key=lambda path: (path in self.groups, channels.order[path]))
 
@@ -457,6 +458,8 @@ def _slices(tensor: str, dim: int, places: Sequence[Sequence[int]], size: int) -
     for u, own in enumerate(places):
         if list(own) != [place + u * len(run) for run in runs for place in run]:
             raise UnsupportedModelError(f"{tensor}: dimension {dim}: the units' places are in no plain order")
+    if max(map(max, places)) >= size or min(map(min, places)) < 0:
+        raise UnsupportedModelError(f"{tensor}: dimension {dim}: units have places outside of it")
     start, block = runs[0][0], len(runs[0])
     even = all(len(run) == block and run[0] == start + r * units * block for r, run in enumerate(runs))
     if even and units * block * len(runs) == size:
@@ -540,7 +543,8 @@ def _run(model: nn.Module, images: Tensor, state: dict[str, Tensor]) -> list[Ten
 
 def _masked(model: nn.Module, structure: Structure, mask: Mask) -> dict[str, Tensor]:
     """The tensors of ``surgery.masked_model`` that differ from the model's."""
-    state, masked = model.state_dict(), {}
+    state = model.state_dict()
+    masked: dict[str, Tensor] = {}
     for layer in structure:
         removed = (~mask.layers[layer.name]).nonzero().flatten()
         for cut in layer.slices:
