@@ -37,6 +37,8 @@ from mvp_ext.timm_compat import import_timm
 _SIDES = (64, 128)
 # Of the largest output, in float64: what is left of another order of sums is a millionth of it.
 _TOLERANCE = 1e-8
+# What autograd calls sums; the last is one into a part of a tensor.
+_SUMS = ("AddBackward", "SubBackward", "torch::autograd::CopySlices")
 # A channel in the traced graph: (node, whether it is an input of the node, its index).
 _Channel = tuple[Any, bool, int]
 
@@ -328,7 +330,7 @@ class _Unit:
             self.parts |= {sizes[0], sum(sizes)}
             if len(set(sizes)) > 1:
                 self.problem = "its channels are split into parts of different sizes"
-        elif str(getattr(module, "_grad_fn", "")).startswith("AddBackward") and len(node.inputs) > 1:
+        elif str(getattr(module, "_grad_fn", "")).startswith(_SUMS) and len(node.inputs) > 1:
             self.added = True
 
     def _module(self, channels: _Channels, path: str, module: nn.Module, is_input: bool, index: int) -> None:
