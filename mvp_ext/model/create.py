@@ -45,18 +45,29 @@ def create_model(
         UnsupportedModelError: the model is built of parts that cannot be cut here (the message names one).
         RuntimeError: the pretrained weights cannot be had.
     """
+    model = _create(
+        name,
+        {
+            "num_classes": num_classes,
+            "in_chans": in_chans,
+            "img_size": img_size,
+            "pretrained": pretrained,
+        }
+        | kwargs,
+    )
+    find_structure(model)
+    return model
+
+
+def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """``create_model`` that does not ask whether the model can be cut."""
     timm = import_timm()
+    pretrained = kwargs.get("pretrained", False)
     base = name.split(".", 1)[0]
     if not timm.is_model(base):
         close = difflib.get_close_matches(base, timm.list_models(), n=5, cutoff=0.5)
         hint = f"; close names: {', '.join(close)}" if close else ""
         raise ValueError(f"create_model: timm {timm.__version__} has no model named {name!r}{hint}")
-    kwargs = {
-        "num_classes": num_classes,
-        "in_chans": in_chans,
-        "img_size": img_size,
-        "pretrained": pretrained,
-    } | kwargs
     try:
         with _hub() if pretrained else nullcontext():
             try:
@@ -78,7 +89,6 @@ def create_model(
             "cache; give weights in a local file instead (--weights), or none "
             f"({type(error).__name__}: {error})"
         ) from error
-    find_structure(model)
     # A checkpoint needs the arguments. A newer timm notes them itself.
     if not hasattr(model, "_model_args"):
         model._model_args = {
@@ -114,7 +124,8 @@ def _reachable(url: str) -> bool:
 def create_empty(arguments: Mapping[str, Any]) -> nn.Module:
     """What ``create_model`` makes of these arguments, with tensors that have shapes but no memory.
 
-    torch's random numbers go on as if nothing had been initialised.
+    Whether it can be cut is not asked: what loads a model knows how it was cut. torch's random numbers go on as if
+    nothing had been initialised.
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return create_model(**arguments)
+        return _create(arguments["name"], {key: value for key, value in arguments.items() if key != "name"})

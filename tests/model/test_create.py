@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from mvp_ext.model.create import create_model
 from mvp_ext.model.structure import UnsupportedModelError
 
 
-def test_create_model_says_what_is_wrong() -> None:
+def test_create_model_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ValueError, match=r"has no model named 'resnet8'; close names: .*resnet18"):
         create_model("resnet8")
     with pytest.raises(UnsupportedModelError, match="ScaledStdConv2d"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -128,8 +129,10 @@ def test_probes_read_the_units(name: str, scope: str) -> None:
     ],
 )
 def test_refuses_by_the_name_of_the_part(
-    name: str, kwargs: dict[str, Any], scope: str | None, message: str
+    name: str, kwargs: dict[str, Any], scope: str | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where Torch-Pruning, which may find more, is not installed."""
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(ValueError, match=message):
         find_structure(on_meta(name, **kwargs), scope)
 

@@ -10,7 +10,8 @@
 | `heads+mlp`       | both                                                                                          |
 | `inner+mlp`, `inner+heads+mlp` | networks of convolutions and transformers                                        |
 
-A family is a file here with a few ``Rule``s, and its place in ``RULES``; ``register_rule`` takes others'.
+A family is a file here with a few ``Rule``s, and its place in ``RULES``; ``register_rule`` takes others'. Where no rule
+finds anything, ``graph.py`` traces the model, if Torch-Pruning is there (extra `graph`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.families.convnext import CONVNEXT
 from mvp_ext.model.families.efficientnet import EFFICIENTNET
+from mvp_ext.model.families.graph import graph_layers
 from mvp_ext.model.families.neurons import NEURONS
 from mvp_ext.model.families.parts import Part, Rule
 from mvp_ext.model.families.regnet import REGNET
@@ -71,12 +73,19 @@ def find_structure(model: nn.Module, scope: str | None = None) -> Structure:
         raise ValueError(f"find_structure: scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
     model = unwrapped(model)
     found, refused = _ask(model)
+    untraced = ""
+    if not found:
+        found, traced, untraced = _trace(model)
+        refused |= traced
     there = {rule.part for rule, _ in found}
-    possible = [each for each, parts in SCOPES.items() if there.issuperset(parts)]
+    # A network may be all streams.
+    needed = {**SCOPES, "stream": ("stream",)}
+    possible = [each for each, parts in needed.items() if there.issuperset(parts)]
     if scope is None and possible:
         scope = possible[0]
     if scope not in possible:
-        raise _refusal(model, scope, there, possible, refused)
+        refusal = _refusal(model, scope, there, possible, refused)
+        raise UnsupportedModelError(f"{refusal}; {untraced}") if untraced else refusal
     parts = SCOPES[scope]
     chosen = [(rule, layers) for rule, layers in found if rule.part in parts]
     structure = Structure(
@@ -113,6 +122,20 @@ def _ask(model: nn.Module) -> tuple[list[tuple[Rule, list[UnitLayer]]], dict[tup
                 if rule.within:
                     closed.append((f"{path}." if path else "", rule.part))
     return found, refused
+
+
+def _trace(
+    model: nn.Module,
+) -> tuple[list[tuple[Rule, list[UnitLayer]]], dict[tuple[str, Part], str], str]:
+    """What tracing finds and refuses, as ``_ask`` says it, and why it finds nothing."""
+    try:
+        traced = graph_layers(model)
+    except UnsupportedModelError as error:
+        return [], {}, str(error)
+    if not traced.layers:
+        return [], {}, next(iter(traced.refused.values()), "")
+    rules = {part: Rule("graph", part, lambda _: False, lambda *_: []) for part, _ in traced.layers}
+    return [(rules[part], [layer]) for part, layer in traced.layers], traced.refused, ""
 
 
 def _refusal(
