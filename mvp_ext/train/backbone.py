@@ -176,14 +176,16 @@ def load_backbone(
         ImportError: the folder needs transformers, which is not installed.
         ValueError: an unknown model, weights of another one, or a size that the model cannot take.
     """
-    name, classes = str(source), ()
+    name = str(source)
+    model: nn.Module
+    classes: tuple[str, ...] = ()
     if name.startswith("hf:"):
         if weights is not None or pretrained:
             raise ValueError(
                 f"load_backbone: {name}: a folder has its own weights: leave weights and pretrained out"
             )
         model, classes = load_folder(Path(name.removeprefix("hf:")))
-        if num_classes is not None and num_classes != model.num_classes:
+        if num_classes is not None and num_classes != len(classes):
             fresh_head(model, num_classes)
             classes = ()
     elif Path(source).suffix == ".safetensors":

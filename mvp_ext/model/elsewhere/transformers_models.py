@@ -141,12 +141,13 @@ def wrap_transformers(module: nn.Module, seen: Preprocessing | None = None) -> W
     Raises:
         ValueError: of another class.
     """
-    name, described = type(module).__name__, module.config
+    name = type(module).__name__
     if name not in CLASSES or type(module) is not getattr(import_transformers(), name):
         raise ValueError(
             f"Backbone: expected a class of transformers that is known here ({', '.join(CLASSES)}), got {name}; "
             "others go with an adapter: Backbone.wrap(model, adapter=Adapter(…))"
         )
+    described: Any = module.config
     values: dict[str, Any] = described.to_dict()
     config = {key: values[key] for key in CONFIG if values.get(key) is not None}
     size = values.get("image_size") or 224
@@ -159,7 +160,7 @@ def wrap_transformers(module: nn.Module, seen: Preprocessing | None = None) -> W
     adapter = Adapter(seen, head, features, any_size=name.startswith(_ANY_SIZE))
     wrapped = WrappedModel(module, adapter, f"transformers:{name}", config)
     if name == "ViTModel":
-        wrapped.model.pooler = None
+        wrapped.model._modules["pooler"] = None
     return wrapped
 
 

@@ -96,7 +96,8 @@ class WrappedModel(nn.Module):
     @torch.no_grad()
     def _width(self) -> int:
         """Of the features; one image is tried (of a model without memory for its tensors, by shapes alone)."""
-        twin, size, name = twin_of(self), self.adapter.preprocessing.size, _name(self.model)
+        twin: Any = twin_of(self)
+        size, name = self.adapter.preprocessing.size, _name(self.model)
         like = next(self.model.parameters(), torch.empty(0))
         images = torch.zeros(1, self.in_chans, size, size, device=like.device, dtype=dtype_of(self.model))
         try:
