@@ -160,8 +160,9 @@ class ModelOptions:
                 "`mvp-ext pretrain` wrote"
             )
         if saved and (self.weights or self.pretrained):
+            kind = "folder" if folder else "file"
             raise ValueError(
-                f"model {self.model!r} is a {'folder' if folder else 'file'} with its own weights: leave --weights and --pretrained out"
+                f"model {self.model!r} is a {kind} with its own weights: leave --weights and --pretrained out"
             )
         # A file says how it sees images; whether that is what the zoo says is found when they meet.
         seen = None if saved else seen

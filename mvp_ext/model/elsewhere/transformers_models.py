@@ -149,7 +149,12 @@ def wrap_transformers(module: nn.Module, seen: Preprocessing | None = None) -> W
         )
     described: Any = module.config
     values: dict[str, Any] = described.to_dict()
-    config = {key: values[key] for key in CONFIG if values.get(key) is not None}
+    # As a file has them.
+    config = {
+        key: list(value) if isinstance(value := values[key], tuple) else value
+        for key in CONFIG
+        if values.get(key) is not None
+    }
     size = values.get("image_size") or 224
     if seen is None:
         seen = Preprocessing(int(size if isinstance(size, int) else size[0]), *CLASSES[name])
@@ -193,17 +198,13 @@ def load_folder(folder: Path) -> tuple[WrappedModel, tuple[str, ...]]:
     for key, value in config.items():
         if not CONFIG[key](value):
             raise ValueError(f"{folder}: config.json: {key}: {value!r} is not a value that can be set here")
-    labels = described.get("id2label") or {}
-    classes = tuple(str(labels[key]) for key in sorted(labels, key=int))
-    classes = classes if name.endswith("ForImageClassification") else ()
+    classes, outputs = _classes(folder, described) if name.endswith("ForImageClassification") else ((), 0)
     kind = getattr(transformers, name)
     options: dict[str, Any] = {"add_pooling_layer": False} if name == "ViTModel" else {}
     try:
         module, report = kind.from_pretrained(
             str(folder),
-            config=kind.config_class(
-                **config, num_channels=own.get("num_channels", 3), num_labels=len(classes)
-            ),
+            config=kind.config_class(**config, num_channels=own.get("num_channels", 3), num_labels=outputs),
             local_files_only=True,
             use_safetensors=True,
             dtype=torch.float32,
@@ -215,6 +216,18 @@ def load_folder(folder: Path) -> tuple[WrappedModel, tuple[str, ...]]:
     if missing := sorted((*report["missing_keys"], *map(str, report.get("mismatched_keys", ())))):
         raise ValueError(f"{folder}: its weights are not whole: {missing[0]} is missing, or of another shape")
     return wrap_transformers(module.eval(), _seen(folder, name, config)), classes
+
+
+def _classes(folder: Path, described: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+    """Names of a classifier's outputs, and how many they are; without names, transformers has two."""
+    labels = described.get("id2label")
+    if labels is None:
+        return (), 2
+    if not isinstance(labels, Mapping) or sorted(labels) != sorted(map(str, range(len(labels)))):
+        raise ValueError(
+            f"{folder}: config.json: id2label: expected a name for each of 0, 1, …, got {labels!r}"
+        )
+    return tuple(str(labels[str(number)]) for number in range(len(labels))), len(labels)
 
 
 def _made(kind: Any, described: Any) -> nn.Module:
