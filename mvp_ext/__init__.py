@@ -21,6 +21,7 @@ from mvp_ext.deploy.optimized import optimized
 from mvp_ext.model.card import ModelCard
 from mvp_ext.model.checkpoint import PrunedCheckpoint, load_pruned, save_pruned
 from mvp_ext.model.create import create_model
+from mvp_ext.model.elsewhere.adapter import Adapter, register_backbone
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.prediction import Predictions
@@ -54,6 +55,7 @@ from mvp_ext.zoo.zoo import Zoo, ZooEntry, ZooError
 __all__ = [
     "CRITERIA",
     "METHOD_NAMES",
+    "Adapter",
     "Backbone",
     "Bundle",
     "ExportReport",
@@ -107,6 +109,7 @@ __all__ = [
     "pruned_attention",
     "pruned_conv2d",
     "pruned_linear",
+    "register_backbone",
     "residual_add",
     "sample_tasks",
     "save_bundle",

@@ -108,9 +108,7 @@ def demo(
 def pretrain(
     run: options.ExecutionOptions,
     out: options.Out = Path("backbone.safetensors"),
-    model: Annotated[
-        str, Option(help="timm's name of a ResNet or a transformer.", rich_help_panel=options.MODEL)
-    ] = "resnet18",
+    model: Annotated[str, Option(help=f"{options.MODEL_NAMES}.", rich_help_panel=options.MODEL)] = "resnet18",
     image_size: Annotated[
         int | None,
         Option(

@@ -12,7 +12,7 @@ from typer import Option
 
 from mvp_ext.app.bench import Grid
 from mvp_ext.app.data_options import load_images
-from mvp_ext.app.options import DATA, MODEL, PRUNING, RUN, ModelOptions
+from mvp_ext.app.options import DATA, MODEL, MODEL_NAMES, PRUNING, RUN, ModelOptions
 from mvp_ext.app.outputs import check_output
 from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.deploy.formats import FORMATS
@@ -38,7 +38,7 @@ class BenchModelOptions(ModelOptions):
     model: Annotated[
         str,
         Option(
-            help="timm's name of a ResNet or a transformer, or a file that `pretrain` wrote. Default: what the first "
+            help=f"{MODEL_NAMES}, hf:FOLDER, or a file that `pretrain` wrote. Default: what the first "
             f"--pruned was cut from, or {ModelOptions.model}.",
             show_default=False,
             rich_help_panel=MODEL,

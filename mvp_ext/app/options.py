@@ -31,6 +31,7 @@ from mvp_ext.zoo.similarity import SIMILARITIES
 from mvp_ext.zoo.zoo import Zoo
 
 MODEL, DATA, PRUNING, RUN = "Model", "Images and tasks", "Pruning", "Run"
+MODEL_NAMES = "timm's name of a model, torchvision:NAME"
 
 Out = Annotated[Path, Option(help="Where the result goes.", rich_help_panel=RUN)]
 Force = Annotated[bool, Option("--force", help="Replace a file that is there.", rich_help_panel=RUN)]
@@ -118,7 +119,7 @@ class ModelOptions:
     model: Annotated[
         str,
         Option(
-            help="timm's name of a ResNet or a transformer, or a file that `pretrain` wrote.",
+            help=f"{MODEL_NAMES}, hf:FOLDER (transformers' format), or a file that `pretrain` wrote.",
             rich_help_panel=MODEL,
         ),
     ] = "resnet18"
@@ -127,7 +128,7 @@ class ModelOptions:
         Option(help="Its weights: a safetensors state dict (any float type).", rich_help_panel=MODEL),
     ] = None
     pretrained: Annotated[
-        bool, Option(help="timm's own weights (network or cache).", rich_help_panel=MODEL)
+        bool, Option(help="timm's or torchvision's own weights (network or cache).", rich_help_panel=MODEL)
     ] = False
     image_size: Annotated[
         int | None,
@@ -151,15 +152,17 @@ class ModelOptions:
 
         It sees images as ``seen`` (a zoo's or a file's) says, but for what was given on the command line.
         """
-        saved = Path(self.model).suffix == ".safetensors"
+        folder = self.model.startswith("hf:")
+        saved = folder or Path(self.model).suffix == ".safetensors"
         if need_weights and not (saved or self.weights or self.pretrained):
             raise ValueError(
                 f"model {self.model!r}: which weights? Give --weights FILE, --pretrained, or as --model a file that "
                 "`mvp-ext pretrain` wrote"
             )
         if saved and (self.weights or self.pretrained):
+            kind = "folder" if folder else "file"
             raise ValueError(
-                f"model {self.model!r} is a file with its own weights: leave --weights and --pretrained out"
+                f"model {self.model!r} is a {kind} with its own weights: leave --weights and --pretrained out"
             )
         # A file says how it sees images; whether that is what the zoo says is found when they meet.
         seen = None if saved else seen

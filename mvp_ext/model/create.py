@@ -12,6 +12,8 @@ from urllib.request import Request, urlopen
 import torch
 from torch import nn
 
+from mvp_ext.model.elsewhere.arguments import is_elsewhere
+from mvp_ext.model.elsewhere.create import create_elsewhere
 from mvp_ext.model.families import find_structure
 from mvp_ext.timm_compat import import_timm
 
@@ -28,16 +30,17 @@ def create_model(
     pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm model that can be cut in one scope at least, by its timm name.
+    """A timm model that can be cut in one scope at least, by its timm name; or one of others.
 
     Args:
         name: timm's model name, like ``resnet18`` or ``vit_tiny_patch16_224``; a tag after a dot picks the
-            weights.
+            weights. ``torchvision:NAME`` is one of torchvision's; ``transformers:CLASS`` and ``own:NAME`` are what
+            files say of others.
         num_classes: outputs of the head; None keeps the model's own.
         img_size: side of the square images in pixels. Convolutional models take any size and ignore it.
         in_chans: channels of an image.
         pretrained: download timm's weights (needs the network, or timm's cache).
-        kwargs: further arguments of ``timm.create_model``.
+        kwargs: further arguments of ``timm.create_model``; ``config`` of a class of transformers.
 
     Raises:
         ValueError: timm has no model of that name (the message lists close names), or cannot build it of these
@@ -61,6 +64,10 @@ def create_model(
 
 def _create(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """``create_model`` that does not ask whether the model can be cut."""
+    if name.startswith("hf:"):
+        raise ValueError(f"create_model: {name!r} is a folder with weights: load_backbone reads it")
+    if is_elsewhere(name):
+        return create_elsewhere(name, **kwargs)
     timm = import_timm()
     pretrained = kwargs.get("pretrained", False)
     base = name.split(".", 1)[0]

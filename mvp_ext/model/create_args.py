@@ -1,83 +1,68 @@
 """What a file may say of how its model is built: a few named values, each of a known kind and range.
 
-Nothing else of a file reaches ``timm.create_model``, some of whose arguments load and run what they are given.
+Nothing else of a file reaches ``timm.create_model``, some of whose arguments load and run what they are given, nor
+what builds models of others (``elsewhere``).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from mvp_ext.model.elsewhere.arguments import arguments_of, check_elsewhere, is_elsewhere
+from mvp_ext.model.elsewhere.wrapped import WrappedModel
 from mvp_ext.model.ends import built_for, classifiers, in_channels
+from mvp_ext.model.file_values import (
+    COMMON,
+    COUNT,
+    RATE,
+    SIDE,
+    SIDES,
+    Fits,
+    either,
+    flag,
+    integer,
+    number,
+    several,
+    word,
+)
 from mvp_ext.model.structure import Structure
 
-
-def _integer(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _number(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-    )
-
-
-def _several(fits: Callable[[Any], bool], counts: range) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (list, tuple)) and len(value) in counts and all(map(fits, value))
-
-
-def _either(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: any(fits(value) for fits in kinds)
-
-
-def _word(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\w.-]{0,100}", value) is not None
-
-
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-_RATE, _SIDE, _COUNT = _number(0, 1), _integer(1, 16384), _integer(1, 256)
-_SIDES = _either(_SIDE, _several(_SIDE, range(2, 3)))
-_ALLOWED: dict[str, Callable[[Any], bool]] = {
-    "name": _word,
-    "num_classes": _integer(0, 1_000_000),
-    "in_chans": _integer(1, 1024),
-    "img_size": _SIDES,
-    "global_pool": _word,
+_ALLOWED: dict[str, Fits] = {
+    **COMMON,
+    "name": word,
+    "global_pool": word,
     # Rates that act in training alone.
     **dict.fromkeys(
         (
             *("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate"),
             *("pos_drop_rate", "patch_drop_rate"),
         ),
-        _RATE,
+        RATE,
     ),
     # Of a transformer, or of each of its stages.
-    "depth": _COUNT,
-    **dict.fromkeys(("depths", "stages"), _several(_COUNT, range(1, 9))),
-    "num_heads": _either(_COUNT, _several(_COUNT, range(1, 9))),
-    **dict.fromkeys(("embed_dim", "embed_dims"), _either(_SIDE, _several(_SIDE, range(1, 9)))),
-    **dict.fromkeys(("patch_size", "window_size"), _SIDES),
-    "mlp_ratio": _number(0, 64),
-    "init_values": _number(0, 1),
-    "reg_tokens": _integer(0, 1024),
-    "pos_embed": _word,
-    "weight_init": _word,
+    "depth": COUNT,
+    **dict.fromkeys(("depths", "stages"), several(COUNT, range(1, 9))),
+    "num_heads": either(COUNT, several(COUNT, range(1, 9))),
+    **dict.fromkeys(("embed_dim", "embed_dims"), either(SIDE, several(SIDE, range(1, 9)))),
+    **dict.fromkeys(("patch_size", "window_size"), SIDES),
+    "mlp_ratio": number(0, 64),
+    "init_values": number(0, 1),
+    "reg_tokens": integer(0, 1024),
+    "pos_embed": word,
+    "weight_init": word,
     # Of a ResNet.
-    "layers": _several(_COUNT, range(1, 9)),
-    "channels": _several(_SIDE, range(1, 9)),
-    **dict.fromkeys(("cardinality", "base_width", "stem_width", "output_stride"), _SIDE),
-    "stem_type": _word,
+    "layers": several(COUNT, range(1, 9)),
+    "channels": several(SIDE, range(1, 9)),
+    **dict.fromkeys(("cardinality", "base_width", "stem_width", "output_stride"), SIDE),
+    "stem_type": word,
     **dict.fromkeys(
         (
             *("class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm", "qkv_bias", "qk_norm"),
             *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "replace_stem_pool", "avg_down"),
             "zero_init_last",
         ),
-        _flag,
+        flag,
     ),
 }
 
@@ -90,6 +75,8 @@ def check_args(arguments: Any) -> dict[str, Any]:
     """
     if not isinstance(arguments, Mapping) or "name" not in arguments:
         raise ValueError(f"expected the arguments of a model with its name, got {type(arguments).__name__}")
+    if is_elsewhere(arguments["name"]):
+        return check_elsewhere(arguments)
     for name, value in arguments.items():
         if name not in _ALLOWED:
             raise ValueError(f"argument {name!r} of a model is none that a file may set")
@@ -102,8 +89,11 @@ def create_args(model: Any, structure: Structure) -> dict[str, Any]:
     """The arguments of ``create_model`` that give the dense model, as it is now (the head may have been replaced).
 
     Raises:
-        ValueError: the model does not say which of timm's it is, or has an argument that a file may not set.
+        ValueError: the model does not say which of timm's it is (or nothing says how one of others is built again), or
+            has an argument that a file may not set.
     """
+    if isinstance(model, WrappedModel):
+        return arguments_of(model)
     if structure.architecture is None:
         raise ValueError(
             f"save_pruned: {type(model).__name__} does not say which timm model it is (pretrained_cfg)"

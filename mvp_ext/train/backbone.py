@@ -19,6 +19,10 @@ from mvp_ext.model.borrowed import borrowed, own_random_numbers, twin_of, unwrap
 from mvp_ext.model.checkpoint import check_fidelity, fill, whole_state
 from mvp_ext.model.create import create_empty, create_model
 from mvp_ext.model.create_args import check_args, create_args
+from mvp_ext.model.elsewhere.adapter import Adapter
+from mvp_ext.model.elsewhere.create import wrap as wrap_elsewhere
+from mvp_ext.model.elsewhere.torchvision_models import build_torchvision, head_of, wrap_torchvision
+from mvp_ext.model.elsewhere.transformers_models import load_folder
 from mvp_ext.model.ends import as_input, built_for, classifiers, dtype_of, hidden_classifiers
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
@@ -37,7 +41,8 @@ class Backbone:
     """A dense pre-trained model and its preprocessing.
 
     Attributes:
-        model: a timm model, without what torch put around it (torch.compile, DataParallel).
+        model: a timm model, or one of others behind timm's methods (``WrappedModel``), without what torch put around
+            it (torch.compile, DataParallel).
         preprocessing: how images become its input.
         classes: names of the classes it was pre-trained on, where they are known.
     """
@@ -50,15 +55,25 @@ class Backbone:
         self.model = unwrapped(self.model)
 
     @classmethod
-    def wrap(cls, model: nn.Module | Backbone) -> Backbone:
-        """``model`` itself if it is one already; otherwise with the preprocessing that timm declares for it."""
+    def wrap(cls, model: nn.Module | Backbone, *, adapter: Adapter | None = None) -> Backbone:
+        """``model`` itself if it is one already; otherwise with the preprocessing that is declared for it.
+
+        Args:
+            model: of timm, torchvision, or one of the vision models of transformers that are known here; with an
+                adapter any module that makes features of images. A module that is not timm's is not changed: the
+                backbone's model is another one, with the same tensors.
+            adapter: how a module of your own is used.
+
+        Raises:
+            TypeError: nothing says how the model is used.
+            ValueError: the adapter does not fit the model, or the model has no classifier where one is expected.
+        """
         if isinstance(model, Backbone):
             return model
         model = unwrapped(model)
-        if not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
-            raise TypeError(
-                f"Backbone: expected a timm model (with forward_features and forward_head), got {type(model).__name__}"
-            )
+        of_timm = hasattr(model, "forward_features") and hasattr(model, "forward_head")
+        if adapter is not None or not of_timm:
+            model = wrap_elsewhere(model, adapter)
         return cls(model, Preprocessing.of(model))
 
     @property
@@ -143,10 +158,11 @@ def load_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Backbone:
-    """A backbone from a file that ``Backbone.save`` wrote, or from timm by name.
+    """A backbone from a file that ``Backbone.save`` wrote, from timm or torchvision by name, or from a folder.
 
     Args:
-        source: path of such a file, or timm's name of the model.
+        source: path of such a file, timm's name of the model, ``torchvision:NAME``, or ``hf:FOLDER``: a folder of
+            transformers' (Hugging Face's) format with a vision model in safetensors files. No code of a folder runs.
         weights: a safetensors file of a state dict for the named model (any float dtype; loaded strictly).
         pretrained: timm's own weights (network, or timm's cache).
         num_classes: outputs of a model without weights; with weights their classifier says it.
@@ -157,21 +173,36 @@ def load_backbone(
     Raises:
         FileNotFoundError: there is no such file.
         FileFormatError: (a ValueError) it is damaged or of another kind.
+        ImportError: the folder needs transformers, which is not installed.
         ValueError: an unknown model, weights of another one, or a size that the model cannot take.
     """
-    if Path(source).suffix == ".safetensors":
-        return _load_saved(Path(source), image_size, mean, std)
     name = str(source)
-    if weights is None:
-        options = {} if num_classes is None else {"num_classes": num_classes}
-        model = create_model(name, pretrained=pretrained, **options)
+    model: nn.Module
+    classes: tuple[str, ...] = ()
+    if name.startswith("hf:"):
+        if weights is not None or pretrained:
+            raise ValueError(
+                f"load_backbone: {name}: a folder has its own weights: leave weights and pretrained out"
+            )
+        model, classes = load_folder(Path(name.removeprefix("hf:")))
+        if num_classes is not None and num_classes != len(classes):
+            fresh_head(model, num_classes)
+            classes = ()
+    elif Path(source).suffix == ".safetensors":
+        return _load_saved(Path(source), image_size, mean, std)
+    elif weights is not None:
+        model = _load_state_dict_file(name, Path(weights), image_size)
     else:
-        model = _load_state_dict_file(name, Path(weights))
+        options = {} if num_classes is None else {"num_classes": num_classes}
+        # torchvision's cannot be told later.
+        if image_size is not None and name.startswith("torchvision:"):
+            options["img_size"] = image_size
+        model = create_model(name, pretrained=pretrained, **options)
     declared = Preprocessing.of(model)
     size = _set_image_size(model, image_size) if image_size is not None else declared.size
     preprocessing = Preprocessing(size, tuple(mean or declared.mean), tuple(std or declared.std))
-    preprocessing.declare(model)
-    return Backbone(model, preprocessing)
+    preprocessing.declare(model, classes)
+    return Backbone(model, preprocessing, classes)
 
 
 def _load_saved(
@@ -196,19 +227,29 @@ def _load_saved(
     return Backbone(model.eval(), preprocessing, classes)
 
 
-def _load_state_dict_file(name: str, path: Path) -> nn.Module:
+def _load_state_dict_file(name: str, path: Path, image_size: int | None) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"weights: {path}: no such file")
     try:
         tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise FileFormatError(f"weights: {path}: damaged, or not a safetensors file ({error})") from error
-    model = create_model(name, num_classes=_classes_of(name, tensors))
+    tensors = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
+    of_torchvision = name.startswith("torchvision:")
+    if of_torchvision:
+        module = build_torchvision(name.partition(":")[2], img_size=image_size, num_classes=1)
+        head = head_of(module)
+        if head is not None and (weight := tensors.get(f"{head}.weight")) is not None:
+            module = build_torchvision(name.partition(":")[2], img_size=image_size, num_classes=len(weight))
+    else:
+        module = create_model(name, num_classes=_classes_of(name, tensors))
     try:
-        model.load_state_dict({key: t.float() if t.is_floating_point() else t for key, t in tensors.items()})
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise ValueError(f"weights: {path}: expected a state dict of {name}; {first}") from error
+    model = wrap_torchvision(module, name.partition(":")[2]) if of_torchvision else module
+    find_structure(model)
     return model.eval()
 
 

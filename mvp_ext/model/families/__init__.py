@@ -24,17 +24,22 @@ from mvp_ext.model.borrowed import unwrapped
 from mvp_ext.model.families.convnext import CONVNEXT
 from mvp_ext.model.families.efficientnet import EFFICIENTNET
 from mvp_ext.model.families.graph import graph_layers
+from mvp_ext.model.families.huggingface import HUGGINGFACE
 from mvp_ext.model.families.neurons import NEURONS
 from mvp_ext.model.families.parts import Part, Rule
 from mvp_ext.model.families.regnet import REGNET
 from mvp_ext.model.families.resnet import RESNET
 from mvp_ext.model.families.split import SPLIT
 from mvp_ext.model.families.stream import STREAM
+from mvp_ext.model.families.torchvision import TORCHVISION
 from mvp_ext.model.families.vit import VIT
 from mvp_ext.model.structure import LayerCheck, LeftWhole, Structure, UnitLayer, UnsupportedModelError
 
 # Those that others registered come first.
-RULES: list[Rule] = [*CONVNEXT, *VIT, *NEURONS, *RESNET, *REGNET, *EFFICIENTNET, *SPLIT, *STREAM]
+RULES: list[Rule] = [
+    *(*CONVNEXT, *VIT, *NEURONS, *RESNET, *REGNET, *EFFICIENTNET, *SPLIT, *STREAM),
+    *(*TORCHVISION, *HUGGINGFACE),
+]
 # Scope → its parts, in the order in which scopes are preferred.
 SCOPES: dict[str, tuple[Part, ...]] = {
     "heads": ("heads",),

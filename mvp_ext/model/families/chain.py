@@ -32,6 +32,9 @@ _RUNS = {
         *("conv_dw", "bn_dw", "act_dw"),
         *("conv_pw", "bn_pw", "act_pw"),
     ),
+    "transformers.models.resnet.modeling_resnet.ResNetConvLayer": (
+        *("convolution", "normalization", "activation"),
+    ),
 }
 _CONVS = ("torch.nn.Conv2d", "timm.layers.Conv2dSame", "timm.layers.conv2d_same.Conv2dSameExport")
 # They standardise a filter over all of its inputs: without some of them the filter is another one. As writers, or

@@ -42,7 +42,11 @@ def computes_as(module: nn.Module, *known: type[nn.Module]) -> bool:
 
 def is_elementwise(act: nn.Module) -> bool:
     """Whether ``act`` is an activation that looks at one value at a time, and treats all channels alike."""
-    known = type(act).__module__ in ("torch.nn.modules.activation", "timm.layers.activations")
+    known = type(act).__module__ in (
+        "torch.nn.modules.activation",
+        "timm.layers.activations",
+        "transformers.activations",
+    )
     known = known or (type(act).__module__, type(act).__name__) == ("timm.models.metaformer", "StarReLU")
     mixes = isinstance(
         act, (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU, nn.MultiheadAttention)

@@ -1,0 +1,90 @@
+"""Heads, neurons and filters of the vision models of Hugging Face's transformers (5.24)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mvp_ext.model.families.chain import chains, knows
+from mvp_ext.model.families.parts import Rule, head_layer, need_elementwise, neuron_layer
+from mvp_ext.model.structure import Slice, UnitLayer, UnsupportedModelError
+
+_CLASSES = {
+    "vit": "ViT",
+    "dinov2": "Dinov2",
+    "dinov2_with_registers": "Dinov2WithRegisters",
+    "clip": "CLIP",
+    "siglip": "Siglip",
+    "swin": "Swin",
+    "convnext": "ConvNext",
+    "resnet": "ResNet",
+}
+# Implementations of attention in which no head sees another.
+_BY_HEAD = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+
+
+def _named(kind: str) -> list[str]:
+    """The classes whose names end so."""
+    return [f"transformers.models.{home}.modeling_{home}.{name}{kind}" for home, name in _CLASSES.items()]
+
+
+def _head_layers(path: str, attn: Any) -> list[UnitLayer]:
+    """The heads of an attention with linear layers for queries, keys and values."""
+    implementation = getattr(attn.config, "_attn_implementation", None)
+    if implementation not in _BY_HEAD:
+        raise UnsupportedModelError(
+            f"{path}: expected attn_implementation {', '.join(_BY_HEAD)}, got {implementation!r}"
+        )
+    count = _name_in(path, attn, "num_attention_heads", "num_heads")
+    out = _name_in(path, attn, "o_proj", "out_proj")
+    # Swin's table has a column for each head.
+    table = "relative_position_bias.relative_position_bias_table"
+    more = [Slice(f"{path}.{table}", 1)] if hasattr(attn, "relative_position_bias") else []
+    return [
+        head_layer(
+            path,
+            attn,
+            {"q_proj": 1, "k_proj": 1, "v_proj": 1},
+            heads=getattr(attn, count),
+            out=out,
+            more=more,
+            attributes={count: 1},
+        )
+    ]
+
+
+def _name_in(path: str, module: nn.Module, *names: str) -> str:
+    """The one of these names that the module has."""
+    for name in names:
+        if hasattr(module, name):
+            return name
+    raise UnsupportedModelError(
+        f"{path}: expected {' or '.join(names)}, got a {type(module).__name__} of another version"
+    )
+
+
+def _glu_layers(path: str, mlp: Any) -> list[UnitLayer]:
+    """SwiGLU: values and gates from a layer each."""
+    need_elementwise(f"{path}.act_fn", mlp.act_fn)
+    return [neuron_layer(path, mlp, {"gate_proj": 1, "up_proj": 1}, "down_proj")]
+
+
+HUGGINGFACE = (
+    Rule("huggingface", "heads", knows(*_named("Attention")), _head_layers),
+    Rule("huggingface", "mlp", knows(*_named("SwiGLUFFN")), _glu_layers),
+    *chains("huggingface", "mlp", dict.fromkeys(_named("MLP"), "fc1 activation_fn fc2")),
+    *chains(
+        "huggingface",
+        "mlp",
+        {"transformers.models.convnext.modeling_convnext.ConvNextLayer": "pwconv1 act pwconv2"},
+    ),
+    *chains(
+        "huggingface",
+        "inner",
+        {
+            f"transformers.models.resnet.modeling_resnet.ResNet{kind}Layer": "layer"
+            for kind in ("Basic", "BottleNeck")
+        },
+    ),
+)
