@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from mvp_ext.model.families.chain import chains, knows
-from mvp_ext.model.families.parts import Rule, head_layer, need_elementwise, neuron_layer
-from mvp_ext.model.structure import Slice, UnitLayer, UnsupportedModelError
+from mvp_ext.model.families.parts import Rule, need_elementwise, need_plain, reader, writer
+from mvp_ext.model.structure import Attribute, Probe, Slice, UnitLayer, UnsupportedModelError
 
 _CLASSES = {
     "vit": "ViT",
@@ -41,17 +41,17 @@ def _head_layers(path: str, attn: Any) -> list[UnitLayer]:
     # Swin's table has a column for each head.
     table = "relative_position_bias.relative_position_bias_table"
     more = [Slice(f"{path}.{table}", 1)] if hasattr(attn, "relative_position_bias") else []
-    return [
-        head_layer(
-            path,
-            attn,
-            {"q_proj": 1, "k_proj": 1, "v_proj": 1},
-            heads=getattr(attn, count),
-            out=out,
-            more=more,
-            attributes={count: 1},
-        )
-    ]
+    heads = getattr(attn, count)
+    slices: list[Slice] = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        linear = getattr(attn, name)
+        need_plain(f"{path}.{name}", linear, nn.Linear)
+        slices += writer(f"{path}.{name}", linear, linear.out_features // heads)
+    read = getattr(attn, out)
+    need_plain(f"{path}.{out}", read, nn.Linear)
+    slices += [*more, reader(f"{path}.{out}", read.in_features // heads)]
+    probe = Probe(f"{path}.{out}", "input", dim=-1, heads=heads)
+    return [UnitLayer(path, "head", heads, tuple(slices), probe, attributes=(Attribute(path, count),))]
 
 
 def _name_in(path: str, module: nn.Module, *names: str) -> str:
@@ -67,7 +67,14 @@ def _name_in(path: str, module: nn.Module, *names: str) -> str:
 def _glu_layers(path: str, mlp: Any) -> list[UnitLayer]:
     """SwiGLU: values and gates from a layer each."""
     need_elementwise(f"{path}.act_fn", mlp.act_fn)
-    return [neuron_layer(path, mlp, {"gate_proj": 1, "up_proj": 1}, "down_proj")]
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        need_plain(f"{path}.{name}", getattr(mlp, name), nn.Linear)
+    made = [
+        each for name in ("gate_proj", "up_proj") for each in writer(f"{path}.{name}", getattr(mlp, name))
+    ]
+    slices = (*made, reader(f"{path}.down_proj"))
+    probe = Probe(f"{path}.down_proj", "input", dim=-1)
+    return [UnitLayer(path, "neuron", mlp.down_proj.in_features, slices, probe)]
 
 
 HUGGINGFACE = (
