@@ -177,7 +177,7 @@ class _Channels:
         self._seen: set[_Channel] = set()
         self._parent: dict[_Channel, _Channel] = {}
         for module, node in graph.module2node.items():
-            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
                 pruner = graph.get_pruner_of_module(module)
                 self._follow(node, pruner.prune_out_channels, range(module.weight.shape[0]))
         for channel in list(self._parent):
@@ -350,7 +350,7 @@ class _Unit:
         made = [
             path
             for path, module in self.modules.items()
-            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
             and (f"{path}.weight", 0) in self.places
         ]
         return sorted(made, key=lambda path: (path in self.groups, channels.order[path]))
@@ -435,7 +435,7 @@ def _part_sizes(channels: _Channels, unit: _Unit, units: int) -> list[Attribute]
             if type(value) is int and value in unit.parts and value % units == 0
         ]
         # Those of the layers themselves follow anyway.
-        if found and not isinstance(channels.modules[around], (nn.modules.conv._ConvNd, nn.Linear)):
+        if found and not isinstance(channels.modules[around], (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
             return found
     return []
 
