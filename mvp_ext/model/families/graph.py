@@ -227,7 +227,7 @@ class _Channels:
 def _tied(node: Any, is_input: bool, index: int) -> Iterator[_Channel]:
     """Channels that go with this one though nothing leads from one to the other."""
     module = node.module
-    if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups > 1:
         # A group goes as a whole. Of a depthwise convolution the graph has no inputs.
         width = (module.in_channels if is_input else module.out_channels) // module.groups
         yield node, False, index // width * (module.out_channels // module.groups)
@@ -308,7 +308,7 @@ class _Unit:
             self.problem = f"{path}: the model's output is never cut"
         elif isinstance(module, nn.Parameter):
             self._place(channels, name, node.pruning_dim, index)
-        elif isinstance(module, nn.modules.conv._ConvNd):
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             if type(module).forward not in _plain_convolutions():
                 self.problem = f"{path}: expected a plain convolution, got {type(module).__name__}"
             if module.groups > 1 and not is_input:
