@@ -36,9 +36,9 @@ def build_torchvision(name: str, *, img_size: int | None = None, **options: Any)
     if name not in names():
         raise ValueError(f"create_model: torchvision has no classification model named {name!r}")
     builder = _models().get_model_builder(name)
-    sized = _sized_by(builder)
-    if img_size is not None and sized is not None:
-        options[sized] = (img_size, img_size) if sized == "input_size" else img_size
+    # The only one that can be told.
+    if img_size is not None and builder.__module__.endswith(".vision_transformer"):
+        options["image_size"] = img_size
     try:
         return builder(**options).eval()
     except (ValueError, AssertionError) as error:
@@ -86,13 +86,8 @@ def _models() -> Any:
     return models
 
 
-def _sized_by(builder: Any) -> str | None:
-    """The option of a builder that says for which size of images alone the model is built."""
-    kind = builder.__module__.rpartition(".")[2]
-    return {"vision_transformer": "image_size", "maxvit": "input_size"}.get(kind)
-
-
 def _built_size(module: nn.Module) -> int | None:
+    """Side of the images that a model was built for; None where it takes others, too."""
     models = _models()
     if isinstance(module, models.VisionTransformer):
         return int(module.image_size)
