@@ -150,7 +150,8 @@ def test_nothing_of_a_folder_runs(folder: Path) -> None:
         ),
         ({"hidden_size": 2**40}, r"config\.json: hidden_size: 1099511627776 is not a value"),
         ({"num_hidden_layers": 3}, r"its weights are not whole: .*layers\.2"),
-        ({"hidden_size": 64}, r"folder"),
+        ({"hidden_size": 64}, r"folder: not a ViTForImageClassification: |its weights are not whole"),
+        ({"id2label": {"a": "ant"}}, r"config\.json: id2label: expected a name for each of 0, 1"),
     ],
 )
 def test_folders_that_are_refused(values: dict[str, Any], message: str, folder: Path) -> None:
