@@ -227,6 +227,7 @@ OTHERS = {
     "model.families.chain.flat": "a look at modules",
     "model.families.chain.need": "a look at modules",
     "model.families.chain.runs": "a look at modules",
+    "model.families.graph.graph_layers": "traces a copy",
     "model.families.parts.computes_as": "a look at modules",
     "model.families.parts.is_elementwise": "a look at modules",
     "model.families.parts.need_elementwise": "a look at modules",
