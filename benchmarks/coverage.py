@@ -88,7 +88,7 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
     "ResNetModel": ("ResNetConfig", {**_STAGES, "embedding_size": 32}),
     "SwinModel": (
         "SwinConfig",
-        {"image_size": 64, "embed_dim": 32, "depths": [1, 1, 1], "num_heads": [2, 4, 8]},
+        {"image_size": 64, "window_size": 4, "embed_dim": 32, "depths": [1, 1, 1], "num_heads": [2, 4, 8]},
     ),
     "ConvNextModel": ("ConvNextConfig", {**_STAGES, "image_size": 64}),
 }

@@ -20,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.coverage import PROOFS  # noqa: E402
+from benchmarks.coverage import summary as summary_of_coverage  # noqa: E402
 from benchmarks.results import Promise, Results, Row, read_results  # noqa: E402
 from mvp_ext.app.bench import bench_table, reasons  # noqa: E402
 from mvp_ext.app.report import summary_table  # noqa: E402
@@ -384,6 +386,69 @@ def _ratio(peer: str, row: Row) -> str:
     return f"{row.ratios[peer]:.2f}" if peer in row.ratios else ""
 
 
+# ---- coverage
+
+
+def coverage_page(path: Path, page: Path) -> str:
+    """One row a model, Torch-Pruning beside it."""
+    result = read(path)
+    rows = result["models"]
+    made = result["setting"]
+    where = machine({**result["environment"], "threads": made["threads"]})
+    columns = (
+        "model",
+        "scope",
+        "exact, eval",
+        "exact, train",
+        "read again",
+        "pruned",
+        "ONNX",
+        "FLOPs",
+        "weights",
+        "time",
+    )
+    cells = [
+        (
+            name,
+            row.get("scope", ""),
+            *("✓" if row.get(proof) else "–" for proof in PROOFS),
+            *(_left(row, kind, "ours") for kind in ("flops", "parameters", "latency_ms")),
+            *(_left(row, kind, "Torch-Pruning") or "–" for kind in ("flops", "latency_ms")),
+        )
+        for name, row in rows.items()
+    ]
+    reasons = [f"- `{name}`: {each}" for name, row in rows.items() for each in _why(row)]
+    return (
+        "\n\n".join(
+            (
+                "# Coverage",
+                f"Which backbones can be cut to keep {made['keep']:g}, exactly and all the way (`{made['command']}`; {where}; "
+                f"`{name_of(path)}`). Random weights; gains, biases, tables and statistics are drawn. FLOPs, weights and the "
+                "time of one image are shares of the dense model's; the last two columns are Torch-Pruning's, used as in its "
+                "examples.",
+                "\n".join(f"- {line}" for line in summary_of_coverage(rows).splitlines()),
+                table((*columns, "FLOPs, peer", "time, peer"), cells),
+                "## Why not",
+                "\n".join(reasons),
+            )
+        )
+        + "\n"
+    )
+
+
+def _left(row: Mapping[str, Any], kind: str, whose: str) -> str:
+    sizes = row.get(kind, {})
+    return f"{sizes[whose] / sizes['dense']:.2f}" if whose in sizes else ""
+
+
+def _why(row: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{proof}: {reason}" for proof, reason in row["reasons"].items() if proof != "Torch-Pruning")
+    times = row.get("latency_ms", {})
+    if "ours" in times and times["ours"] >= times["dense"]:
+        flops = row["flops"]
+        yield f"not faster: {flops['ours'] / flops['dense']:.0%} of the FLOPs are left"
+
+
 # ---- the pages
 
 
@@ -397,6 +462,8 @@ def render() -> dict[Path, str]:
         compared = [*sorted(folder.glob("compare_*.json")), *sorted(folder.glob("demo_*.json"))]
         if compared:
             pages[here / "comparisons.md"] = comparisons_page(compared, here / "comparisons.md")
+        if (path := folder / "coverage.json").exists():
+            pages[here / "coverage.md"] = coverage_page(path, here / "coverage.md")
         ops = [result for result in read_results(folder) if not result.dry_run]
         if ops or any([*folder.glob("latency_*.json"), *folder.glob("runtimes_*.json")]):
             pages[here / "speed.md"] = speed_page(folder, ops, here / "speed.md")
