@@ -422,10 +422,10 @@ def coverage_page(path: Path, page: Path) -> str:
         "\n\n".join(
             (
                 "# Coverage",
-                f"Which backbones can be cut to keep {made['keep']:g}, exactly and all the way (`{made['command']}`; {where}; "
-                f"`{name_of(path)}`). Random weights; gains, biases, tables and statistics are drawn. FLOPs, weights and the "
-                "time of one image are shares of the dense model's; the last two columns are Torch-Pruning's, used as in its "
-                "examples.",
+                f"Which backbones can be cut to keep {made['keep']:g}, exactly and all the way (`{made['command']}`; "
+                f"{where}; `{name_of(path)}`). Random weights; gains, biases, tables and statistics are drawn. FLOPs, "
+                "weights and the time of one image are shares of the dense model's; the last two columns are "
+                "Torch-Pruning's, used as in its examples.",
                 "\n".join(f"- {line}" for line in summary_of_coverage(rows).splitlines()),
                 table((*columns, "FLOPs, peer", "time, peer"), cells),
                 "## Why not",
