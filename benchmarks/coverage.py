@@ -153,7 +153,10 @@ def measure_row(name: str) -> dict[str, Any]:
         row["scopes"] = _scopes(model)
     side = _side(model)
     small = None
-    if row["scopes"]:
+    if not row["scopes"]:
+        with _recorded(row, "found"):
+            find_structure(model)
+    else:
         scope = next(each for each in WIDEST if each in row["scopes"])
         structure = find_structure(model, scope)
         mask = Mask.random(structure, KEEP, seed=0)

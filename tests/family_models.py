@@ -32,6 +32,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "deit3_small_patch16_224": _PLAIN,
     "naflexvit_base_patch16_gap": {"depth": 1, "embed_dim": 48, "num_heads": 3},
     "vit_small_patch16_dinov3_qkvb": _PLAIN,
+    "eva02_tiny_patch14_224": {**_PLAIN, "img_size": 28},
     "vit_srelpos_small_patch16_224": _PLAIN,
     "samvit_base_patch16_224": {**_PLAIN, "img_size": 64},
     "beit_base_patch16_224": _PLAIN,
@@ -55,7 +56,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "nf_resnet26": {},
     "resnetv2_50x1_bit": {},
     "mambaout_femto": {},
-    "eva02_tiny_patch14_224": {"depth": 1},
 }
 
 

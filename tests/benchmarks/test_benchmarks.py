@@ -257,3 +257,23 @@ def test_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["", "left out", "2 cases", "", "late"],
         ["models", "failed", "1 cases", "", "resnet18"],
     ]
+
+
+def test_a_row_of_coverage() -> None:
+    """A tiny transformer goes all the way, and a model that is refused says why."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("torch_pruning")
+    import coverage
+
+    row = coverage.measure_row("test_vit")
+    assert row["whole"], row["reasons"]
+    assert row["scope"] == "heads+mlp"
+    assert row["flops"]["ours"] < 0.7 * row["flops"]["dense"]
+    assert {"dense", "ours"} <= row["latency_ms"].keys()
+    refused = coverage.measure_row("nf_resnet26")
+    assert not refused["whole"]
+    assert refused["scopes"] == []
+    assert "StdConv2d" in refused["reasons"]["found"]
+    said = coverage.summary({"test_vit": row, "nf_resnet26": refused})
+    assert "whole: 1 of 2 of timm, 0 of 0 from elsewhere" in said
+    assert "accepted, and not exact: none" in said
