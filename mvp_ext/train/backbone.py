@@ -365,13 +365,25 @@ def fresh_head(model: nn.Module, classes: int) -> None:
     """
     like = next(model.parameters())
     modes = {name: part.training for name, part in model.named_modules()}
+    widths = {name: each.in_features for name, each in _named_classifiers(model).items()}
     # It shall be trainable, wherever it is made.
     with own_random_numbers(), torch.inference_mode(False):
         model.reset_classifier(classes)  # type: ignore[operator]
-        for classifier in classifiers(model):
+        for name, classifier in _named_classifiers(model).items():
+            # Where features were cut, the model may not know how many are left.
+            if (width := widths.get(name, classifier.in_features)) != classifier.in_features:
+                classifier = nn.Linear(width, classes, classifier.bias is not None)
+                model.set_submodule(name, classifier)
             classifier.to(like.device, like.dtype)
     for name, part in model.named_modules():
         part.training = modes.get(name, model.training)
+
+
+def _named_classifiers(model: nn.Module) -> dict[str, nn.Linear]:
+    known = set(map(id, classifiers(model)))
+    return {
+        name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and id(part) in known
+    }
 
 
 def _check_classifiers(model: nn.Module, head: LinearHead) -> None:

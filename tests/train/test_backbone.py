@@ -111,6 +111,15 @@ def test_by_name():
         load_backbone("test_resnet", image_size=0)
 
 
+def test_a_head_has_the_features_that_are_left():
+    """timm makes a new one by a number that it keeps of the dense model."""
+    model = tiny_backbone("test_resnet").model
+    model.fc = nn.Linear(40, 5)
+    head = LinearHead(torch.ones(2, 40), torch.ones(2))
+    set_head(model, head)
+    assert torch.equal(model.fc.weight, head.weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_plain_weights_of_any_float_type(tmp_path, dtype):
     model = tiny_model("test_resnet", num_classes=6)
