@@ -60,7 +60,7 @@ _ALLOWED: dict[str, Fits] = {
         (
             *("class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm", "qkv_bias", "qk_norm"),
             *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "replace_stem_pool", "avg_down"),
-            "zero_init_last",
+            *("zero_init_last", "distillation"),
         ),
         flag,
     ),
