@@ -291,13 +291,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_commands_take_a_model_of_one_scope(files: Path, tmp_path: Path) -> None:
+def test_commands_take_a_transformer_of_windows(files: Path, tmp_path: Path) -> None:
     model, out = files / "swin.safetensors", tmp_path / "small.safetensors"
     run(
         f"prune --model {model} --classes 0,1,2 --max-train 10 --method one_shot --steps 1 --keep 0.5 --out {out}"
     )
     loaded = load_pruned(out)
-    assert loaded.structure.scope == "mlp"
+    assert loaded.structure.scope == "heads"
     assert loaded.class_names == ("0", "1", "2")
     run(f"bench --pruned {out} --seconds 0.01 --batch 1")
 
@@ -319,8 +319,7 @@ def test_commands_refuse_files_of_other_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("swin", "--scope heads", "use scope 'mlp'"),
-        ("swin", "--scope inner", "use scope 'mlp'"),
+        ("swin", "--scope inner", "use scope 'heads'"),
         ("half", "", "got float16"),
         ("four", "", "expected [B, 4, H, W], as the model takes them"),
     ],

@@ -289,7 +289,7 @@ MISTAKES = {
     "prune --classes 1,2 --zoo {zoo} --model {backbone} --pretrained": "own weights",
     "prune --task {home}/no.json --zoo {zoo} --model {backbone}": "no.json",
     "bench --model resnet19": "no model named 'resnet19'; close names: resnet18",
-    "bench --model mobilenetv3_small_050": "MobileNetV3",
+    "bench --model nf_resnet26": "StdConv2d",
     "bench --model test_resnet --keep 1.5": "keep: expected a",
     "bench --model test_resnet --scope heads": "scope",
     "bench --model test_resnet --runtime eager,magic": "--runtime: expected some of eager, optimized",
