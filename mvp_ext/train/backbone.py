@@ -382,7 +382,9 @@ def fresh_head(model: nn.Module, classes: int) -> None:
 def _named_classifiers(model: nn.Module) -> dict[str, nn.Linear]:
     known = set(map(id, classifiers(model)))
     return {
-        name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and id(part) in known
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and id(part) in known
     }
 
 
