@@ -118,8 +118,11 @@ def _file_system(url: str, shown: str) -> tuple[Any, str]:
     try:
         file_system, root = fsspec.url_to_fs(url)
     except ImportError as error:
-        protocol = fsspec.utils.get_protocol(url)
-        package = fsspec.registry.known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
+        from fsspec.registry import known_implementations
+        from fsspec.utils import get_protocol
+
+        protocol = get_protocol(url)
+        package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
         how = f"pip install {package}" if package not in ("", "fsspec") else error
         raise ImportError(
             f"{shown}: {protocol}:// needs a package that is missing: {how} ({error})"
