@@ -137,8 +137,8 @@ def _check_others_kept(zoo: Zoo, remote: Remote, manifest: Manifest) -> None:
     lost = there.keys - manifest.keys - _origins(zoo._layout).get(remote.url, set())
     if lost:
         raise ZooError(
-            f"{remote.url}: it has what zoo {zoo.path} never had, and what would be lost: {_named(lost)}; pull it into "
-            "another directory and merge, or replace it (--force)"
+            f"{remote.url}: it has what this zoo never had, and would be lost: {_named(lost)}; pull it into a new "
+            f"directory and `mvp-ext zoo merge` that and {zoo.path}, or replace it (--force)"
         )
 
 

@@ -367,7 +367,7 @@ def test_nobody_loses_entries(zoo: Zoo, memory: str, small: Any, tmp_path: Path)
         ZooError, match=r"models of its own, which would be lost: entry 'mine'; push it first"
     ):
         pull_zoo(memory, pulled.path)
-    with pytest.raises(ZooError, match=r"what would be lost: entry 'theirs'; pull it into"):
+    with pytest.raises(ZooError, match=r"and would be lost: entry 'theirs'; pull it into"):
         push_zoo(pulled, memory)
     assert rows(pulled) == before
     other = pull_zoo(memory, tmp_path / "other")
