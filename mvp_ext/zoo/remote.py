@@ -84,6 +84,8 @@ class Remote:
         path = self._path(name)
         folder, _, last = path.rpartition("/")
         draft = path if self._puts_whole else f"{folder}/.{last}.{secrets.token_hex(6)}.part"
+        # What was there before is never removed: who reads may be needing it.
+        new = draft != path or self.size(name) is None
         with self._asking(name):
             if not self._puts_whole:
                 self._fs.makedirs(folder, exist_ok=True)
@@ -96,7 +98,8 @@ class Remote:
                     self._fs.mv(draft, path)
             except BaseException:
                 with contextlib.suppress(Exception):
-                    self._fs.rm_file(draft)
+                    if new:
+                        self._fs.rm_file(draft)
                 raise
 
     def fetch(self, name: str, file: Path) -> None:

@@ -42,6 +42,8 @@ from mvp_ext.zoo.rowless import adopt
 from mvp_ext.zoo.rows import file_name
 from mvp_ext.zoo.zoo import Zoo
 
+# Of more models an error names the first.
+NAMED = 20
 CARD, ORIGINS = "README.md", ".origins.json"
 # progress(what is moved, files there by now, files in all)
 Progress = Callable[[str, int, int], None]
@@ -438,7 +440,9 @@ def _told(items: Sequence[Item], progress: Progress | None) -> Iterator[Item]:
 
 
 def _named(keys: Iterable[Key]) -> str:
-    return ", ".join(f"{kind} {name!r}" for kind, name, _ in sorted(keys))
+    names = [f"{kind} {name!r}" for kind, name, _ in sorted(keys)]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 # ---- which models a URL had

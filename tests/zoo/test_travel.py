@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,17 @@ def test_a_pull_that_is_stopped_anywhere_goes_on(
     for name in ("a", "d"):
         zoo.add_model(new_entry(small, name, 3))
     push_zoo(zoo, "flaky://zoo")
+    for stop in range(5):
+        flaky.moved.clear()
+        flaky.left = stop
+        fresh = tmp_path / f"fresh{stop}"
+        with pytest.raises(ZooError, match="the line is down"):
+            pull_zoo("flaky://zoo", fresh)
+        assert len(Zoo(fresh)) == 0
+        assert Zoo(fresh).verify() == []
+        flaky.left = float("inf")
+        assert same(pull_zoo("flaky://zoo", fresh), zoo)
+        assert len(flaky.moved) == len(set(flaky.moved)) == 6
     for stop in range(3):
         pulled = Zoo(shutil.copytree(old.path, tmp_path / f"pulled{stop}"))
         flaky.moved.clear()
@@ -257,6 +269,16 @@ def test_a_pull_that_is_stopped_anywhere_goes_on(
         assert same(pull_zoo("flaky://zoo", pulled.path), zoo)
         assert len(flaky.moved) == len(set(flaky.moved)) == 3
         assert pulled.verify() == []
+
+
+def test_two_pulls_into_one_directory(zoo: Zoo, flaky: type[Flaky], tmp_path: Path) -> None:
+    push_zoo(zoo, "flaky://zoo")
+    flaky.moved.clear()
+    with ThreadPoolExecutor(2) as pool:
+        pulled = list(pool.map(lambda _: pull_zoo("flaky://zoo", tmp_path / "pulled"), range(2)))
+    assert same(pulled[0], zoo)
+    assert len(flaky.moved) == len(set(flaky.moved)) + 1
+    assert pulled[1].verify() == []
 
 
 @pytest.mark.parametrize("moment", ["restore", "remember", "replace"])
@@ -473,6 +495,23 @@ def test_a_store_that_keeps_other_bytes(
     assert flaky.store == {}
 
 
+def test_a_store_without_names_in_between(
+    zoo: Zoo, flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object store, where a failure leaves what was there."""
+    remote = Remote("flaky://zoo")
+    remote._puts_whole = True
+    remote.write("zoo.json", b"old")
+
+    def down(*args: Any) -> None:
+        raise Stopped("the line is down")
+
+    monkeypatch.setattr(flaky, "pipe_file", down)
+    with pytest.raises(ZooError, match="the line is down"):
+        remote.write("zoo.json", b"new")
+    assert remote.read("zoo.json") == b"old"
+
+
 def test_a_damaged_model_is_not_pushed(zoo: Zoo, memory: str) -> None:
     spoil(zoo["b"].path)
     with pytest.raises(ZooError, match=r"entry 'b': .*the file is damaged.*verify --repair"):
@@ -549,6 +588,7 @@ def test_an_index_is_data_of_others(zoo: Zoo, tmp_path: Path) -> None:
         "CREATE TRIGGER t AFTER INSERT ON entries BEGIN DELETE FROM entries; END": "tables are not those",
         "PRAGMA user_version = 99": "newer mvp_ext",
         "DROP TABLE models": "tables are not those",
+        "PRAGMA page_size = 1024": "readonly",
     }
     push_zoo(zoo, str(shelf))
     good = json.loads((shelf / "zoo.json").read_text())
@@ -570,6 +610,7 @@ def altered(index: Path, statement: str, folder: Path) -> bytes:
     shutil.copyfile(index, copy)
     connection = sqlite3.connect(copy, isolation_level=None)
     connection.execute(statement)
+    connection.execute("VACUUM")
     connection.close()
     return copy.read_bytes()
 
