@@ -126,10 +126,8 @@ def _file_system(url: str, shown: str) -> tuple[Any, str]:
 
         protocol = get_protocol(url)
         package = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
-        how = f"pip install {package}" if package not in ("", "fsspec") else error
-        raise ImportError(
-            f"{shown}: {protocol}:// needs a package that is missing: {how} ({error})"
-        ) from error
+        how = f"pip install {package} ({error})" if package not in ("", "fsspec") else error
+        raise ImportError(f"{shown}: {protocol}:// needs a package that is missing: {how}") from error
     except ValueError as error:
         raise ValueError(f"{shown}: expected a folder or a URL that fsspec knows ({error})") from error
     return file_system, root.rstrip("/")

@@ -4,7 +4,7 @@ What lies at a URL is never changed but for the small manifest, which is put in 
 who pulls gets one snapshot whole, whatever is pushed meanwhile, and a push or a pull that was stopped goes on: what is
 there is not moved again. Every file's SHA-256 is compared after it was moved.
 
-    zoo/.origins.json   which models each URL had when the zoo was pushed there or pulled from there: these are not lost
+    zoo/.origins.json   what of each URL this zoo had and pulled: nobody's models but those are taken away by either
     zoo/.incoming/      what a pull has fetched so far, laid out as a zoo is
 """
 
@@ -21,6 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from mvp_ext.storage import sync_names, write_atomic, write_together
 from mvp_ext.zoo.card import zoo_card
@@ -112,11 +113,11 @@ def _pushed(zoo: Zoo, snapshot: Index, remote: Remote, replace: bool, progress: 
     if not replace:
         # Somebody may have pushed meanwhile.
         _check_others_kept(zoo, remote, manifest)
-    known = _origins(zoo._layout).get(remote.url, set())
+    origin = _origin(zoo._layout, remote.url) or Origin()
     # Before and after: a kill in between must not make the zoo's own models look like those of others.
-    _remember(zoo._layout, remote.url, known | manifest.keys)
+    _remember(zoo._layout, remote.url, origin._replace(had=origin.had | manifest.keys))
     _write_if_other(remote, MANIFEST, written)
-    _remember(zoo._layout, remote.url, manifest.keys)
+    _remember(zoo._layout, remote.url, origin._replace(had=frozenset(manifest.keys)))
     _write_if_other(remote, CARD, zoo_card(said, remote.url, snapshot.meta()).encode())
     return True
 
@@ -136,8 +137,7 @@ def _check_others_kept(zoo: Zoo, remote: Remote, manifest: Manifest) -> None:
                 f"{remote.url}: it has a {CARD} and no zoo; name an empty folder, or replace the file (--force)"
             )
         return
-    lost = there.keys - manifest.keys - _origins(zoo._layout).get(remote.url, set())
-    if lost:
+    if lost := there.keys - manifest.keys - (_origin(zoo._layout, remote.url) or Origin()).had:
         raise ZooError(
             f"{remote.url}: it has what this zoo never had, and would be lost: {_named(lost)}; pull it into a new "
             f"directory and `mvp-ext zoo merge` that and {zoo.path}, or replace it (--force)"
@@ -171,7 +171,7 @@ def pull_zoo(url: str, path: str | os.PathLike[str], *, progress: Progress | Non
     zoo = Zoo(path)
     layout = zoo._layout
     with layout.lock(exclusive=True):
-        _check_own_kept(zoo, remote, manifest)
+        own = _checked_own(zoo, remote, manifest)
         staged = _incoming(layout)
 
         def fetch_index(draft: Path) -> None:
@@ -187,29 +187,31 @@ def pull_zoo(url: str, path: str | os.PathLike[str], *, progress: Progress | Non
                 f"{remote.url}: {MANIFEST} names other models than the index does; push the zoo again"
             )
         _stage(zoo, staged, manifest.items, fetch, progress)
-        known = _origins(layout).get(remote.url, set())
+        origin, pulled = _origin(layout, remote.url) or Origin(), frozenset(manifest.keys - own)
         # Before and after: a kill in between must not make pulled models look like the zoo's own.
-        _remember(layout, remote.url, known | manifest.keys)
+        _remember(layout, remote.url, origin._replace(pulled=origin.pulled | pulled))
         _install(zoo, staged, index, manifest.items)
-        _remember(layout, remote.url, manifest.keys)
+        _remember(layout, remote.url, Origin(frozenset(manifest.keys), pulled))
         shutil.rmtree(staged.root, ignore_errors=True)
     return Zoo(path)
 
 
-def _check_own_kept(zoo: Zoo, remote: Remote, manifest: Manifest) -> None:
-    own, index = keys_of(zoo._index), zoo._index
-    known = _origins(zoo._layout).get(remote.url)
-    if known is None:
-        if own or index.facts() or index.meta():
-            raise ZooError(
-                f"zoo {zoo.path}: it is no pull of {remote.url}; name a new directory, and `mvp-ext zoo merge` joins "
-                "the two"
-            )
-    elif lost := own - known - manifest.keys:
+def _checked_own(zoo: Zoo, remote: Remote, manifest: Manifest) -> set[Key]:
+    """The models that were made here; ZooError where one would be lost, or the zoo has nothing to do with the URL."""
+    index, origin = zoo._index, _origin(zoo._layout, remote.url)
+    models = keys_of(index)
+    if origin is None and (models or index.facts() or index.meta()):
+        raise ZooError(
+            f"zoo {zoo.path}: it is no pull of {remote.url}; name a new directory, and `mvp-ext zoo merge` joins "
+            "the two"
+        )
+    own = models - (origin or Origin()).pulled
+    if lost := own - manifest.keys:
         raise ZooError(
             f"zoo {zoo.path}: it has models of its own, which would be lost: {_named(lost)}; push it first, or pull "
             "into a new directory and `mvp-ext zoo merge` the two"
         )
+    return own
 
 
 def _incoming(layout: Layout) -> Layout:
@@ -273,8 +275,8 @@ def merge_zoos(zoos: Sequence[Zoo], out: str | os.PathLike[str], *, progress: Pr
     target = Path(out).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ZooError(f"{target}: expected a new or an empty directory to merge into")
-    for zoo in zoos[1:]:
-        _check_alike(zoos[0], zoo)
+    for first, other in itertools.combinations(zoos, 2):
+        _check_alike(first, other)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(6)}.part")
     try:
         merged = Zoo(draft)
@@ -445,27 +447,48 @@ def _named(keys: Iterable[Key]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-# ---- which models a URL had
+# ---- what of a URL a zoo had
 
 
-def _origins(layout: Layout) -> dict[str, set[Key]]:
+class Origin(NamedTuple):
+    """What a zoo and a URL have had of each other.
+
+    ``had``: models that the zoo had when it was last pushed or pulled: who finds them there and not here removed them.
+    ``pulled``: models that came from there, and may go when they go there.
+    """
+
+    had: frozenset[Key] = frozenset()
+    pulled: frozenset[Key] = frozenset()
+
+
+def _origin(layout: Layout, url: str) -> Origin | None:
+    return _origins(layout).get(url)
+
+
+def _origins(layout: Layout) -> dict[str, Origin]:
     try:
         _, data = read_regular(layout.root / ORIGINS)
         return {
-            str(url): {(str(kind), str(name), str(sha256)) for kind, name, sha256 in keys}
-            for url, keys in json.loads(data).items()
+            str(url): Origin(*(frozenset(map(_key, origin[field])) for field in Origin._fields))
+            for url, origin in json.loads(data).items()
         }
-    # None is known then, and nothing is lost.
-    except (BadFile, ValueError, TypeError, AttributeError, RecursionError):
+    # Then none is known, and nothing is taken away.
+    except (BadFile, LookupError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def _remember(layout: Layout, url: str, keys: set[Key]) -> None:
+def _key(values: Sequence[Any]) -> Key:
+    kind, name, sha256 = map(str, values)
+    return kind, name, sha256
+
+
+def _remember(layout: Layout, url: str, origin: Origin) -> None:
     path = layout.root / ORIGINS
     if not is_regular(path):
         # A link would be followed.
         remove_file(path)
-    known: dict[str, Iterable[Key]] = {**_origins(layout), url: sorted(keys)}
+    known = {**_origins(layout), url: origin}
+    plain = {url: {field: sorted(keys) for field, keys in of._asdict().items()} for url, of in known.items()}
     # A zoo that may only be read can be pushed all the same.
     with contextlib.suppress(OSError):
-        write_atomic(path, json.dumps({url: sorted(of) for url, of in known.items()}).encode())
+        write_atomic(path, json.dumps(plain).encode())

@@ -398,7 +398,39 @@ def test_nobody_loses_entries(zoo: Zoo, memory: str, small: Any, tmp_path: Path)
     push_zoo(merged, memory)
     assert same(pull_zoo(memory, zoo.path), merged)
     push_zoo(pulled, memory, replace=True)
-    assert names(pull_zoo(memory, zoo.path)) == [*NAMES, "mine"]
+    # Made here: it stays, though it was at the URL for a while. Pulled from there, it goes.
+    with pytest.raises(ZooError, match="would be lost: entry 'theirs'; push it first"):
+        pull_zoo(memory, zoo.path)
+    assert names(zoo) == [*NAMES, "mine", "theirs"]
+    assert names(pull_zoo(memory, other.path)) == [*NAMES, "mine"]
+
+
+def test_a_stop_makes_nobodys_entries_look_pulled_or_pushed(
+    zoo: Zoo, flaky: type[Flaky], small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A push that ends before its manifest, and a pull that ends before its index, have moved nothing."""
+    theirs = Zoo(tmp_path / "theirs", backbone=zoo.backbone)
+    theirs.add_model(new_entry(small, "theirs", 1))
+    flaky.left = 2 * (4 + 1)
+    with pytest.raises(ZooError, match="the line is down"):
+        push_zoo(zoo, "flaky://zoo")
+    flaky.left = float("inf")
+    assert "zoo.json" not in flaky.moved
+    push_zoo(theirs, "flaky://zoo")
+    with pytest.raises(ZooError, match="models of its own, which would be lost: entry 'a'"):
+        pull_zoo("flaky://zoo", zoo.path)
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    mine = Zoo(tmp_path / "mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(mine._index), "restore", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pull_zoo("flaky://zoo", mine.path)
+    mine.add_model(new_entry(small, "mine", 1))
+    with pytest.raises(ZooError, match="and would be lost: entry 'theirs'"):
+        push_zoo(mine, "flaky://zoo")
 
 
 def test_a_directory_that_is_no_pull_of_the_url(zoo: Zoo, memory: str, tmp_path: Path) -> None:
@@ -686,9 +718,10 @@ def test_a_merge_is_whole_or_not_at_all(zoo: Zoo, small: Any, tmp_path: Path) ->
     refused(
         r"it is of another backbone than .*: expected architecture test_resnet, got test_vit", zoo, foreign
     )
-    large = Zoo(tmp_path / "large")
+    large, third = Zoo(tmp_path / "large"), Zoo(tmp_path / "third")
     large.record_facts(preprocessing=Preprocessing(64, SEEN.mean, SEEN.std))
     refused("its models see images as", zoo, large)
+    refused("its models see images as", third, zoo, large)
     with pytest.raises(ValueError, match="at least two zoos, got 1"):
         merge_zoos([zoo], out)
     with pytest.raises(ZooError, match="expected a new or an empty directory"):
