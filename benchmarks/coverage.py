@@ -137,7 +137,7 @@ def _drawn(model: nn.Module) -> nn.Module:
     return model
 
 
-def measure_row(name: str) -> dict[str, Any]:
+def measure_row(name: str, with_peer: bool = True) -> dict[str, Any]:
     """What became of one model."""
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -172,7 +172,7 @@ def measure_row(name: str) -> dict[str, Any]:
         if backbone is not None:
             _all_the_way(backbone, structure, row, side)
     row["whole"] = all(row.get(proof) for proof in PROOFS)
-    peer = _by_torch_pruning(name, side, row)
+    peer = _by_torch_pruning(name, side, row) if with_peer else None
     row |= _sizes({"dense": model, "ours": small, "Torch-Pruning": peer}, side)
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
@@ -347,11 +347,25 @@ def main() -> None:
 
 def _alone(name: str) -> dict[str, Any]:
     """The row, from a process of its own: a model that takes all memory, or forever, ends with it."""
+    found = _in_time(name, True)
+    if isinstance(found, multiprocessing.TimeoutError):
+        # Torch-Pruning's search may have no end: the row without it says so, or it was ours.
+        found = _in_time(name, False)
+        if isinstance(found, dict):
+            found |= {"Torch-Pruning": False}
+            found["reasons"]["Torch-Pruning"] = f"not done in {SECONDS} seconds"
+    if isinstance(found, Exception):
+        return {"scopes": [], "whole": False, "reasons": {"row": _words(found)}}
+    return found
+
+
+def _in_time(name: str, with_peer: bool) -> dict[str, Any] | Exception:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         try:
-            return pool.apply_async(measure_row, (name,)).get(SECONDS)
+            row: dict[str, Any] = pool.apply_async(measure_row, (name, with_peer)).get(SECONDS)
+            return row
         except Exception as error:
-            return {"scopes": [], "whole": False, "reasons": {"row": _words(error)}}
+            return error
 
 
 def _said(row: dict[str, Any]) -> str:
