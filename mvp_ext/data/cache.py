@@ -314,7 +314,8 @@ def _homes(folder: str | os.PathLike[str], where: str | os.PathLike[str] | None)
     own = f"{real.name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
     if where is not None:
         return [Path(where).expanduser() / own]
-    return [real.parent / f"{real.name}.mvp_cache", Path.home() / ".cache" / "mvp_ext" / "images" / own]
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [real.parent / f"{real.name}.mvp_cache", users / "mvp_ext" / "images" / own]
 
 
 def _tell_more(progress: Progress, before: int, count: int, done: int) -> None:
