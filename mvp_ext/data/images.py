@@ -143,7 +143,7 @@ def content_hash(tensors: Iterable[Images], names: Iterable[str]) -> str:
         digest.update(repr(name).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        for piece in tensor.split(_CHUNK) if isinstance(tensor, StoredImages) else (tensor,):
+        for piece in tensor.split(_CHUNK // 8) if isinstance(tensor, StoredImages) else (tensor,):
             # NumPy has no bfloat16.
             digest.update(piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from mvp_ext.train.trainer import Trainer
 # Bytes of pixels that become floats together, as all once did: another order of sums is another last bit.
 _AT_ONCE = 192 << 20
 # Images that are counted at once.
-_CHUNK = 256
+_CHUNK = 64
 
 
 def measured_normalisation(data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:

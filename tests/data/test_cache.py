@@ -242,7 +242,7 @@ def test_two_at_once_share_the_work(photos, decoded, tmp_path):
     assert len(cache_files(photos)) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut off", "longer", "foreign", "other images", "empty", "folder's own"])
+@pytest.mark.parametrize("damage", ["cut off", "longer", "foreign", "other images", "empty", "another version"])
 def test_what_is_not_whole_is_never_used(photos, decoded, damage):
     load_data(photos, cache=True)
     (file,) = cache_files(photos)
@@ -255,7 +255,7 @@ def test_what_is_not_whole_is_never_used(photos, decoded, damage):
         "longer": whole + b"x",
         "foreign": b"\x89PNG" + whole[4:],
         "empty": b"",
-        "folder's own": whole.replace(b'"version": 1', b'"version": 9', 1),
+        "another version": whole.replace(b'"version": 1', b'"version": 9', 1),
     }
     file.path.write_bytes(texts.get(damage, bytes(changed)))
     # Nor a draft of something else.
@@ -341,10 +341,10 @@ data = load_data(sys.argv[1], image_size=224, cache=True)
 task = Task("t", data, (0, 1))
 split = task.split()
 task.fingerprint, measured_normalisation(data)
-for batch in split.train_images.split(256):
+for batch in split.train_images.split(64):
     batch.float().sum()
 for _ in range(20):
-    split.train_images[torch.randperm(len(split.train_labels))[:128]]
+    split.train_images[torch.randperm(len(split.train_labels))[:64]]
 print(peak() - before)
 """
 
@@ -354,9 +354,9 @@ def test_memory_stays_bounded(tmp_path):
     for name in "ab":
         (folder / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), "blue" if name == "a" else "red").save(folder / name / "0.bmp")
-        for number in range(1, 1800):
+        for number in range(1, 1000):
             os.link(folder / name / "0.bmp", folder / name / f"{number}.bmp")
-    pixels = 2 * 1800 * 224 * 224 * 3 >> 20
+    pixels = 2 * 1000 * 224 * 224 * 3 >> 20
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT, str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -365,5 +365,5 @@ def test_memory_stays_bounded(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert pixels > 500
+    assert pixels > 280
     assert int(done.stdout) < 0.5 * pixels, f"{done.stdout} MB of {pixels}"
