@@ -87,6 +87,8 @@ def of_torchvision(folder: Path) -> Iterator[torch.Tensor]:
         drop_last=True,
         num_workers=len(os.sched_getaffinity(0)),
         persistent_workers=True,
+        # As in a program that was not spawned itself.
+        multiprocessing_context="fork",
     )
     while True:
         yield from (images for images, _ in loader)

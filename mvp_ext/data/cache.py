@@ -298,7 +298,7 @@ class FolderCache:
                     return home
         tried = " or ".join(map(str, self._homes))
         raise DataError(
-            f"{self.folder}: its decoded images cannot be kept in {tried}: no permission; {_ELSEWHERE}"
+            f"{self.folder}: its decoded images cannot be kept in {tried} (no permission); {_ELSEWHERE}"
         )
 
 
