@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ _SETTINGS = {"format": "mvp_ext.images", "version": 1, "resize": "centre, biline
 _HEADER = 4096
 _SUFFIX = ".images"
 # Bytes of pixels between two waits for the disk, which is what a kill can cost.
-_CHUNK = 1 << 26
+_CHUNK = 1 << 25
 # Between two looks at another maker's draft.
 _WAIT_SECONDS = 0.2
 
@@ -222,17 +223,24 @@ class FolderCache:
         self._take_over(path, header, have, keep, step)
         missing = np.flatnonzero(numbers != have)
         bad: dict[Path, str] = {}
-        for first in range(0, len(missing), step):
-            rows = missing[first : first + step]
-            done = count - len(missing) + first
-            progress(done, count)
-            pixels = np.empty((len(rows), size, size, 3), np.uint8)
-            files = [self.files[row] for row in rows]
-            told = partial(_tell_more, progress, done, count)
-            failed = decode_images(files, pixels, np.arange(len(rows)), told)
-            good = np.array([file not in failed for file in files])
-            keep(rows[good], list(itertools.compress(pixels, good)))
-            bad |= failed
+        # The disk is waited for while the next are decoded.
+        with ThreadPoolExecutor(1) as writer:
+            kept: Future[None] | None = None
+            for first in range(0, len(missing), step):
+                rows = missing[first : first + step]
+                before = count - len(missing) + first
+                progress(before, count)
+                pixels = np.empty((len(rows), size, size, 3), np.uint8)
+                files = [self.files[row] for row in rows]
+                told = partial(_tell_more, progress, before, count)
+                failed = decode_images(files, pixels, np.arange(len(rows)), told)
+                bad |= failed
+                good = np.array([file not in failed for file in files])
+                if kept is not None:
+                    kept.result()
+                kept = writer.submit(keep, rows[good], list(itertools.compress(pixels, good)))
+            if kept is not None:
+                kept.result()
         check_decoded(bad, count)
         os.fsync(handle)
 
@@ -314,7 +322,7 @@ def _homes(folder: str | os.PathLike[str], where: str | os.PathLike[str] | None)
     own = f"{real.name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
     if where is not None:
         return [Path(where).expanduser() / own]
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    users = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return [real.parent / f"{real.name}.mvp_cache", users / "mvp_ext" / "images" / own]
 
 

@@ -21,6 +21,7 @@ import torch
 from command_line import run
 from PIL import Image
 
+from mvp_ext.app import data_options
 from mvp_ext.data import cache, images
 from mvp_ext.data.cache import cache_files, clear_cache
 from mvp_ext.data.images import DataError, ImageData, load_data, load_joined
@@ -216,13 +217,14 @@ def test_who_is_killed_loses_little(photos, decoded):
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     (draft,) = cache_files(photos)
-    assert draft.done == 12
+    # The third lot may not have been on the disk yet.
+    assert draft.done in (8, 12)
     told: list[int] = []
     assert_same(
         load_data(photos, cache=True, progress=lambda done, total: told.append(done)), load_data(photos)
     )
-    assert len(decoded) == COUNT - 12
-    assert told[0] == 12
+    assert len(decoded) == COUNT - draft.done
+    assert told[0] == draft.done
     assert [file.done for file in cache_files(photos)] == [COUNT]
 
 
@@ -328,12 +330,18 @@ def test_the_commands(photos, tmp_path):
     assert len(cache_files(photos, tmp_path / "there")) == 1
 
 
+def test_decoding_that_takes_long_is_told(photos, monkeypatch, capsys):
+    monkeypatch.setattr(data_options, "_QUIET_SECONDS", 0.0)
+    assert_same(data_options.load_images([str(photos)], "on"), data_options.load_images([str(photos)], "off"))
+    assert capsys.readouterr().out.count("images: decoding 24/24; ") == 2
+
+
 RESIDENT = """
 import resource, sys
 import torch
 from mvp_ext.data.images import load_data
 from mvp_ext.data.tasks import Task
-from mvp_ext.train.pretrain import measured_normalisation
+from mvp_ext.train import pretrain
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -342,7 +350,8 @@ before = peak()
 data = load_data(sys.argv[1], image_size=224, cache=True)
 task = Task("t", data, (0, 1))
 split = task.split()
-task.fingerprint, measured_normalisation(data)
+pretrain._AT_ONCE = 0
+task.fingerprint, pretrain.measured_normalisation(data)
 for batch in split.train_images.split(64):
     batch.float().sum()
 for _ in range(20):
@@ -356,9 +365,9 @@ def test_memory_stays_bounded(tmp_path):
     for name in "ab":
         (folder / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), "blue" if name == "a" else "red").save(folder / name / "0.bmp")
-        for number in range(1, 700):
+        for number in range(1, 800):
             os.link(folder / name / "0.bmp", folder / name / f"{number}.bmp")
-    pixels = 2 * 700 * 224 * 224 * 3 >> 20
+    pixels = 2 * 800 * 224 * 224 * 3 >> 20
     done = subprocess.run(
         [sys.executable, "-c", RESIDENT, str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -367,5 +376,5 @@ def test_memory_stays_bounded(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert pixels > 190
+    assert pixels > 220
     assert int(done.stdout) < 0.7 * pixels, f"{done.stdout} MB of {pixels}"
