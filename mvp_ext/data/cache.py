@@ -164,12 +164,13 @@ class FolderCache:
         }
         key = hashlib.sha256(json.dumps({**header, "side": None}).encode()).hexdigest()
         name = f"{size}-{key[:16]}{_SUFFIX}"
-        for home in self._homes:
-            part = self._open(home / name, header)
-            if part is not None:
-                return part
-        path = self._writable_home() / name
+        path = self._homes[0] / name
         try:
+            for home in self._homes:
+                part = self._open(home / name, header)
+                if part is not None:
+                    return part
+            path = self._writable_home() / name
             return self._made(path, header, progress)
         except OSError as error:
             raise DataError(
@@ -215,7 +216,7 @@ class FolderCache:
         def keep(rows: np.ndarray, pixels: list[Any]) -> None:
             for row, each in zip(rows.tolist(), pixels, strict=True):
                 _write(handle, each, start + row * image)
-            os.fdatasync(handle)
+            os.fsync(handle)
             have[rows] = numbers[rows]
             _write(handle, have, _HEADER)
 
@@ -269,7 +270,11 @@ class FolderCache:
 
     def _open(self, path: Path, header: dict[str, Any]) -> Part | None:
         """The pixels of a finished file; None where it is not there, cut off, or of something else."""
-        with contextlib.suppress(OSError), open(path, "rb") as file:
+        try:
+            file = open(path, "rb")  # noqa: SIM115
+        except OSError:
+            return None
+        with file:
             found = _read_header(file.fileno())
             if found is None or not _same(found, header):
                 return None
@@ -279,12 +284,12 @@ class FolderCache:
             shape = (found["count"], found["size"], found["size"], 3)
             pixels = np.frombuffer(mapping, np.uint8, int(np.prod(shape)), _start(found["count"]))
             return Part(pixels.reshape(shape), mapping)
-        return None
 
     @cached_property
     def _stamps(self) -> tuple[np.ndarray, str]:
         """uint64 [n], a number above 0 of each file's name, size and time of change; a hash of all of these."""
-        below = len(os.path.join(os.fspath(self.folder), ""))
+        # Paths in "." do not begin with it.
+        below = len(os.fspath(self.folder / "x")) - 1
         digest, numbers = hashlib.sha256(), np.empty(len(self.files), np.uint64)
         for row, file in enumerate(self.files):
             try:

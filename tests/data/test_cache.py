@@ -89,6 +89,7 @@ def test_stored_images_are_indexed_like_a_tensor():
     for index in (7, torch.tensor([7]), torch.tensor([-8])):
         with pytest.raises(IndexError):
             stored[index]
+    assert stored.to("meta")[:2].device.type == stored.to("meta").only(mask)[0].device.type == "meta"
     # What comes out is the caller's own.
     stored[0].zero_()
     assert torch.equal(stored[0], whole[0])
@@ -145,6 +146,16 @@ def test_joined_folders_have_a_cache_each(photos, tmp_path):
     assert_same(load_joined(sources, cache=True), load_joined(sources, cache=False))
     assert len(cache_files(photos)) == len(cache_files(tmp_path / "more")) == 1
     assert_same(load_data(photos, cache=True), load_data(photos))
+
+
+def test_a_folder_is_the_same_by_any_path(photos, decoded, monkeypatch):
+    stored = load_data(photos, cache=True)
+    monkeypatch.chdir(photos)
+    (photos.parent / "link").symlink_to(photos)
+    for path in (".", "../photos", "../link"):
+        again = load_data(path, cache=True)
+        assert torch.equal(again.train_images[:], stored.train_images[:])
+    assert len(decoded) == COUNT
 
 
 def test_large_data_are_cached_unless_told_otherwise(photos, monkeypatch):
@@ -294,6 +305,14 @@ def test_a_full_disk_is_told_before_and_during(photos, monkeypatch):
     def full(*args: object) -> int:
         raise OSError(28, "No space left on device")
 
+    def no_room(*args: object, **options: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.mmap, "mmap", no_room)
+        with pytest.raises(DataError, match=r"\(Cannot allocate memory\)"):
+            load_data(photos, cache=True)
+    clear_cache(photos)
     with monkeypatch.context() as patch:
         patch.setattr(cache.os, "pwrite", full)
         with pytest.raises(DataError, match=r"could not be kept there \(No space left on device\)"):
