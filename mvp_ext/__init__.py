@@ -11,6 +11,7 @@ from mvp_ext import _start_up as _start_up
 
 # isort: on
 from mvp_ext._version import __version__ as __version__
+from mvp_ext.data.cache import clear_cache
 from mvp_ext.data.images import ImageData, load_data, load_joined
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
 from mvp_ext.deploy.bundle import Bundle, load_bundle, save_bundle
@@ -85,6 +86,7 @@ __all__ = [
     "build_refined_zoo",
     "build_universal",
     "build_zoo",
+    "clear_cache",
     "create_model",
     "expand_state",
     "export",

@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from mvp_ext._version import __version__
-from mvp_ext.app import data_options, deploy_options, options, zoo_commands
+from mvp_ext.app import cache_commands, data_options, deploy_options, options, zoo_commands
 from mvp_ext.app.bench import bench as run_bench
 from mvp_ext.app.bench import bench_table, checkpoint_of, pruned_copies, reasons
 from mvp_ext.app.comparison import NEED_ZOO, arms_of
@@ -58,6 +58,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(zoo_commands.app, name="zoo")
+app.add_typer(cache_commands.app, name="cache")
 
 
 def main() -> None:
@@ -117,6 +118,7 @@ def pretrain(
         ),
     ] = None,
     data: data_options.Data = None,
+    cache: data_options.Cache = "auto",
     steps: Annotated[int, Option(help="Training steps.", rich_help_panel=options.RUN)] = 500,
     batch_size: Annotated[int | None, Option(help="Images a step.", rich_help_panel=options.RUN)] = None,
     learning_rate: Annotated[
@@ -130,7 +132,7 @@ def pretrain(
     """
     device = run.begin()
     check_output("--out", out, replace=force)
-    images = data_options.load_images(data)
+    images = data_options.load_images(data, cache)
     size = image_size or max(32, *images.image_size)
     # The weights that training starts from.
     torch.manual_seed(run.seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +12,7 @@ from typing import Annotated
 from typer import Option
 
 from mvp_ext.app.options import DATA
+from mvp_ext.app.progress import Advance, progress_bar
 from mvp_ext.data.images import ImageData, load_joined
 from mvp_ext.data.tasks import Task, sample_tasks
 
@@ -24,6 +27,17 @@ Data = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+Cache = Annotated[
+    str,
+    Option(
+        help="Where the decoded images of a folder are kept, so that they need no memory and are not decoded again: "
+        "auto (beside the folder, if they take more than 1 GiB), on (beside the folder), off (in memory), or a "
+        "folder for them.",
+        rich_help_panel=DATA,
+    ),
+]
+# Decoding that takes less is not worth a word.
+_QUIET_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -31,17 +45,30 @@ class DataOptions:
     """Which images."""
 
     data: Data = None
+    cache: Cache = "auto"
     max_train: Annotated[
         int | None, Option(help="At most so many training images a class.", rich_help_panel=DATA)
     ] = None
 
     def images(self) -> ImageData:
-        return load_images(self.data)
+        return load_images(self.data, self.cache)
 
 
-def load_images(given: list[str] | None) -> ImageData:
-    """What the options ``--data`` name, as one data set."""
-    return load_joined(given or ["digits"])
+def load_images(given: list[str] | None, cache: str) -> ImageData:
+    """What the options ``--data`` and ``--cache`` name, as one data set; decoding that takes long shows progress."""
+    began = time.monotonic()
+    advance: Advance | None = None
+    with ExitStack() as stack:
+
+        def progress(done: int, total: int) -> None:
+            nonlocal advance
+            if advance is None and time.monotonic() - began > _QUIET_SECONDS:
+                advance = stack.enter_context(progress_bar("images"))
+            if advance is not None:
+                advance("decoding", done, total)
+
+        known = {"auto": None, "on": True, "off": False}
+        return load_joined(given or ["digits"], cache=known.get(cache, cache), progress=progress)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from typer import Option
 
 from mvp_ext.app.bench import Grid
-from mvp_ext.app.data_options import load_images
+from mvp_ext.app.data_options import Cache, load_images
 from mvp_ext.app.options import DATA, MODEL, MODEL_NAMES, PRUNING, RUN, ModelOptions
 from mvp_ext.app.outputs import check_output
 from mvp_ext.data.tasks import Task, TaskData
@@ -133,6 +133,7 @@ class BenchOptions:
             rich_help_panel=DATA,
         ),
     ] = None
+    cache: Cache = "auto"
 
     def task(self, pruned: Iterable[PrunedCheckpoint]) -> TaskData | None:
         """The images of the first pruned model's classes; None without --data."""
@@ -143,7 +144,7 @@ class BenchOptions:
             raise ValueError(
                 "bench: --data: expected a --pruned file that says which classes its outputs are"
             )
-        return Task.of(card.task or "task", load_images(self.data), card.class_names).split()
+        return Task.of(card.task or "task", load_images(self.data, self.cache), card.class_names).split()
 
     def grid(self) -> Grid:
         """In what is timed; ValueError for a name or number that there is not."""
@@ -231,6 +232,7 @@ class ExportOptions:
             rich_help_panel=DATA,
         ),
     ] = None
+    cache: Cache = "auto"
 
     def path(self, model: Path) -> Path:
         """Where the file goes; ValueError where neither option says the format, or one is there."""
@@ -248,7 +250,7 @@ class ExportOptions:
             return None
         if not card.class_names:
             raise ValueError("export: --data: the model does not say which classes its outputs are")
-        return Task.of(card.task or "task", load_images(self.data), card.class_names).split()
+        return Task.of(card.task or "task", load_images(self.data, self.cache), card.class_names).split()
 
 
 def _split(given: list[str]) -> list[str]:

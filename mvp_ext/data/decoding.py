@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,16 +33,19 @@ def default_size(files: Sequence[Path]) -> int:
     return min(int(np.median(sides)) if sides else 1, LARGEST_DEFAULT_SIZE)
 
 
-def decode_images(files: Sequence[Path], pixels: np.ndarray, rows: np.ndarray) -> None:
+def decode_images(
+    files: Sequence[Path], pixels: np.ndarray, rows: np.ndarray, decoded: Callable[[int], None] | None = None
+) -> dict[Path, str]:
     """Decode each file once, as ``square_rgb``: file i to ``pixels[rows[i]]``.
 
     Args:
         files: n images.
-        pixels: uint8 [N, S, S, 3], written to; any array, in memory or of a mapped file.
+        pixels: uint8 [N, S, S, 3], written to.
         rows: int64 [n], all different.
+        decoded: called with the number of files that are done, after each.
 
-    Raises:
-        DataError: files that do not decode; it counts them and names the first ten.
+    Returns:
+        The files that do not decode, with the reasons: for ``check_decoded``.
     """
     from PIL import Image
 
@@ -57,12 +60,17 @@ def decode_images(files: Sequence[Path], pixels: np.ndarray, rows: np.ndarray) -
         except Exception as error:
             bad[files[number]] = " ".join(str(error).split()) or type(error).__name__
 
+    # Pillow decodes and resizes without Python's lock.
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        for _ in pool.map(decode, range(len(files))):
-            pass
+        for done, _ in enumerate(pool.map(decode, range(len(files))), 1):
+            if decoded is not None:
+                decoded(done)
+    return bad
+
+
+def check_decoded(bad: Mapping[Path, str], count: int) -> None:
+    """DataError where some of ``count`` files do not decode; it counts them and names the first ten."""
     if bad:
         listed = "; ".join(f"{path}: {reason}" for path, reason in sorted(bad.items())[:10])
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise DataError(
-            f"{len(bad)} of {len(files)} image(s) do not decode, nothing was loaded: {listed}{more}"
-        )
+        raise DataError(f"{len(bad)} of {count} image(s) do not decode, nothing was loaded: {listed}{more}")

@@ -1,7 +1,8 @@
 """Images with labels, from wherever a user keeps them, as uint8 tensors.
 
 One representation leaves this module: ``ImageData``, RGB bytes [n, H, W, 3] (a quarter of the memory of
-floats, and what augmentation works on fastest). Everything later (tasks, batches) only slices it.
+floats, and what augmentation works on fastest). Everything later (tasks, batches) only slices it. Where the images are
+too many for the memory they are ``StoredImages``, which stay in a file (``cache.py``).
 """
 
 from __future__ import annotations
@@ -21,24 +22,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvp_ext.data.decoding import decode_images, default_size
+from mvp_ext.data.cache import FolderCache, Progress
+from mvp_ext.data.decoding import check_decoded, decode_images, default_size
 from mvp_ext.data.errors import DataError, LeftOut
 from mvp_ext.data.sources import existing_paths, read_cifar100, read_digits, read_paths
+from mvp_ext.data.stored import Images, Part, StoredImages
 from mvp_ext.model.preprocessing import resize
 
 __all__ = ["DataError", "ImageData", "content_hash", "load_data", "load_joined", "members_of", "number_of"]
 
 # Images that are copied or resized at once.
 _CHUNK = 512
+# Image folders whose pixels take more bytes are kept in a file, unless the caller says otherwise.
+CACHED_ABOVE = 1 << 30
+
+# As of ``load_data``.
+Cache = bool | str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A labelled data set, held in memory.
+    """A labelled data set.
 
     Attributes:
         name: short name for tables ("digits", a file or folder name).
-        train_images: uint8 [n, H, W, 3], RGB, 0..255, contiguous.
+        train_images: uint8 [n, H, W, 3], RGB, 0..255, contiguous; ``StoredImages`` where they stay in a file.
         train_labels: int64 [n], each in [0, len(class_names)).
         test_images: the same for the test split.
         test_labels: likewise.
@@ -50,9 +58,9 @@ class ImageData:
     """
 
     name: str
-    train_images: Tensor
+    train_images: Images
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     class_names: tuple[str, ...]
     flip: bool = True
@@ -78,7 +86,7 @@ class ImageData:
                     f"one of {known} superclasses, got {len(groups)} values in {sorted(set(groups))}"
                 )
 
-    def split(self, which: str) -> tuple[Tensor, Tensor]:
+    def split(self, which: str) -> tuple[Images, Tensor]:
         """The images and labels of ``"train"`` or ``"test"``."""
         return getattr(self, f"{which}_images"), getattr(self, f"{which}_labels")
 
@@ -128,15 +136,16 @@ def number_of(kind: str, name: str, known: Mapping[str, int], where: str) -> int
     raise ValueError(f"unknown {kind} {name!r} in {where!r}; {hint}")
 
 
-def content_hash(tensors: Iterable[Tensor], names: Iterable[str]) -> str:
-    """SHA-256 (hex) of tensors (shape, dtype, bytes) and names, in order."""
+def content_hash(tensors: Iterable[Images], names: Iterable[str]) -> str:
+    """SHA-256 (hex) of tensors (shape, dtype, bytes) and names, in order; the same wherever images lie."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(repr(name).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        # NumPy has no bfloat16.
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        for piece in tensor.split(_CHUNK // 8) if isinstance(tensor, StoredImages) else (tensor,):
+            # NumPy has no bfloat16.
+            digest.update(piece.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -147,6 +156,8 @@ def load_data(
     test_share: float = 0.2,
     seed: int = 0,
     flip: bool | None = None,
+    cache: Cache = None,
+    progress: Progress | None = None,
 ) -> ImageData:
     """Load a labelled image data set. What of it is left out is told in one warning, with counts and reasons.
 
@@ -167,14 +178,20 @@ def load_data(
         test_share: share of each class that becomes its test images where the source has no test split.
         seed: of that split.
         flip: whether mirroring keeps the class. Default: False for digits, otherwise True.
+        cache: whether the pixels of an image folder are kept in a file (in ``FOLDER.mvp_cache`` beside it, or in the
+            user's cache where that cannot be written; a path: there), from which batches are read: nothing is decoded
+            twice, and no more than a batch is in memory. Default: where they take more than 1 GiB. What is computed of
+            the images is the same. ``clear_cache`` removes the file.
+        progress: called with (images decoded, images to decode in all) after each image of a folder.
 
     Raises:
         DataError: unknown source, files that do not decode (each is named; nothing is half-loaded),
-            parts that do not fit together, a class with too few images to split, a class with test images alone.
+            parts that do not fit together, a class with too few images to split, a class with test images alone, no
+            place for the cache.
     """
     raw = _read(source, image_size, test_share, seed)
     if isinstance(raw["train_images"], list):
-        return _gathered([raw], image_size, flip)
+        return _gathered([raw], image_size, flip, cache, progress)
     for key in ("train_images", "test_images"):
         raw[key] = _to_squares(torch.from_numpy(np.ascontiguousarray(raw[key])), image_size)
     for key in ("train_labels", "test_labels"):
@@ -191,6 +208,8 @@ def load_joined(
     test_share: float = 0.2,
     seed: int = 0,
     flip: bool | None = None,
+    cache: Cache = None,
+    progress: Progress | None = None,
 ) -> ImageData:
     """Load several data sets as one. Of one alone: as ``load_data``.
 
@@ -204,6 +223,8 @@ def load_joined(
         test_share: as of ``load_data``, of each data set that has no test split.
         seed: of these splits.
         flip: whether mirroring keeps the class. Default: whether it does in all of them.
+        cache: as of ``load_data``, a file for each image folder. Default: where all pixels take more than 1 GiB.
+        progress: as of ``load_data``, of all image folders together.
 
     Raises:
         DataError: as ``load_data``; no source, or one that is given twice. TypeError: one that is in no list.
@@ -213,12 +234,21 @@ def load_joined(
     if not sources:
         raise DataError("load_joined: expected at least one data set, got none")
     if len(sources) == 1:
-        return load_data(sources[0], image_size=image_size, test_share=test_share, seed=seed, flip=flip)
+        return load_data(
+            sources[0],
+            image_size=image_size,
+            test_share=test_share,
+            seed=seed,
+            flip=flip,
+            cache=cache,
+            progress=progress,
+        )
     places = [_place(source) for source in sources]
     for number, place in enumerate(places):
         if place in places[:number]:
             raise DataError(f"load_joined: {place!r} is given twice")
-    return _gathered([_read(source, image_size, test_share, seed) for source in sources], image_size, flip)
+    raws = [_read(source, image_size, test_share, seed) for source in sources]
+    return _gathered(raws, image_size, flip, cache, progress)
 
 
 def _place(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str:
@@ -252,13 +282,56 @@ def _read(source: Any, image_size: int | None, test_share: float, seed: int) -> 
     return raw
 
 
-def _gathered(raws: list[dict[str, Any]], size: int | None, flip: bool | None) -> ImageData:
-    """Data sets as one: the pixels of all in one array, so that they are in memory once."""
+def _gathered(
+    raws: list[dict[str, Any]],
+    size: int | None,
+    flip: bool | None,
+    cache: Cache,
+    progress: Progress | None,
+) -> ImageData:
+    """Data sets as one, the images of files decoded."""
+    where = None if cache is None or isinstance(cache, bool) else cache
+    folders = [
+        FolderCache(raw["folder"], raw["train_images"] + raw["test_images"], where)
+        if "folder" in raw and cache is not False
+        else None
+        for raw in raws
+    ]
+    sides: list[int | None] = [None] * len(raws)
     if size is None:
-        size = max(map(_side, raws))
+        sides = list(map(_side, raws, folders))
+    size = size or max(side for side in sides if side is not None)
+    ends = np.cumsum([len(raw[f"{split}_labels"]) for split in ("train", "test") for raw in raws]).tolist()
+    large = int(ends[-1]) * size * size * 3 > CACHED_ABOVE
+    train: Images
+    test: Images
+    if any(folders) and (large if cache is None else cache is not False):
+        train, test = _stored(raws, size, folders, sides, progress)
+    else:
+        train, test = _in_memory(raws, size, ends, progress)
+    counts = [len(raw["class_names"]) for raw in raws]
+    first_class = np.cumsum([0, *counts[:-1]]).tolist()
+    labels = [
+        raw[f"{split}_labels"].astype(np.int64) + first
+        for split in ("train", "test")
+        for raw, first in zip(raws, first_class, strict=True)
+    ]
+    every = torch.from_numpy(np.concatenate(labels))
+    return ImageData(
+        train_images=train,
+        train_labels=every[: len(train)],
+        test_images=test,
+        test_labels=every[len(train) :],
+        flip=all(raw.get("flip", True) for raw in raws) if flip is None else flip,
+        **_named(raws),
+    )
+
+
+def _in_memory(
+    raws: list[dict[str, Any]], size: int, ends: list[int], progress: Progress | None
+) -> tuple[Tensor, Tensor]:
+    """Training and test images: the pixels of all in one array, so that they are in memory once."""
     splits = [(raw, split) for split in ("train", "test") for raw in raws]
-    ends = np.cumsum([len(raw[f"{split}_labels"]) for raw, split in splits]).tolist()
-    # All memory that the images of files take; it could as well be that of a mapped file.
     pixels = np.empty((ends[-1], size, size, 3), np.uint8)
     files: list[Path] = []
     rows: list[np.ndarray] = []
@@ -272,23 +345,46 @@ def _gathered(raws: list[dict[str, Any]], size: int | None, flip: bool | None) -
             chunk = torch.from_numpy(np.ascontiguousarray(images[first : first + _CHUNK]))
             pixels[start + first : start + first + len(chunk)] = _to_squares(chunk, size).numpy()
     if files:
-        decode_images(files, pixels, np.concatenate(rows))
-    counts = [len(raw["class_names"]) for raw in raws]
-    first_class = np.cumsum([0, *counts[:-1]]).tolist()
-    labels = [
-        raw[f"{split}_labels"].astype(np.int64) + first_class[number % len(raws)]
-        for number, (raw, split) in enumerate(splits)
-    ]
+        told = None if progress is None else lambda done: progress(done, len(files))
+        check_decoded(decode_images(files, pixels, np.concatenate(rows), told), len(files))
     middle = ends[len(raws) - 1]
-    every = torch.from_numpy(np.concatenate(labels))
-    return ImageData(
-        train_images=torch.from_numpy(pixels[:middle]),
-        train_labels=every[:middle],
-        test_images=torch.from_numpy(pixels[middle:]),
-        test_labels=every[middle:],
-        flip=all(raw.get("flip", True) for raw in raws) if flip is None else flip,
-        **_named(raws),
+    return torch.from_numpy(pixels[:middle]), torch.from_numpy(pixels[middle:])
+
+
+def _stored(
+    raws: list[dict[str, Any]],
+    size: int,
+    folders: list[FolderCache | None],
+    sides: list[int | None],
+    progress: Progress | None,
+) -> tuple[StoredImages, StoredImages]:
+    """Training and test images: those of folders in their caches, others in memory."""
+    parts: list[Part] = []
+    rows: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    start, done, total = 0, 0, sum(len(folder.files) for folder in folders if folder)
+
+    def told(count: int, of: int) -> None:
+        if progress is not None:
+            progress(done + count, total)
+
+    for raw, folder, side in zip(raws, folders, sides, strict=True):
+        if folder is not None:
+            parts.append(folder.pixels(size, side, told))
+            done += len(folder.files)
+        for split in ("train", "test"):
+            images = raw.pop(f"{split}_images")
+            if folder is not None:
+                rows[split].append(start + folder.rows(images))
+                continue
+            squares = _to_squares(torch.from_numpy(np.ascontiguousarray(images)), size)
+            rows[split].append(start + np.arange(len(squares)))
+            parts.append(Part(squares.numpy()))
+            start += len(squares)
+        start += len(folder.files) if folder is not None else 0
+    train, test = (
+        StoredImages(parts, torch.from_numpy(np.concatenate(rows[split]))) for split in ("train", "test")
     )
+    return train, test
 
 
 def _named(raws: list[dict[str, Any]]) -> dict[str, Any]:
@@ -321,10 +417,12 @@ def _named(raws: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _side(raw: dict[str, Any]) -> int:
+def _side(raw: dict[str, Any], folder: FolderCache | None) -> int:
     """Of the squares that ``load_data`` stores by default, in pixels."""
     images = raw["train_images"]
-    return default_size(images + raw["test_images"]) if isinstance(images, list) else min(images.shape[1:3])
+    if not isinstance(images, list):
+        return min(images.shape[1:3])
+    return (folder and folder.known_side()) or default_size(images + raw["test_images"])
 
 
 def _to_squares(images: Tensor, size: int | None) -> Tensor:
@@ -373,7 +471,7 @@ def _parted(images: Any, test: np.ndarray) -> tuple[Any, Any]:
     return images[: len(kept)], held
 
 
-def _check_split(name: str, split: str, images: Tensor, labels: Tensor, *, classes: int) -> None:
+def _check_split(name: str, split: str, images: Images, labels: Tensor, *, classes: int) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise DataError(
             f"{name}: {split}_images must be uint8 [n, H, W, 3], got {images.dtype} {list(images.shape)}"

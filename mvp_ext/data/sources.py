@@ -1,7 +1,8 @@
 """What a user's words name: data sets, and image files.
 
 Each reader returns the fields of ``ImageData`` as NumPy arrays; images may also be a list of files, which are not
-decoded yet. ``test_images`` and ``test_labels`` are None where the source has no test split.
+decoded yet, beside ``folder``, the one they are in. ``test_images`` and ``test_labels`` are None where the source has
+no test split.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def read_paths(paths: list[Path], left_out: LeftOut) -> dict[str, Any]:
         name = folder.resolve().name
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".npz" and p.name[0] != ".")
         if not paths:
-            return {"name": name, **list_images(folder, left_out)._asdict()}
+            return {"name": name, "folder": folder, **list_images(folder, left_out)._asdict()}
         left_out.add_all("folder(s) beside .npz files", visible_folders(folder))
     else:
         name = paths[0].stem if len(paths) == 1 else f"{paths[0].stem}+{len(paths) - 1}"

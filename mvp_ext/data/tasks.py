@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mvp_ext.data.images import ImageData, content_hash, members_of, number_of
+from mvp_ext.data.stored import Images, StoredImages
 from mvp_ext.storage import write_atomic
 
 TASK_FORMAT = 1
@@ -29,7 +30,7 @@ class TaskData:
 
     Attributes:
         name: the task's name.
-        train_images: uint8 [n, H, W, 3].
+        train_images: uint8 [n, H, W, 3]; ``StoredImages`` where the data set's are.
         train_labels: int64 [n], in [0, k).
         test_images: as for training.
         test_labels: likewise.
@@ -38,9 +39,9 @@ class TaskData:
     """
 
     name: str
-    train_images: Tensor
+    train_images: Images
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Images
     test_labels: Tensor
     class_names: tuple[str, ...]
     flip: bool = True
@@ -50,7 +51,7 @@ class TaskData:
         return len(self.class_names)
 
     def to(self, device: torch.device | str) -> TaskData:
-        """The same data on another device (uint8, so a few megabytes a task)."""
+        """The same data on another device (uint8, so a few megabytes a task); stored images go there by batches."""
         return replace(
             self,
             train_images=self.train_images.to(device),
@@ -126,11 +127,14 @@ class Task:
         return content_hash(tensors, data.class_names)
 
     def split(self) -> TaskData:
-        """The task's images, in the order of the data set: a copy, or the data set's own where they are all of them."""
+        """The task's images, in the order of the data set: a copy, or the data set's own where they are all of them.
+
+        Of stored images none is read.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         renumber = torch.full((len(self.data.class_names),), -1)
         renumber[list(self.classes)] = torch.arange(len(self.classes))
-        parts: dict[str, Tensor] = {}
+        parts: dict[str, Any] = {}
         for which in ("train", "test"):
             images, labels = self.data.split(which)
             own = renumber[labels]
@@ -140,7 +144,9 @@ class Task:
                     if label >= 0:
                         order = torch.randperm(len(members), generator=generator)
                         keep[torch.from_numpy(members)[order[self.max_train_per_class :]]] = False
-            parts |= {f"{which}_images": images if keep.all() else images[keep], f"{which}_labels": own[keep]}
+            if not keep.all():
+                images = images.only(keep) if isinstance(images, StoredImages) else images[keep]
+            parts |= {f"{which}_images": images, f"{which}_labels": own[keep]}
         return TaskData(name=self.name, class_names=self.class_names, flip=self.data.flip, **parts)
 
     def to_dict(self) -> dict[str, Any]:

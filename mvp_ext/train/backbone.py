@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mvp_ext.data.stored import Images
 from mvp_ext.model.borrowed import borrowed, own_random_numbers, twin_of, unwrapped
 from mvp_ext.model.checkpoint import check_fidelity, fill, whole_state
 from mvp_ext.model.create import create_empty, create_model
@@ -340,7 +341,7 @@ def _apply(head: Classifier, features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def extract_features(
-    model: nn.Module, images: Tensor, preprocessing: Preprocessing, precision: str = "auto"
+    model: nn.Module, images: Images, preprocessing: Preprocessing, precision: str = "auto"
 ) -> Tensor:
     """Features f32 [n, F] of images u8 [n, H, W, 3] in eval mode, without augmentation, on the model's device.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mvp_ext.data.stored import Images
 from mvp_ext.data.tasks import TaskData
 from mvp_ext.model.borrowed import borrowed
 from mvp_ext.model.ends import as_input, dtype_of
@@ -19,7 +20,7 @@ STATISTICS_IMAGES = 512
 
 @torch.no_grad()
 def reestimate_statistics(
-    model: nn.Module, images: Tensor, preprocessing: Preprocessing, *, seed: int = 0, precision: str = "auto"
+    model: nn.Module, images: Images, preprocessing: Preprocessing, *, seed: int = 0, precision: str = "auto"
 ) -> int:
     """Replace the running statistics of every batch normalisation by averages over (up to 512 of) these images.
 

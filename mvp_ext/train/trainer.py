@@ -91,7 +91,7 @@ class Trainer:
         self.model, self.preprocessing, self.recipe = model, preprocessing, recipe
         self.teacher, self.cost = teacher, cost if cost is not None else Cost()
         self.device = next(model.parameters()).device
-        # Bytes, so a few megabytes: batches are made where they are used.
+        # Bytes, so a few megabytes, or stored: batches are made where they are used.
         self.data = data.to(self.device)
         self.precision = recipe.precision
         if self.device.type == "cpu" and _convolves_one_pixel(model, preprocessing.size):

@@ -1,0 +1,86 @@
+"""Images that stay in files: what a batch needs is read when the batch is made."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """Some images in a row.
+
+    Attributes:
+        pixels: uint8 [n, H, W, 3].
+        mapping: the file that they lie in; None: they are in memory.
+    """
+
+    pixels: np.ndarray
+    mapping: mmap.mmap | None = None
+
+
+class StoredImages:
+    """Images like a tensor uint8 [n, H, W, 3], of which only what is asked for is in memory, and only then.
+
+    ``len``, ``shape``, ``dtype``, ``device``, ``split``, ``to`` and indexing are as a tensor's. Every tensor that comes
+    out is new and the caller's own; ``only`` and ``to`` read nothing.
+
+    Args:
+        parts: one behind the other, all of one height and width.
+        rows: int64 [n], which of their images these are; None: all.
+        device: where the tensors that come out are.
+    """
+
+    dtype, ndim = torch.uint8, 4
+
+    def __init__(
+        self, parts: Sequence[Part], rows: Tensor | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self._parts, self.device = tuple(parts), torch.device(device)
+        self._ends = np.cumsum([len(part.pixels) for part in parts])
+        self._rows = torch.arange(int(self._ends[-1])) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self), *self._parts[0].pixels.shape[1:]))
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        """uint8 […, H, W, 3] of an index of any dimensions, or a bool [n]; IndexError where there is no such image."""
+        wanted = self._rows[index.cpu() if isinstance(index, Tensor) else index]
+        rows = wanted.flatten().numpy()
+        found = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        for part, end in zip(self._parts, self._ends, strict=True):
+            places = rows - (end - len(part.pixels))
+            here = (places >= 0) & (places < len(part.pixels))
+            if here.all():
+                # "clip" writes straight into ``out``; nothing is out of range.
+                np.take(part.pixels, places, axis=0, out=found, mode="clip")
+            elif here.any():
+                found[here] = part.pixels[places[here]]
+            if part.mapping is not None:
+                # The pages stay in the system's cache, but are no longer this process's.
+                part.mapping.madvise(mmap.MADV_DONTNEED)
+        return torch.from_numpy(found).view(*wanted.shape, *self.shape[1:]).to(self.device)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """uint8 [up to ``size``, H, W, 3] after each other, each read when its turn comes."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def only(self, chosen: Tensor) -> StoredImages:
+        """Those of an index int64 [m], or a bool [n], in this order."""
+        return StoredImages(self._parts, self._rows[chosen.cpu()], self.device)
+
+    def to(self, device: torch.device | str) -> StoredImages:
+        """The same, whose tensors come out on ``device``."""
+        return StoredImages(self._parts, self._rows, device)
+
+
+# What a data set or a task holds.
+Images = Tensor | StoredImages
