@@ -33,9 +33,9 @@ from mvp_ext.ops.pruned_linear_plan import (
     TILINGS,
     VECTOR,
     Plan,
+    cpu_way,
     cuda_plan,
     even_splits,
-    library_rows,
     output_count,
 )
 from mvp_ext.ops.residual_add import residual_add, residual_add_op
@@ -301,13 +301,21 @@ def _run_cpu(
     in_block: int,
     residual: Tensor | None,
 ) -> Tensor:
-    pairs = (
-        weight.stride(1) == 1
-        and (in_index is None or in_block % 2 == 0)
-        and weight.shape[1] % 2 == 0 == weight.stride(0) % 2
-    )
-    if x.numel() // (x.shape[-1] or 1) >= library_rows(x.dtype, pairs):
-        return _run_library(x, weight, bias, out_index, in_index, out_block, in_block, residual)
+    arguments = (x, weight, bias, out_index, in_index, out_block, in_block, residual)
+    way = cpu_way(*arguments, _run_cpu_kernel, _run_library)
+    return (_run_cpu_kernel if way == "kernel" else _run_library)(*arguments)
+
+
+def _run_cpu_kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+    residual: Tensor | None,
+) -> Tensor:
     if 1 not in weight.stride():
         weight = weight.contiguous()
     if residual is None or out_index is None:
