@@ -70,8 +70,8 @@ def decide(key: Key, ways: Mapping[str, Callable[[], object]], rule: str) -> str
 
 
 def kept_ways() -> dict[str, Any]:
-    """What was measured on this machine: class → {"way", "milliseconds" of each}."""
-    return _kept()
+    """What was measured on this machine: class and number of threads → {"way", "milliseconds" of each}."""
+    return {name: found for name, found in _kept().items() if _is_sound(found)}
 
 
 def forget() -> None:
@@ -83,7 +83,7 @@ def _measured(key: Key, ways: Mapping[str, Callable[[], object]], log: bool) -> 
     name = json.dumps([*key, torch.get_num_threads()])
     with _lock:
         kept = _kept().get(name)
-        if isinstance(kept, dict) and kept.get("way") in ways:
+        if _is_sound(kept) and kept["way"] in ways:
             return str(kept["way"])
         times = _times(ways)
         first = next(iter(ways))
@@ -148,6 +148,12 @@ def _kept() -> dict[str, Any]:
         if isinstance(found, dict):
             return found
     return {}
+
+
+def _is_sound(found: Any) -> bool:
+    if not isinstance(found, dict) or not isinstance(times := found.get("milliseconds"), dict):
+        return False
+    return found.get("way") in times and all(isinstance(t, (int, float)) for t in times.values())
 
 
 def _keep(name: str, value: dict[str, Any]) -> None:

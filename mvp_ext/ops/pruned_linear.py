@@ -72,9 +72,11 @@ def pruned_linear(
     Raises:
         TypeError, ValueError: kinds, dtypes, shapes, devices, an index out of range, an activation and a residual.
 
-    Under autocast x, weight and bias are cast as for a linear layer. Sums are in float32 (float64 for float64), the
-    same from run to run and for every number of threads. An index that comes twice counts twice. On a GPU an index out
-    of range is an error of the device, and so is a value that comes twice in the out_index of a call with a residual.
+    Under autocast x, weight and bias are cast as for a linear layer. Sums are in float32 (float64 for float64). On a
+    CPU our kernel and torch's library (on a weight that is cut first) are tried on the first call of a class of sizes,
+    and the faster one is used from then on in every process (``MVP_FASTER``: docs/kernels.md); by the kernel sums are
+    the same for every number of threads. An index that comes twice counts twice. On a GPU an index out of range is an
+    error of the device, and so is a value that comes twice in the out_index of a call with a residual.
 
     On a GPU a kernel for tensor cores reads float16 and bfloat16 from the full weight where vectors of 16 bytes can be
     gathered: K a multiple of 8, and either a row-major weight whose kept columns come in blocks of a multiple of 8, or
