@@ -14,6 +14,7 @@ import torch
 
 from mvp_ext._version import __version__
 from mvp_ext.ops import _native
+from mvp_ext.ops.faster import kept_ways
 
 LIBRARIES = ("torchvision", "timm", "numpy", "safetensors", "scikit-learn", "matplotlib", "torch-pruning")
 
@@ -39,8 +40,16 @@ def environment() -> dict[str, str]:
 
 
 def places() -> dict[str, str]:
-    """Where the package and its Python are."""
-    return {"mvp_ext in": str(Path(__file__).parent.parent), "python in": sys.executable}
+    """Where the package and its Python are, and which ways of the kernels were found faster on this machine."""
+    return {
+        "mvp_ext in": str(Path(__file__).parent.parent),
+        "python in": sys.executable,
+        "MVP_FASTER": os.environ.get("MVP_FASTER") or "not set: measured where it runs",
+        **{
+            name: f"{found['way']} (" + ", ".join(f"{w} {t:g} ms" for w, t in found["milliseconds"].items()) + ")"
+            for name, found in sorted(kept_ways().items())
+        },
+    }
 
 
 def commit(folder: Path, *sources: str) -> str:

@@ -33,9 +33,9 @@ from mvp_ext.ops.pruned_linear_plan import (
     TILINGS,
     VECTOR,
     Plan,
+    cpu_way,
     cuda_plan,
     even_splits,
-    library_rows,
     output_count,
 )
 from mvp_ext.ops.residual_add import residual_add, residual_add_op
@@ -72,9 +72,11 @@ def pruned_linear(
     Raises:
         TypeError, ValueError: kinds, dtypes, shapes, devices, an index out of range, an activation and a residual.
 
-    Under autocast x, weight and bias are cast as for a linear layer. Sums are in float32 (float64 for float64), the
-    same from run to run and for every number of threads. An index that comes twice counts twice. On a GPU an index out
-    of range is an error of the device, and so is a value that comes twice in the out_index of a call with a residual.
+    Under autocast x, weight and bias are cast as for a linear layer. Sums are in float32 (float64 for float64). On a
+    CPU our kernel and torch's library (on a weight that is cut first) are tried on the first call of a class of sizes,
+    and the faster one is used from then on in every process (``MVP_FASTER``: docs/kernels.md); by the kernel sums are
+    the same for every number of threads. An index that comes twice counts twice. On a GPU an index out of range is an
+    error of the device, and so is a value that comes twice in the out_index of a call with a residual.
 
     On a GPU a kernel for tensor cores reads float16 and bfloat16 from the full weight where vectors of 16 bytes can be
     gathered: K a multiple of 8, and either a row-major weight whose kept columns come in blocks of a multiple of 8, or
@@ -301,13 +303,21 @@ def _run_cpu(
     in_block: int,
     residual: Tensor | None,
 ) -> Tensor:
-    pairs = (
-        weight.stride(1) == 1
-        and (in_index is None or in_block % 2 == 0)
-        and weight.shape[1] % 2 == 0 == weight.stride(0) % 2
-    )
-    if x.numel() // (x.shape[-1] or 1) >= library_rows(x.dtype, pairs):
-        return _run_library(x, weight, bias, out_index, in_index, out_block, in_block, residual)
+    arguments = (x, weight, bias, out_index, in_index, out_block, in_block, residual)
+    way = cpu_way(*arguments, _run_cpu_kernel, _run_library)
+    return (_run_cpu_kernel if way == "kernel" else _run_library)(*arguments)
+
+
+def _run_cpu_kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+    residual: Tensor | None,
+) -> Tensor:
     if 1 not in weight.stride():
         weight = weight.contiguous()
     if residual is None or out_index is None:

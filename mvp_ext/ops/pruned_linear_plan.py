@@ -6,7 +6,8 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mvp_ext.ops._native import build_info
 from mvp_ext.ops.device import is_emulated
+from mvp_ext.ops.faster import Key, decide, known_way, size_class
 
 # Rows of x, outputs and inputs of a tile: Small, Medium and Large of csrc/cuda/pruned_linear.cu, and Hopper's.
 TILINGS = ((16, 32, 128), (64, 64, 64), (128, 128, 32), (128, 128, 64))
@@ -43,23 +45,56 @@ def linear_by(way: Plan | Literal["kernel", "library"]) -> Iterator[None]:
         _forced = before
 
 
-_NEVER = 1 << 62
+# (x, weight, bias, out_index, in_index, out_block, in_block, residual)
+Way = Callable[..., Tensor]
 
 
-@functools.cache
-def library_rows(dtype: torch.dtype, pairs: bool) -> int:
-    """From this many rows of x on, cutting the weight and the library's GEMM beat the kernel. Measured.
+def cpu_way(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+    residual: Tensor | None,
+    kernel: Way,
+    library: Way,
+) -> str:
+    """ "kernel", or "library" on a weight that is cut first: whichever is faster on this machine (``faster.py``)."""
+    if x.dtype is torch.float64:
+        # The kernel adds in float32.
+        return "library"
+    if _forced is not None:
+        return "kernel" if isinstance(_forced, Plan) else _forced
+    row_major = weight.stride(1) == 1
+    # Two by two kept inputs lie side by side, as the machine's dot product of bfloat16 wants them.
+    pairs = row_major and (in_index is None or in_block % 2 == 0) and weight.stride(0) % 2 == 0
+    rows = x.numel() // (x.shape[-1] or 1)
+    key: Key = (
+        "pruned_linear",
+        str(x.dtype),
+        size_class(rows),
+        size_class(output_count(weight, out_index, out_block)),
+        size_class(x.shape[-1]),
+        size_class(weight.shape[0]),
+        size_class(weight.shape[1]),
+        row_major,
+        pairs,
+        0 if out_index is None else size_class(out_block),
+        0 if in_index is None else size_class(in_block),
+        residual is not None,
+    )
+    if (known := known_way(key)) is not None:
+        return known
+    arguments = (x, weight, bias, out_index, in_index, out_block, in_block, residual)
+    ways = {"kernel": partial(kernel, *arguments), "library": partial(library, *arguments)}
+    return decide(key, ways, _rule(x.dtype, rows))
 
-    ``pairs``: the kernel could take kept inputs two by two.
-    """
-    if dtype is torch.float64:
-        return 0  # the kernel adds in float32
-    info = build_info()
-    if dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        # Like the library, the kernel has the machine's dot product of bf16 pairs, but only for pairs that lie side
-        # by side in the weight; elsewhere it widens to float32.
-        return _NEVER if pairs and info["cpu_bf16_pairs"] else 17
-    return 5 if dtype is torch.float32 and info["cpu_isa"] == "baseline" else _NEVER
+
+def _rule(dtype: torch.dtype, rows: int) -> str:
+    """What is safe on every vendor's machine: few rows are bound by reading the weight, which the kernel does once."""
+    return "kernel" if rows <= (4 if dtype is torch.float32 else 16) else "library"
 
 
 def cuda_plan(
