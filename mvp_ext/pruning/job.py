@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,11 +30,13 @@ from mvp_ext.train.heads import class_mean_head
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.train.trainer import Trainer
 from mvp_ext.zoo.neighbours import Neighbour, Target, nearest_entries
-from mvp_ext.zoo.shared import START
+from mvp_ext.zoo.shared import START, is_clustered
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
 # Of all classes together, to find neighbours and to score units: a dense pass over 1000 was half of a task's cost.
 SAMPLE_IMAGES = 320
+# The same by a zoo's universal model: a tenth of what refitting it to a task takes.
+DESCRIBED_IMAGES, DESCRIBED_OF_A_CLASS = 128, 4
 
 
 @dataclass(kw_only=True)
@@ -44,6 +47,7 @@ class Job:
         settings: with nothing left open: scope and recipe are there.
         neighbours: what the result says of the voters; a method that asks some puts them there.
         known_features: the dense backbone's on all training images, f32 [n, F], and the seconds that they took.
+        choice: what the result says of a choice between starts, JSON values; a method that makes one puts it there.
     """
 
     backbone: Backbone
@@ -58,6 +62,8 @@ class Job:
     cost: Cost
     neighbours: list[tuple[str, float]] = field(default_factory=list)
     known_features: tuple[Tensor, float] | None = None
+    choice: dict[str, Any] | None = None
+    _described: tuple[Tensor, Tensor] | None = None
     _features: Tensor | None = None
     _sample: tuple[Tensor, Tensor] | None = None
     _scores: Scores | None = None
@@ -91,8 +97,31 @@ class Job:
                 self.backbone.model, images, self.backbone.preprocessing, self.recipe.precision
             )
 
+    def described(self) -> tuple[Tensor, Tensor]:
+        """Features f32 [m, F] and labels int64 [m] by which the zoo compares tasks: of a clustered one, its universal
+        model's.
+        """
+        if self.zoo is None or not is_clustered(self.zoo):
+            return self.sampled_features("similarity_flops")
+        if self._described is None:
+            count = max(DESCRIBED_IMAGES, DESCRIBED_OF_A_CLASS * self.data.num_classes)
+            index = few_of_each(self.data.train_labels, count, self.settings.seed)
+            size = self.backbone.preprocessing.size
+            with self.cost.timed():
+                start = self.zoo.shared(START)
+                assert start is not None
+                model = start.load(self.backbone.device).model
+                features = extract_features(
+                    model, self.data.train_images[index], self.backbone.preprocessing, self.recipe.precision
+                )
+            self.cost.similarity_flops += len(index) * count_flops(model, (3, size, size))
+            self._described = features, self.data.train_labels[index]
+        return self._described
+
     def description(self) -> tuple[Tensor, Tensor]:
         """Features and labels of images that describe the task to a zoo; unbooked, for they make no model."""
+        if self.zoo is not None and is_clustered(self.zoo):
+            return replace(self, cost=Cost()).described()
         if self.known_features is not None:
             return self.known_features[0], self.data.train_labels
         unbooked = replace(self, cost=Cost())
@@ -116,7 +145,7 @@ class Job:
 
 def find_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
     """The task's nearest entries, by ``job.vote``."""
-    features, labels = job.sampled_features("similarity_flops")
+    features, labels = job.described()
     neighbours = nearest_entries(
         zoo,
         Target(job.backbone, job.structure, job.data, features, labels),

@@ -166,6 +166,7 @@ def prune(
         history=history.points,
         neighbours=job.neighbours,
         tensors=tensors,
+        choice=job.choice,
     )
 
 
