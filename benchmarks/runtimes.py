@@ -29,7 +29,7 @@ FOLDER = ROOT / "benchmarks" / "results" / "cpu"
 # name: scope: keep ratios, and the model's share of the time.
 MODELS = {
     "vit_tiny_patch16_224": ({"heads": (0.5,)}, 2),
-    "resnet18": ({"inner": (0.5, 0.25), "all": (0.5,)}, 4),
+    "resnet18": ({"inner": (0.5, 0.25), "all": (0.5,), "stream": (0.5,)}, 5),
     "deit_small_patch16_224": ({"heads+mlp": (0.5,)}, 3),
     "resnet50": ({"inner": (0.25,)}, 3),
 }

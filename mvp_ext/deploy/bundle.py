@@ -32,7 +32,7 @@ from mvp_ext.model.checkpoint import (
     read_pruned,
 )
 from mvp_ext.model.create_args import check_args
-from mvp_ext.model.ends import as_input, classifiers, hidden_classifiers
+from mvp_ext.model.ends import Features, as_input, classifiers, hidden_classifiers
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.prediction import PREDICT_BATCH, Predictions, predict, predict_tasks
 from mvp_ext.model.preprocessing import Preprocessing
@@ -46,18 +46,6 @@ _VERSION = 1
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 Source: TypeAlias = "PrunedCheckpoint | str | os.PathLike[str]"
-
-
-class Features(nn.Module):
-    """What a model computes before its classifier: float [B, 3, S, S] → float [B, F]."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        model: Any = self.model
-        return model.forward_head(model.forward_features(images), pre_logits=True)
 
 
 class Part(NamedTuple):
@@ -117,7 +105,7 @@ class Bundle:
     def linear(self) -> tuple[Tensor, Tensor | None]:
         """The classifier's weight and bias, where it has one."""
         by_kind = {name.rpartition(".")[2]: tensor for name, tensor in self.classifier.items()}
-        return by_kind["weight"], by_kind.get("bias")
+        return by_kind["weight"].flatten(1), by_kind.get("bias")
 
     def classes(self, task: str) -> int:
         """How many the task has; ValueError where there is no such task."""
@@ -159,7 +147,8 @@ class Bundle:
             batch: images a pass.
 
         Returns:
-            Of one task what its own file predicts, to the bit; of all tasks, task → the same up to rounding.
+            Of one task what its own file predicts, to the bit where its classifier is a linear layer; of all tasks,
+            task → the same up to rounding.
 
         Raises:
             ValueError: there is no such task, nobody said how the models see images, or an image is of another kind.

@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from mvp_ext.deploy.bundle import Bundle, Features
+from mvp_ext.deploy.bundle import Bundle
 from mvp_ext.deploy.export import BATCH, NOISE, ExportReport, check_report, quiet, versions_of
 from mvp_ext.deploy.exported import card_before
 from mvp_ext.deploy.extra import need
@@ -20,6 +20,7 @@ from mvp_ext.deploy.graph import See, standard_blocks
 from mvp_ext.deploy.metadata import BUNDLE_KEY
 from mvp_ext.deploy.onnx_file import open_session, to_onnx
 from mvp_ext.model.card import ModelCard
+from mvp_ext.model.ends import Features
 from mvp_ext.model.prediction import PREDICT_BATCH, Predictions, predict, predict_tasks
 from mvp_ext.storage import write_atomic
 

@@ -104,7 +104,7 @@ def create_args(model: Any, structure: Structure) -> dict[str, Any]:
         if v is not None and not k.startswith("pretrained")
     }
     # Several are alike.
-    kwargs["num_classes"] = next((head.out_features for head in classifiers(model)), 0)
+    kwargs["num_classes"] = next((len(head.weight) for head in classifiers(model)), 0)
     kwargs["in_chans"] = in_channels(model) or 3
     # As it is now; where this does not say it, the argument does.
     size = built_for(model)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -57,18 +58,77 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
     return images.to(device=like.device, dtype=dtype_of(model))
 
 
-def classifiers(model: nn.Module) -> tuple[nn.Linear, ...]:
+# A convolution of 1 × 1 of pooled features is a linear layer whose weight has two axes more.
+Classifier = nn.Linear | nn.Conv2d
+
+
+def classifiers(model: nn.Module) -> tuple[Classifier, ...]:
     """The linear layers that make a model's outputs: one, or two (a distilled transformer); none without classes."""
     found: Any = model.get_classifier()  # type: ignore[operator]
-    # Some models answer with their whole head.
+    # Some models answer with their whole head, which may hold hidden layers, too.
     parts = found if isinstance(found, (tuple, nn.ModuleList)) else (found,)
-    return tuple(m for part in parts for m in part.modules() if isinstance(m, nn.Linear))
+    outputs = getattr(model, "num_classes", None)
+    return tuple(
+        m
+        for part in parts
+        for m in part.modules()
+        if _is_classifier(m) and (m is part or outputs in (None, len(m.weight)))
+    )
 
 
-def hidden_classifiers(model: nn.Module) -> list[nn.Linear]:
+class Features(nn.Module):
+    """What a model's classifiers read: float [B, 3, S, S] → float [B, F], of two classifiers the mean.
+
+    Everything but the classifiers is shared with the model. What they read may be something else than what timm calls
+    features: there may be a norm or hidden layers between. Of a model without classifiers, or with such of different
+    features, it is those.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        known = classifiers(model)
+        ends = [name for name, part in model.named_modules() if any(part is each for each in known)]
+        # Of such a model's outputs nothing is one linear layer.
+        if hidden_classifiers(model) or len({linear_weight(each).shape[1] for each in known}) != 1:
+            ends = []
+        self.pooled_only = not ends
+        self.model = model
+        for end in ends:
+            self.model = _with_identity(self.model, end.split("."))
+
+    def forward(self, images: Tensor) -> Tensor:
+        model: Any = self.model
+        if self.pooled_only:
+            return model.forward_head(model.forward_features(images), pre_logits=True)
+        found = model(images)
+        # A distilled transformer may keep its outputs apart while it is trained.
+        return torch.stack(found).mean(0) if isinstance(found, tuple) else found
+
+
+def _with_identity(model: nn.Module, path: Sequence[str]) -> nn.Module:
+    """A model that shares all parts with this one but what lies on the way to ``path``, where it has an identity."""
+    first, *rest = path
+    twin = copy.copy(model)
+    inner = nn.Identity() if not rest else _with_identity(model.get_submodule(first), rest)
+    twin.__dict__["_modules"] = {**twin._modules, first: inner}
+    return twin
+
+
+def hidden_classifiers(model: nn.Module) -> list[Classifier]:
     """What timm's description calls a classifier, and the model does not: a head for each token, say."""
     known = classifiers(model)
-    return [m for m in _named(model, "classifier") if isinstance(m, nn.Linear) and m not in known]
+    return [m for m in _named(model, "classifier") if _is_classifier(m) and m not in known]
+
+
+def linear_weight(classifier: Classifier) -> Tensor:
+    """Its weight [k, F], one row an output: a view."""
+    return classifier.weight.flatten(1)
+
+
+def _is_classifier(module: nn.Module) -> TypeGuard[Classifier]:
+    return isinstance(module, nn.Linear) or (
+        isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    )
 
 
 def _named(model: nn.Module, key: str) -> Iterator[nn.Module]:

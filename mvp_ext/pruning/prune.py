@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.model.borrowed import own_random_numbers, with_gradients
 from mvp_ext.model.checkpoint import PrunedCheckpoint
-from mvp_ext.model.ends import built_for, classifiers
+from mvp_ext.model.ends import built_for, classifiers, linear_weight
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
@@ -133,12 +133,13 @@ def prune(
         _fine_tune(job, small, history, run.on_step)
     trained = evaluate(small, data, backbone.preprocessing, recipe.precision).accuracy
     classifier = classifiers(small)[0]
+    assert classifier.bias is not None
     described, labels = job.description()
     means = class_means(described, labels, data.num_classes)
     tensors = {
         "class_means": means,
         "temperature": torch.tensor(fit_temperature(described, labels, means)),
-        "head_weight": classifier.weight.detach().float().clone(),
+        "head_weight": linear_weight(classifier).detach().float().clone(),
         "head_bias": classifier.bias.detach().float().clone(),
     }
     with cost.timed():

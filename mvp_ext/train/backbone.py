@@ -23,7 +23,16 @@ from mvp_ext.model.elsewhere.adapter import Adapter
 from mvp_ext.model.elsewhere.create import wrap as wrap_elsewhere
 from mvp_ext.model.elsewhere.torchvision_models import build_torchvision, head_of, wrap_torchvision
 from mvp_ext.model.elsewhere.transformers_models import load_folder
-from mvp_ext.model.ends import as_input, built_for, classifiers, dtype_of, hidden_classifiers
+from mvp_ext.model.ends import (
+    Classifier,
+    Features,
+    as_input,
+    built_for,
+    classifiers,
+    dtype_of,
+    hidden_classifiers,
+    linear_weight,
+)
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.model.structure import Structure
@@ -304,8 +313,8 @@ def _cpu_computes_bfloat16() -> bool:
 
 def forward_features(model: nn.Module, batch: Tensor) -> Tensor:
     """What the classifier sees: pooled features f32 [B, F] of a batch f32 [B, 3, S, S], by a model of any type."""
-    images = as_input(model, batch)
-    return model.forward_head(model.forward_features(images), pre_logits=True).float()  # type: ignore[operator]
+    features: Tensor = Features(model)(as_input(model, batch))
+    return features.float()
 
 
 def classify(model: nn.Module, features: Tensor) -> Tensor:
@@ -318,8 +327,15 @@ def classify(model: nn.Module, features: Tensor) -> Tensor:
         raise ValueError(
             f"{type(model).__name__}: expected a linear classifier, got none: set_head gives it one"
         )
-    logits = [head(features.to(head.weight.device, head.weight.dtype)) for head in classifiers(model)]
+    logits = [_apply(head, features.to(head.weight)) for head in classifiers(model)]
     return torch.stack(logits).mean(0).float() if len(logits) > 1 else logits[0].float()
+
+
+def _apply(head: Classifier, features: Tensor) -> Tensor:
+    if isinstance(head, nn.Linear):
+        logits: Tensor = head(features)
+        return logits
+    return nn.functional.linear(features, linear_weight(head), head.bias)
 
 
 @torch.no_grad()
@@ -354,44 +370,50 @@ def set_head(model: nn.Module, head: LinearHead) -> None:
         raise ValueError(f"set_head: {type(model).__name__}: expected a linear classifier, got none")
     for classifier in classifiers(model):
         with torch.no_grad():
-            classifier.weight.copy_(head.weight)
+            assert classifier.bias is not None
+            linear_weight(classifier).copy_(head.weight)
             classifier.bias.copy_(head.bias)
 
 
 def fresh_head(model: nn.Module, classes: int) -> None:
     """Give a timm model a classifier of so many classes, drawn anew, on its device and in its type.
 
-    Modes and torch's random numbers stay as they are.
+    Only the layers that make the outputs are new: a norm or hidden layers before them stay. Modes and torch's random
+    numbers stay as they are.
     """
     like = next(model.parameters())
     modes = {name: part.training for name, part in model.named_modules()}
-    widths = {name: each.in_features for name, each in _named_classifiers(model).items()}
     # It shall be trainable, wherever it is made.
     with own_random_numbers(), torch.inference_mode(False):
-        model.reset_classifier(classes)  # type: ignore[operator]
-        for name, classifier in _named_classifiers(model).items():
-            # Where features were cut, the model may not know how many are left.
-            if (width := widths.get(name, classifier.in_features)) != classifier.in_features:
-                classifier = nn.Linear(width, classes, classifier.bias is not None)
-                model.set_submodule(name, classifier)
+        if classes and (old := _named_classifiers(model)):
+            # Not by timm's reset: where features were cut, the model does not know how many are left.
+            for name, classifier in old.items():
+                model.set_submodule(name, _drawn_anew(classifier, classes))
+            model.num_classes = classes  # type: ignore[assignment]
+        else:
+            model.reset_classifier(classes)  # type: ignore[operator]
+        for classifier in classifiers(model):
             classifier.to(like.device, like.dtype)
     for name, part in model.named_modules():
         part.training = modes.get(name, model.training)
 
 
-def _named_classifiers(model: nn.Module) -> dict[str, nn.Linear]:
-    known = set(map(id, classifiers(model)))
-    return {
-        name: part
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and id(part) in known
-    }
+def _drawn_anew(classifier: Classifier, classes: int) -> Classifier:
+    width, biased = linear_weight(classifier).shape[1], classifier.bias is not None
+    if isinstance(classifier, nn.Conv2d):
+        return nn.Conv2d(width, classes, 1, bias=biased)
+    return nn.Linear(width, classes, biased)
+
+
+def _named_classifiers(model: nn.Module) -> dict[str, Classifier]:
+    names = {id(part): name for name, part in model.named_modules()}
+    return {names[id(classifier)]: classifier for classifier in classifiers(model)}
 
 
 def _check_classifiers(model: nn.Module, head: LinearHead) -> None:
     width = head.weight.shape[1]
     found, others = classifiers(model), hidden_classifiers(model)
-    if others or any(each.in_features != width or each.bias is None for each in found):
+    if others or any(linear_weight(each).shape[1] != width or each.bias is None for each in found):
         got = ", ".join(map(str, (*found, *others)))
         raise ValueError(
             f"set_head: {type(model).__name__}: expected one linear classifier of {width} features with a bias, got "
