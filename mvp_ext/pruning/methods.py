@@ -9,6 +9,7 @@ from torch import nn
 from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.job import Job, find_neighbours, merged_model, score_target, voted_mask
 from mvp_ext.pruning.vote import small_model
+from mvp_ext.zoo.entry import SharedModel
 from mvp_ext.zoo.known import known_classes
 from mvp_ext.zoo.shared import START, UNIVERSAL, is_clustered, is_refined
 from mvp_ext.zoo.zoo import Zoo, ZooError
@@ -54,7 +55,13 @@ def _clustered(job: Job) -> tuple[nn.Module, Mask]:
         known = known_classes(zoo.class_means(job.structure.fingerprint), features, labels)
     chosen = "experts" if known.share >= KNOWN_SHARE else "universal"
     job.choice = {"chosen": chosen, "known_share": known.share, "known_by_expert": known.by_entry}
-    return _mvp(job) if chosen == "experts" else _universal(job)
+    if chosen == "experts":
+        return _mvp(job)
+    start = zoo.shared(START)
+    # What the experts refine, not a control of the whole zoo's steps; where they are cut from a wider model, that one.
+    if start is not None and start.extra["keep"] == job.settings.keep:
+        return _start_of(job, start)
+    return _universal(job)
 
 
 def _universal(job: Job) -> tuple[nn.Module, Mask]:
@@ -65,6 +72,10 @@ def _universal(job: Job) -> tuple[nn.Module, Mask]:
             f"prune: method 'universal' needs a universal model, which {zoo.path} lacks; make it with build_universal "
             "or `zoo build --universal`"
         )
+    return _start_of(job, model)
+
+
+def _start_of(job: Job, model: SharedModel) -> tuple[nn.Module, Mask]:
     if model.structure_fingerprint != job.structure.fingerprint:
         raise ZooError(
             f"prune: {model.path}: expected a model of structure {job.structure.fingerprint}, "
