@@ -50,6 +50,7 @@ from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, load_backbone
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.recipe import Recipe
+from mvp_ext.zoo.travel import merge_zoos, pull_zoo, push_zoo
 from mvp_ext.zoo.zoo import Zoo, ZooEntry, ZooError
 
 __all__ = [
@@ -100,6 +101,7 @@ __all__ = [
     "load_pruned",
     "masked_model",
     "merge",
+    "merge_zoos",
     "meta_vote",
     "optimized",
     "pack",
@@ -109,6 +111,8 @@ __all__ = [
     "pruned_attention",
     "pruned_conv2d",
     "pruned_linear",
+    "pull_zoo",
+    "push_zoo",
     "register_backbone",
     "residual_add",
     "sample_tasks",

@@ -201,7 +201,7 @@ def write_together(files: Mapping[Path, bytes | Callable[[Path], None]]) -> None
             drafts.append((temporaries.enter_context(_draft(target, data)), target))
         _put_in_place(drafts)
         for folder in {target.parent for _, target in drafts}:
-            _sync_names(folder)
+            sync_names(folder)
 
 
 def _is_special(path: Path) -> bool:
@@ -276,8 +276,8 @@ def _put_in_place(drafts: list[tuple[Path, Path]]) -> None:
             os.unlink(aside)
 
 
-def _sync_names(folder: Path) -> None:
-    """The names themselves must survive, too."""
+def sync_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk: they must survive a power cut, too."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_DIRECTORY)
         try:

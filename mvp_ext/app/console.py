@@ -20,7 +20,7 @@ errors = Console(stderr=True)
 # What the API raises for wrong input and wrong surroundings: one line says it all. The rest is a mistake of ours.
 EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError, sqlite3.Error)
 # Commands that keep what is finished, and go on from there.
-RESUME = ("demo", "pretrain", "build", "compare")
+RESUME = ("demo", "pretrain", "build", "compare", "push", "pull")
 # Exit codes; 130 is what a shell reports of a command that Ctrl-C ended.
 WRONG_INPUT, OUR_MISTAKE, INTERRUPTED = 2, 1, 130
 

@@ -1,4 +1,4 @@
-"""``mvp-ext zoo build | list | show | verify``."""
+"""``mvp-ext zoo build | list | show | verify | push | pull | merge``."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from mvp_ext.pruning.build import (
     planned_zoo_steps,
 )
 from mvp_ext.train.cost import Cost
+from mvp_ext.zoo.remote import shown_url
+from mvp_ext.zoo.travel import merge_zoos, pull_zoo, push_zoo
 from mvp_ext.zoo.zoo import Zoo
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Pruned models of earlier tasks.")
@@ -31,6 +33,9 @@ LISTED: tuple[tuple[str, Side], ...] = (
     *(("entry", "left"), ("classes", "left"), ("keep", "right"), ("accuracy (%)", "right")),
     *(("steps", "right"), ("FLOPs", "right"), ("time", "right")),
 )
+Url = Annotated[
+    str, typer.Argument(metavar="URL", help="A folder, s3://…, gs://…, hf://… or another that fsspec knows.")
+]
 ZooArgument = Annotated[
     Path | None, typer.Argument(metavar="[ZOO]", help="The same, without --zoo.", show_default=False)
 ]
@@ -162,3 +167,47 @@ def verify(
         )
         raise typer.Exit(0 if repair else 1)
     say(f"{opened.path}: {len(opened)} entries, all sound")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="ZOO", help="Directory of the zoo.")],
+    url: Url,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where what others pushed there is lost.")
+    ] = False,
+) -> None:
+    """Copy a zoo to a URL, with a page that describes it. What is there already is not moved again.
+
+    Who pulls meanwhile gets the zoo that was there before, whole.
+    """
+    opened = Zoo(folder, create=False)
+    with progress_bar("push") as progress:
+        push_zoo(opened, url, replace=force, progress=progress)
+    say(f"{folder}: {len(opened)} entries are at {shown_url(url)}")
+
+
+@app.command()
+def pull(
+    url: Url,
+    folder: Annotated[
+        Path, typer.Argument(metavar="ZOO", help="A new directory, or one that was pulled from there before.")
+    ],
+) -> None:
+    """Copy the zoo at a URL into a directory, or bring that up to date. Every checksum is compared."""
+    with progress_bar("pull") as progress:
+        opened = pull_zoo(url, folder, progress=progress)
+    say(f"{folder}: {len(opened)} entries of {shown_url(url)}")
+
+
+@app.command()
+def merge(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="ZOO ZOO…", help="Directories of two or more zoos.")
+    ],
+    out: Annotated[Path, typer.Option(help="A new directory for the zoo of all their models.")],
+) -> None:
+    """Make one zoo of several that have one backbone. Models of one name must be the same."""
+    with progress_bar("merge") as progress:
+        merged = merge_zoos([Zoo(folder, create=False) for folder in folders], out, progress=progress)
+    say(f"{out}: {len(merged)} entries")

@@ -265,6 +265,23 @@ class Index:
             for row in models:
                 _insert(connection, "models", row)
 
+    # ---- as a whole
+
+    def copy_to(self, path: Path) -> Index:
+        """A copy as of one moment, whoever writes meanwhile: one file, without what was deleted."""
+        copy = Index(path)
+        with self._connect() as source, copy._connect() as target:
+            source.backup(target)
+            target.execute("PRAGMA journal_mode = DELETE")
+            # Rows of models that were removed are no reader's business.
+            target.execute("VACUUM")
+        return copy
+
+    def restore(self, copy: Index) -> None:
+        """Become what ``copy`` is, in one transaction: who reads has the old rows or the new ones."""
+        with copy._connect() as source, self._connect() as target:
+            source.backup(target)
+
     # ---- SQLite
 
     def problems(self) -> list[str]:

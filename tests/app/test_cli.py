@@ -130,6 +130,26 @@ def test_zoo_verify_names_and_repairs_damage(home: Path, tmp_path: Path) -> None
     assert "2 entries, all sound" in run(f"zoo verify {zoo}").output
 
 
+def test_zoos_travel(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    said = run(f"zoo push {home}/zoo {tmp_path}/shelf").output
+    assert "push: files 5/5" in said
+    assert f"3 entries are at {tmp_path}/shelf" in said
+    assert "zoo-001" in (tmp_path / "shelf" / "README.md").read_text()
+    assert "3 entries of" in run(f"zoo pull {tmp_path}/shelf {tmp_path}/pulled").output
+    assert "3 entries, all sound" in run(f"zoo verify {tmp_path}/pulled").output
+    Zoo(tmp_path / "pulled").remove("zoo-001")
+    run(f"zoo merge {home}/zoo {tmp_path}/pulled --out {tmp_path}/merged")
+    assert "3 entries, all sound" in run(f"zoo verify {tmp_path}/merged").output
+    run(f"zoo push {tmp_path}/pulled {tmp_path}/shelf")
+    assert "3 entries are at" in run(f"zoo push {tmp_path}/merged {tmp_path}/shelf --force").output
+
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zoo_commands, "pull_zoo", stopped)
+    assert "goes on from there" in run(f"zoo pull {tmp_path}/shelf {tmp_path}/pulled", code=130).stderr
+
+
 def test_prune_writes_a_model_that_loads(home: Path, tmp_path: Path) -> None:
     common = f"--zoo {home}/zoo --model {home}/backbone.safetensors --steps 1 --neighbours 2 --max-train 12"
     out, task = tmp_path / "new" / "small.safetensors", tmp_path / "task.json"
@@ -304,6 +324,9 @@ MISTAKES = {
     "compare --rate mvp=fast --zoo {zoo} --model {backbone}": "--rate: expected METHOD=RATE",
     "report {backbone}": "is not a results file",
     "report {home}/no.json": "No such file",
+    "zoo push {zoo} {zoo}": "it is the directory of a zoo",
+    "zoo pull {home}/nowhere {home}/new": "no zoo there",
+    "zoo merge {zoo} --out {home}/new": "at least two zoos",
 }
 
 

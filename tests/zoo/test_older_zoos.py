@@ -20,6 +20,7 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.zoo.index import SCHEMA_VERSION
 from mvp_ext.zoo.shared import START, UNIVERSAL, is_refined
+from mvp_ext.zoo.travel import merge_zoos, pull_zoo, push_zoo
 from mvp_ext.zoo.zoo import NewEntry, Zoo, ZooError
 
 # As version 1 wrote it, to the letter.
@@ -257,3 +258,17 @@ def test_kill_while_it_is_brought_up_to_date(old, small):
         assert version(old) == 1
         assert_answers(Zoo(old, create=False), small)
     assert_answers(Zoo(old), small)
+
+
+def test_travels(old, small, tmp_path):
+    """As it is, also where it may not be brought up to date; what is pulled is."""
+    pytest.importorskip("fsspec")
+    push_zoo(Zoo(old, create=False), str(tmp_path / "shelf"))
+    assert version(old) == 1
+    pulled = pull_zoo(str(tmp_path / "shelf"), tmp_path / "pulled")
+    assert version(pulled.path) == SCHEMA_VERSION
+    assert_answers(pulled, small)
+    assert pulled.verify() == []
+    merged = merge_zoos([Zoo(old, create=False), pulled], tmp_path / "merged")
+    assert_answers(merged, small)
+    assert merged.verify() == []
