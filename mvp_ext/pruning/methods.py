@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from torch import nn
@@ -57,10 +58,10 @@ def _clustered(job: Job) -> tuple[nn.Module, Mask]:
     job.choice = {"chosen": chosen, "known_share": known.share, "known_by_expert": known.by_entry}
     if chosen == "experts":
         return _mvp(job)
-    start = zoo.shared(START)
+    start = job.start(zoo)
     # What the experts refine, not a control of the whole zoo's steps; where they are cut from a wider model, that one.
     if start is not None and start.extra["keep"] == job.settings.keep:
-        return _start_of(job, start)
+        return copy.deepcopy(start.model), start.mask
     return _universal(job)
 
 
