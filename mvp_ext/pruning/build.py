@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mvp_ext.data.tasks import Task
 from mvp_ext.model.budget import kept_counts
@@ -26,6 +26,8 @@ from mvp_ext.zoo.zoo import Zoo, ZooError
 
 # (what is being made, steps done, steps in all); what is there already is told once, as done.
 Progress = Callable[[str, int, int], None]
+# "class_means" and "temperature" of a task, as an entry keeps them
+Describe = Callable[[Task], dict[str, Tensor]]
 # Of a refined zoo's optimizer steps: what goes into the model that its entries refine.
 UNIVERSAL_SHARE = 0.8
 
@@ -59,8 +61,22 @@ def build_zoo(
             of another start.
     """
     backbone, settings = seen_by(zoo, model), settings or Settings.of_zoo(zoo)
-    structure = _bind(backbone, zoo, settings)
+    structure = bind(backbone, zoo, settings)
     _bind_start(zoo, start)
+    return build_entries(backbone, structure, tasks, zoo, settings, start, progress)
+
+
+def build_entries(
+    backbone: Backbone,
+    structure: Structure,
+    tasks: Sequence[Task],
+    zoo: Zoo,
+    settings: Settings,
+    start: PrunedCheckpoint | None,
+    progress: Progress | None,
+    describe: Describe | None = None,
+) -> list[Result]:
+    """``describe``: class means by which the zoo knows the tasks; None: the dense backbone's."""
     results = []
     for task in tasks:
         if zoo.is_sound(task.name):
@@ -76,6 +92,8 @@ def build_zoo(
             steps=settings.schedule.final_steps,
             run=RunOptions(on_step=_named(progress, task.name), start=start),
         )
+        if describe is not None:
+            result.tensors |= describe(task)
         # Another process may have been faster.
         zoo.add(result, if_absent=True)
         results.append(result)
@@ -105,6 +123,22 @@ def build_refined_zoo(
     if not 0.0 < share < 1.0:
         raise ValueError(f"build_refined_zoo: share: expected a value in (0, 1), got {share}")
     backbone, settings = seen_by(zoo, model), settings or Settings.of_zoo(zoo)
+    structure = bind(backbone, zoo, settings)
+    steps, each = planned_zoo_steps(structure, settings, len(tasks), share)
+    start = universal_start(backbone, tasks, zoo, settings, steps, progress)
+    settings = replace(settings, schedule=replace(settings.schedule, final_steps=each))
+    return build_zoo(backbone, tasks, zoo, settings, start=start, progress=progress)
+
+
+def universal_start(
+    backbone: Backbone,
+    tasks: Sequence[Task],
+    zoo: Zoo,
+    settings: Settings,
+    steps: int,
+    progress: Progress | None,
+) -> PrunedCheckpoint:
+    """The universal model that a zoo's entries refine: made if it is not there, or again as it was if it was lost."""
     start, lost = zoo.shared(START), zoo.facts().get(f"lost {START}") or {}
     if start is not None and "keep" in start.extra and not start.is_sound():
         lost, start = start.extra, None
@@ -112,15 +146,13 @@ def build_refined_zoo(
         raise ZooError(
             f"build_refined_zoo: {zoo.path}: its {len(zoo)} entries refine no universal model; use another zoo"
         )
-    structure = _bind(backbone, zoo, settings)
-    steps, each = planned_zoo_steps(structure, settings, len(tasks), share)
     if start is None:
         pooled = pooled_task(tasks, START, settings.seed)
         if lost:
             # Of the tasks at that time, which need not be these.
             pooled = replace(pooled, classes=tuple(lost["classes"]))
             steps = int(lost["result"]["cost"]["steps"])
-        _build_universal(backbone, pooled, zoo, settings, steps, progress)
+        make_universal(backbone, pooled, zoo, settings, steps, progress)
         start = zoo.shared(START)
     else:
         _tell_done(progress, START, steps)
@@ -130,15 +162,13 @@ def build_refined_zoo(
             f"build_refined_zoo: {start.path}: expected a universal model with keep {settings.keep}, got "
             f"{start.extra.get('keep', 'one that build_zoo was given')}; use another zoo"
         )
-    refining = replace(settings.schedule, final_steps=each)
-    settings = replace(settings, schedule=refining)
     loaded = start.load()
     if lost and len(zoo) > 0 and all(entry.mask != loaded.mask for entry in zoo):
         raise ZooError(
             f"build_refined_zoo: {zoo.path}: the model that its entries refine was lost, and is another one with these "
             "settings or images; give those of before, or use another zoo"
         )
-    return build_zoo(backbone, tasks, zoo, settings, start=loaded, progress=progress)
+    return loaded
 
 
 def planned_zoo_steps(
@@ -190,18 +220,22 @@ def build_universal(
         return None
     steps = steps if steps is not None else zoo_steps(zoo, tasks)
     pooled = pooled_task(tasks, UNIVERSAL, settings.seed)
-    return _build_universal(seen_by(zoo, model), pooled, zoo, settings, steps, progress)
+    return make_universal(seen_by(zoo, model), pooled, zoo, settings, steps, progress)
 
 
-def _build_universal(
+def make_universal(
     backbone: Backbone,
     pooled: Task,
     zoo: Zoo,
     settings: Settings,
     steps: int,
     progress: Progress | None,
+    start: PrunedCheckpoint | None = None,
 ) -> Result:
-    """Its name seeds nothing: two models of the same arguments are the same, whatever they are for."""
+    """Its name seeds nothing: two models of the same arguments are the same, whatever they are for.
+
+    ``start``: a wider model that it is cut from, instead of the dense one.
+    """
     structure, name = find_structure(backbone.model, settings.scope), pooled.name
     first = zoo.shared(name) is None
     removing = replace(settings, schedule=replace(settings.schedule, final_steps=0))
@@ -210,8 +244,8 @@ def _build_universal(
         pooled,
         settings=settings,
         method="ifp",
-        steps=max(0, steps - planned_steps(structure, removing)),
-        run=RunOptions(on_step=_named(progress, name), resume=zoo.path / f"{name}.partial"),
+        steps=max(0, steps - planned_steps(structure, removing, None if start is None else start.mask)),
+        run=RunOptions(on_step=_named(progress, name), resume=zoo.path / f"{name}.partial", start=start),
     )
     extra = {"keep": settings.keep, "classes": list(pooled.classes), "result": result.summary()}
     # Another process may have been faster, and its file may be in use by now.
@@ -229,7 +263,7 @@ def pooled_task(tasks: Sequence[Task], name: str, seed: int = 0) -> Task:
     return Task(name, tasks[0].data, classes, seed, limit)
 
 
-def _bind(backbone: Backbone, zoo: Zoo, settings: Settings) -> Structure:
+def bind(backbone: Backbone, zoo: Zoo, settings: Settings) -> Structure:
     """Record whose models the zoo holds and with which settings; what is recorded of the backbone is compared."""
     structure = find_structure(backbone.model, settings.scope)
     zoo.bind(BackboneIdentity.of(backbone.model, structure))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mvp_ext.data.tasks import TaskData, few_of_each
+from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure
@@ -29,11 +34,17 @@ from mvp_ext.train.heads import class_mean_head
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.train.trainer import Trainer
 from mvp_ext.zoo.neighbours import Neighbour, Target, nearest_entries
-from mvp_ext.zoo.shared import START
+from mvp_ext.zoo.shared import START, is_clustered
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
 # Of all classes together, to find neighbours and to score units: a dense pass over 1000 was half of a task's cost.
 SAMPLE_IMAGES = 320
+# The same by a zoo's universal model: a tenth of what refitting it to a task takes.
+DESCRIBED_IMAGES, DESCRIBED_OF_A_CLASS = 128, 4
+
+
+# Voters that weigh less change nothing that matters, and reading each takes milliseconds.
+LEAST_SHARE = 0.02
 
 
 @dataclass(kw_only=True)
@@ -44,6 +55,7 @@ class Job:
         settings: with nothing left open: scope and recipe are there.
         neighbours: what the result says of the voters; a method that asks some puts them there.
         known_features: the dense backbone's on all training images, f32 [n, F], and the seconds that they took.
+        choice: what the result says of a choice between starts, JSON values; a method that makes one puts it there.
     """
 
     backbone: Backbone
@@ -58,6 +70,9 @@ class Job:
     cost: Cost
     neighbours: list[tuple[str, float]] = field(default_factory=list)
     known_features: tuple[Tensor, float] | None = None
+    choice: dict[str, Any] | None = None
+    _start: PrunedCheckpoint | None = None
+    _described: tuple[Tensor, Tensor] | None = None
     _features: Tensor | None = None
     _sample: tuple[Tensor, Tensor] | None = None
     _scores: Scores | None = None
@@ -91,8 +106,31 @@ class Job:
                 self.backbone.model, images, self.backbone.preprocessing, self.recipe.precision
             )
 
+    def described(self) -> tuple[Tensor, Tensor]:
+        """Features f32 [m, F] and labels int64 [m] by which the zoo compares tasks: of a clustered one, its universal
+        model's.
+        """
+        if self.zoo is None or not is_clustered(self.zoo):
+            return self.sampled_features("similarity_flops")
+        if self._described is None:
+            count = max(DESCRIBED_IMAGES, DESCRIBED_OF_A_CLASS * self.data.num_classes)
+            index = few_of_each(self.data.train_labels, count, self.settings.seed)
+            size = self.backbone.preprocessing.size
+            with self.cost.timed():
+                start = self.start(self.zoo)
+                assert start is not None
+                model = start.model
+                features = extract_features(
+                    model, self.data.train_images[index], self.backbone.preprocessing, self.recipe.precision
+                )
+            self.cost.similarity_flops += len(index) * count_flops(model, (3, size, size))
+            self._described = features, self.data.train_labels[index]
+        return self._described
+
     def description(self) -> tuple[Tensor, Tensor]:
         """Features and labels of images that describe the task to a zoo; unbooked, for they make no model."""
+        if self.zoo is not None and is_clustered(self.zoo):
+            return replace(self, cost=Cost()).described()
         if self.known_features is not None:
             return self.known_features[0], self.data.train_labels
         unbooked = replace(self, cost=Cost())
@@ -102,6 +140,12 @@ class Job:
     def image_flops(self) -> int:
         size = self.backbone.preprocessing.size
         return count_flops(self.backbone.model, (3, size, size))
+
+    def start(self, zoo: Zoo) -> PrunedCheckpoint | None:
+        """What the zoo's entries started from, read once; None where that was the dense model. Not to be changed."""
+        if self._start is None and (stored := zoo.shared(START)) is not None:
+            self._start = stored.load(self.backbone.device)
+        return self._start
 
     def need_zoo(self, method: str) -> Zoo:
         if self.zoo is None:
@@ -115,12 +159,13 @@ class Job:
 
 
 def find_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
-    """The task's nearest entries, by ``job.vote``."""
-    features, labels = job.sampled_features("similarity_flops")
-    neighbours = nearest_entries(
+    """The task's nearest entries, by ``job.vote``; those whose vote would weigh next to nothing are not read."""
+    features, labels = job.described()
+    target = Target(job.backbone, job.structure, job.data, features, labels)
+    search = partial(
+        nearest_entries,
         zoo,
-        Target(job.backbone, job.structure, job.data, features, labels),
-        job.vote.neighbours,
+        target,
         similarity=job.vote.similarity,
         shortlist=job.vote.shortlist,
         images=job.vote.images,
@@ -128,6 +173,12 @@ def find_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
         cost=job.cost,
         exclude=(job.task_name,),
     )
+    count = job.vote.neighbours
+    if job.vote.similarity == "proxy_leep" and job.vote.weighting is not None:
+        ranked = search(n=count, read_weights=False)
+        shares = voter_weights(ranked, job.vote.weighting) / len(ranked)
+        count = max(1, int((shares >= LEAST_SHARE).sum()))
+    neighbours = search(n=count)
     job.neighbours = [(n.entry.name, n.similarity) for n in neighbours]
     return neighbours
 
@@ -157,18 +208,31 @@ def merged_model(job: Job, zoo: Zoo, neighbours: Sequence[Neighbour], mask: Mask
     Where none has an element it is the pre-trained one, or that of the model which the zoo's entries started from.
     """
     with job.cost.timed():
+        weights = voter_weights(neighbours, job.vote.weighting)
+        states, masks = [n.read().state for n in neighbours], [n.entry.mask for n in neighbours]
+        start = job.start(zoo)
+        if start is not None and all(each == start.mask for each in (mask, *masks)):
+            return _averaged(start.model, states, weights)
         base: Mapping[str, Tensor] = job.backbone.model.state_dict()
-        start = zoo.shared(START)
         if start is not None:
-            stored = start.read()
-            state = {n: t.to(job.backbone.device) for n, t in stored.state.items()}
-            wide = expand_state(state, stored.structure, stored.mask, base)
+            wide = expand_state(start.model.state_dict(), start.structure, start.mask, base)
             # All but the head.
             base = {n: wide[n] if wide[n].shape == t.shape else t for n, t in base.items()}
-        weights = voter_weights(neighbours, job.vote.weighting)
-        states = [n.read().state for n in neighbours]
-        merged = merge_voters(base, states, [n.entry.mask for n in neighbours], job.structure, mask, weights)
+        merged = merge_voters(base, states, masks, job.structure, mask, weights)
         return small_model(job.backbone, job.structure, mask, merged)
+
+
+@torch.no_grad()
+def _averaged(start: nn.Module, states: Sequence[Mapping[str, Tensor]], weights: Tensor) -> nn.Module:
+    """A model of the same shapes as all voters: the mean of their weights, where they all have a tensor."""
+    model = copy.deepcopy(start)
+    shares = (weights.double() / weights.double().sum()).tolist()
+    for name, tensor in model.state_dict().items():
+        theirs = [state.get(name) for state in states]
+        if tensor.is_floating_point() and all(t is not None and t.shape == tensor.shape for t in theirs):
+            mean = sum(share * t.double() for share, t in zip(shares, theirs, strict=True))  # type: ignore[union-attr]
+            tensor.copy_(mean)
+    return model
 
 
 def score_target(job: Job) -> Scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 from torch import nn
@@ -9,14 +10,20 @@ from torch import nn
 from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.job import Job, find_neighbours, merged_model, score_target, voted_mask
 from mvp_ext.pruning.vote import small_model
-from mvp_ext.zoo.shared import START, UNIVERSAL, is_refined
+from mvp_ext.zoo.entry import SharedModel
+from mvp_ext.zoo.known import known_classes
+from mvp_ext.zoo.shared import START, UNIVERSAL, is_clustered, is_refined
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
+# Experts of a task's classes are better than one model of all; of new classes and of new domains they are not.
+KNOWN_SHARE = 0.5
 Method = Callable[[Job], tuple[nn.Module, Mask]]
 
 
 def method_for(zoo: Zoo | None) -> str:
-    """What "auto" is: "refined" where the zoo's entries refine a universal model, else "mvp"."""
+    """What "auto" is: "clustered" or "refined" where that is what the zoo is, else "mvp"."""
+    if zoo is not None and is_clustered(zoo):
+        return "clustered"
     return "refined" if zoo is not None and is_refined(zoo) else "mvp"
 
 
@@ -37,6 +44,27 @@ def _refined(job: Job) -> tuple[nn.Module, Mask]:
     return _mvp(job)
 
 
+def _clustered(job: Job) -> tuple[nn.Module, Mask]:
+    zoo = job.need_zoo("clustered")
+    if not is_clustered(zoo):
+        raise ZooError(
+            f"prune: method 'clustered' needs a zoo of experts, which {zoo.path} is not: make one with "
+            "build_clustered_zoo or `mvp-ext zoo build`, or use method 'mvp'"
+        )
+    features, labels = job.described()
+    with job.cost.timed():
+        known = known_classes(zoo.class_means(job.structure.fingerprint), features, labels)
+    chosen = "experts" if known.share >= KNOWN_SHARE else "universal"
+    job.choice = {"chosen": chosen, "known_share": known.share, "known_by_expert": known.by_entry}
+    if chosen == "experts":
+        return _mvp(job)
+    start = job.start(zoo)
+    # What the experts refine, not a control of the whole zoo's steps; where they are cut from a wider model, that one.
+    if start is not None and start.extra["keep"] == job.settings.keep:
+        return copy.deepcopy(start.model), start.mask
+    return _universal(job)
+
+
 def _universal(job: Job) -> tuple[nn.Module, Mask]:
     zoo = job.need_zoo("universal")
     model = zoo.shared(UNIVERSAL) or (zoo.shared(START) if is_refined(zoo) else None)
@@ -45,6 +73,10 @@ def _universal(job: Job) -> tuple[nn.Module, Mask]:
             f"prune: method 'universal' needs a universal model, which {zoo.path} lacks; make it with build_universal "
             "or `zoo build --universal`"
         )
+    return _start_of(job, model)
+
+
+def _start_of(job: Job, model: SharedModel) -> tuple[nn.Module, Mask]:
     if model.structure_fingerprint != job.structure.fingerprint:
         raise ZooError(
             f"prune: {model.path}: expected a model of structure {job.structure.fingerprint}, "
@@ -79,6 +111,7 @@ def _dense(job: Job) -> tuple[nn.Module, Mask]:
 
 
 METHODS: dict[str, Method] = {
+    "clustered": _clustered,
     "refined": _refined,
     "mvp": _mvp,
     "universal": _universal,

@@ -167,6 +167,7 @@ def prune(
         history=history.points,
         neighbours=job.neighbours,
         tensors=tensors,
+        choice=job.choice,
     )
 
 

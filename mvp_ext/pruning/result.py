@@ -44,6 +44,8 @@ class Result:
         mean_confidence: mean of the largest probability, in [0, 1].
         class_accuracy: of each class's test images, in [0, 1]; None of a class without any.
         neighbours: (zoo entry, similarity) of the voters, nearest first; empty for other methods.
+        choice: what a method that chooses between starts says of it ("clustered": which, and the share of the task's
+            classes that the zoo knows); None of others.
         tensors: what a zoo needs to compare and to run it later: "class_means" f32 [k, F] and "temperature" f32 []
             under the dense backbone, "head_weight" f32 [k, F] and "head_bias" f32 [k] as trained, before the refit.
     """
@@ -64,6 +66,7 @@ class Result:
     history: list[Point] = field(default_factory=list)
     neighbours: list[tuple[str, float]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    choice: dict[str, Any] | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -115,6 +118,7 @@ class Result:
             "cost": self.cost.to_dict(),
             "history": [asdict(point) for point in self.history],
             "neighbours": self.neighbours,
+            "choice": self.choice,
             "parameters": self.parameters,
             "flops": self.flops,
             "kept": self.mask.kept,

@@ -120,6 +120,7 @@ class VoteOptions:
         neighbours: number of voters N.
         similarity: "proxy_leep" runs no model of the zoo. "leep", or a function of one's own, first takes the
             ``shortlist`` nearest by proxy-LEEP, runs those on ``images`` images of the task and ranks them again.
+            "auto": "proxy_leep" among the experts of a clustered zoo, else "leep".
         rule: "topk" keeps the units with the most votes; "sample" draws them from softmax(votes / temperature). With
             few voters softmax at temperature 1 leaves most of the mass on units that have no vote at all.
         temperature: τ of "sample".
@@ -131,7 +132,7 @@ class VoteOptions:
     """
 
     neighbours: int = 5
-    similarity: str | Similarity = "leep"
+    similarity: str | Similarity = "auto"
     shortlist: int = 10
     images: int = 200
     rule: str = "topk"
@@ -144,9 +145,9 @@ class VoteOptions:
         plain_numbers(self)
         if self.neighbours < 1:
             raise ValueError(f"VoteOptions: neighbours: expected at least 1, got {self.neighbours}")
-        if not callable(self.similarity) and self.similarity not in SIMILARITIES:
+        if not callable(self.similarity) and self.similarity not in ("auto", *SIMILARITIES):
             raise ValueError(
-                f"VoteOptions: similarity: expected one of {', '.join(SIMILARITIES)}, got {self.similarity!r}"
+                f"VoteOptions: similarity: expected one of auto, {', '.join(SIMILARITIES)}, got {self.similarity!r}"
             )
         if self.rule not in ("topk", "sample"):
             raise ValueError(f"VoteOptions: rule: expected topk or sample, got {self.rule!r}")
@@ -169,7 +170,10 @@ class VoteOptions:
         return self.score_weight > 0 or self.prior == "taylor"
 
     def for_method(self, method: str) -> VoteOptions:
-        """These options with "auto" decided: voters of "refined" are weighted, others are equal."""
-        if self.weighting != "auto":
-            return self
-        return replace(self, weighting=REFINED_WEIGHTING if method == "refined" else None)
+        """These options with "auto" decided: voters of "refined" and "clustered" are weighted, others are equal."""
+        weighting, similarity = self.weighting, self.similarity
+        if weighting == "auto":
+            weighting = REFINED_WEIGHTING if method in ("refined", "clustered") else None
+        if similarity == "auto":
+            similarity = "proxy_leep" if method == "clustered" else "leep"
+        return replace(self, weighting=weighting, similarity=similarity)

@@ -18,6 +18,7 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo, pooled_task, zoo_steps
 from mvp_ext.pruning.iterative import planned_steps
+from mvp_ext.pruning.clusters import build_clustered_zoo
 from mvp_ext.pruning.methods import METHOD_NAMES, method_for
 from mvp_ext.pruning.prune import RunOptions, prune
 from mvp_ext.pruning.settings import REFINED_WEIGHTING, Schedule, Settings, VoteOptions
@@ -98,6 +99,9 @@ def test_every_method(case, method, tmp_path):
     if method == "refined":
         zoo = Zoo(tmp_path / "zoo")
         build_refined_zoo(backbone, TASKS, zoo, replace(BUILD, scope=scope))
+    elif method == "clustered":
+        zoo = Zoo(tmp_path / "zoo")
+        build_clustered_zoo(backbone, TASKS, zoo, replace(BUILD, scope=scope), clusters=2)
     calls, task = [], digits_task()
     result = make(
         backbone,
@@ -117,11 +121,12 @@ def test_every_method(case, method, tmp_path):
     assert calls == [(done, total) for done in range(1, total + 1)]
     assert result.cost.steps == total
     assert (result.cost.score_flops > 0) == (method in ("ifp", "one_shot"))
-    assert (result.cost.similarity_flops > 0) == (method in VOTING)
+    assert (result.cost.similarity_flops > 0) == (method in (*VOTING, "clustered"))
     assert result.cost.train_flops > 0
     assert result.cost.refit_flops > 0
     assert result.neighbours == sorted(result.neighbours, key=lambda n: (-n[1], n[0]))  # nearest first
-    assert {name for name, _ in result.neighbours} == ({"a", "b"} if method in VOTING else set())
+    if method != "clustered":
+        assert {name for name, _ in result.neighbours} == ({"a", "b"} if method in VOTING else set())
     assert [point.step for point in result.history] == [2]
     json.dumps(result.summary())
     # accuracy is that of the model as it is, on the test images, to the last answer
@@ -550,7 +555,7 @@ def test_keep_outside_its_range(backbone, keep):
 
 
 def test_unknown_method_and_negative_steps(backbone):
-    with pytest.raises(ValueError, match=r"method: expected one of auto, refined, mvp, .*, ifp, got 'magic'"):
+    with pytest.raises(ValueError, match=r"method: expected one of auto, clustered, refined, mvp, .*, ifp, got 'magic'"):
         make(backbone, method="magic")
     with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
         make(backbone, method="random", steps=-1)

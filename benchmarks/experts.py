@@ -1,0 +1,481 @@
+"""Do experts pay, and is it known when? Zoos of experts by cluster beside one universal model, where tasks differ.
+
+    python benchmarks/experts.py run --files DATA --out runs/experts --seeds 0 1 2    # twice, to use two cores
+    python benchmarks/experts.py report --out runs/experts
+    # benchmarks/results/cpu/experts_<world>.json
+
+DATA holds image folders (or tars of them), CIFAR-100's parts and weights, as named in ``WORLDS``. One unit is a task in
+one world under one training seed; what is finished is kept in a journal, and the same command goes on from there.
+
+A training seed draws which classes of each domain are hidden and which domains are held out, makes the base, the
+universal model and the experts anew, and draws the tasks. Asked, before any of these seeds was run (``QUESTIONS``): is
+the default better than universal on known classes, and is it not worse by a point on hidden classes and on domains that
+nobody saw? Superiority is corrected over these questions (Holm), non-inferiority has an uncorrected 95 % interval.
+Everything else is exploratory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from study.stats import Scores, holm, mean_of, paired
+from torch import nn
+
+from mvp_ext.app.environment import command, commit, environment
+from mvp_ext.data.images import ImageData, load_joined
+from mvp_ext.data.tasks import Task, sample_tasks
+from mvp_ext.journal import Journal
+from mvp_ext.model.families import find_structure
+from mvp_ext.model.mask import Mask
+from mvp_ext.model.structure import Structure
+from mvp_ext.pruning.build import build_refined_zoo, build_universal
+from mvp_ext.pruning.clusters import build_clustered_zoo
+from mvp_ext.pruning.iterative import planned_steps
+from mvp_ext.pruning.job import Job, find_neighbours, merged_model, voted_mask
+from mvp_ext.pruning.prune import RunOptions, prune
+from mvp_ext.pruning.settings import REFINED_WEIGHTING, Schedule, Settings, VoteOptions
+from mvp_ext.storage import write_atomic
+from mvp_ext.train.backbone import Backbone, extract_features, load_backbone
+from mvp_ext.train.cost import use_clock
+from mvp_ext.train.evaluate import accuracy_of
+from mvp_ext.train.heads import ridge_head
+from mvp_ext.train.recipe import Recipe
+from mvp_ext.zoo.zoo import Zoo
+
+ROOT = Path(__file__).resolve().parent.parent
+# Domain → its source, and of CIFAR-100 the superclasses.
+DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "photo": ("pacs_photo", ()),
+    "art": ("pacs_art_painting", ()),
+    "cartoon": ("pacs_cartoon", ()),
+    "imagenette": ("imagenette", ()),
+    "textures": ("textures10", ()),
+    "flowers": ("flowers5", ()),
+    "digits": ("digits", ()),
+    "fish": ("cifar100", ("fish", "aquatic_mammals", "reptiles")),
+    "mammals": (
+        "cifar100",
+        ("large_carnivores", "large_omnivores_and_herbivores", "medium_mammals", "small_mammals"),
+    ),
+    "things": ("cifar100", ("household_electrical_devices", "household_furniture", "food_containers")),
+}
+# Of each seed; a seed that is not here holds out those of its number modulo 5.
+HELD_OUT = (
+    *(("textures", "cartoon"), ("flowers", "art"), ("digits", "fish")),
+    *(("photo", "things"), ("imagenette", "mammals")),
+)
+CLASSES, ZOO_IMAGES, TASK_IMAGES = 4, 200, 50
+J = (0, 20, 40, 80)
+
+
+@dataclass(frozen=True)
+class World:
+    """A backbone and how much of it stays."""
+
+    model: str
+    weights: str
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scope: str
+    keep: float
+    steps: int
+
+
+WORLDS = {
+    "diverse": World(
+        *("resnet18", "resnet18_cifar100_64px_fp16.safetensors", 64),
+        *((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        *("all", 0.1, 1200),
+    ),
+}
+WORLDS["diverse, keep 0.05"] = replace(WORLDS["diverse"], keep=0.05)
+
+
+@dataclass
+class Prepared:
+    """One world under one training seed: its data, tasks, backbone and zoos."""
+
+    world: World
+    seed: int
+    folder: Path
+    files: Path
+
+    @cached_property
+    def data(self) -> ImageData:
+        return load_images(self.files, self.folder.parent / "images", self.world.size)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        world = self.world
+        return load_backbone(
+            world.model,
+            weights=self.files / world.weights,
+            image_size=world.size,
+            mean=world.mean,
+            std=world.std,
+        )
+
+    @cached_property
+    def structure(self) -> Structure:
+        return find_structure(self.backbone.model, self.world.scope)
+
+    @cached_property
+    def settings(self) -> Settings:
+        schedule = Schedule(share=0.1, steps_per_round=3, final_steps=0)
+        recipe = replace(Recipe.for_model(self.backbone.model), batch_size=64)
+        settings = Settings(
+            self.world.keep, self.world.scope, schedule=schedule, recipe=recipe, seed=self.seed
+        )
+        # All arms that make something once take as many steps.
+        final = max(1, self.world.steps // len(self.tasks["zoo"]) - planned_steps(self.structure, settings))
+        return replace(settings, schedule=replace(schedule, final_steps=final))
+
+    @property
+    def steps(self) -> int:
+        return planned_steps(self.structure, self.settings) * len(self.tasks["zoo"])
+
+    @cached_property
+    def tasks(self) -> dict[str, list[Task]]:
+        """The zoo's, and those of known classes, of hidden ones, and of domains that nobody saw."""
+        draw, found = random.Random(self.seed), {"zoo": [], "known": [], "hidden": [], "new": []}
+        for domain, classes in domains_of(self.data).items():
+            if domain in HELD_OUT[self.seed % len(HELD_OUT)]:
+                count = min(CLASSES, len(classes) - 1)
+                drawn = sample_tasks(self.data, 4, count, 3000 + self.seed, domain, classes=classes)
+                found["new"] += [replace(t, max_train_per_class=TASK_IMAGES) for t in drawn]
+                continue
+            classes = draw.sample(classes, len(classes))
+            hidden = max(2, round(0.4 * len(classes)))
+            hidden, seen = classes[:hidden], classes[hidden:]
+            if len(seen) > CLASSES:
+                drawn = sample_tasks(self.data, 3, CLASSES, 1000 + self.seed, domain, classes=seen)
+            else:
+                drawn = [Task(f"{domain}-000", self.data, tuple(seen), 1000 + self.seed)]
+            found["zoo"] += [replace(t, max_train_per_class=ZOO_IMAGES) for t in drawn]
+            for split, pool, count in (("known", seen, 3), ("hidden", hidden, 2)):
+                most = CLASSES if len(pool) > CLASSES else max(2, len(pool) - 1)
+                for number in range(count):
+                    chosen = tuple(draw.sample(pool, most))
+                    name = f"{domain}-{split}-{number}"
+                    seed = 5000 + self.seed + number
+                    found[split].append(Task(name, self.data, chosen, seed, TASK_IMAGES))
+        return found
+
+    def zoo(self, kind: str) -> Zoo:
+        return Zoo(self.folder / kind)
+
+    def make(self, kind: str, say: Callable[[str, int, int], None]) -> None:
+        """A zoo, or what is made once for all tasks; goes on where it was."""
+        zoo, tasks, settings = self.zoo(kind), self.tasks["zoo"], self.settings
+        if kind == "universal":
+            build_universal(self.backbone, tasks, zoo, settings, steps=self.steps, progress=say)
+        elif kind == "refined":
+            build_refined_zoo(self.backbone, tasks, zoo, settings, progress=say)
+        else:
+            wide = min(1.0, 2 * settings.keep) if kind == "own masks" else None
+            build_clustered_zoo(self.backbone, tasks, zoo, settings, base_keep=wide, progress=say)
+
+
+def load_images(files: Path, folder: Path, size: int) -> ImageData:
+    """All domains' as one data set; tars are unpacked once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources: list[Any] = []
+    for source in dict.fromkeys(source for source, _ in DOMAINS.values()):
+        if source == "cifar100":
+            sources.append(sorted(files.glob("cifar100_part*.npz")))
+        elif source == "digits":
+            sources.append(source)
+        else:
+            if not (folder / source).exists() and not (files / source).exists():
+                with tarfile.open(files / f"{source}.tar") as tar:
+                    tar.extractall(folder, filter="data")
+            sources.append(files / source if (files / source).exists() else folder / source)
+    return load_joined(sources, image_size=size)
+
+
+def domains_of(data: ImageData) -> dict[str, list[int]]:
+    """Class numbers of each domain."""
+    assert (
+        data.domains is not None
+        and data.superclass_of_class is not None
+        and data.superclass_names is not None
+    )
+    sources = list(dict.fromkeys(source for source, _ in DOMAINS.values()))
+    group = {c: data.superclass_names[g].rpartition("/")[2] for c, g in enumerate(data.superclass_of_class)}
+    return {
+        name: [c for c in data.domains[sources.index(source)] if not groups or group[c] in groups]
+        for name, (source, groups) in DOMAINS.items()
+    }
+
+
+# ---- arms
+
+
+def _voted(job: Job) -> tuple[nn.Module, Mask]:
+    assert job.zoo is not None
+    neighbours = find_neighbours(job, job.zoo)
+    mask = voted_mask(job, neighbours)
+    return merged_model(job, job.zoo, neighbours, mask), mask
+
+
+_WEIGHTED = VoteOptions(similarity="proxy_leep", weighting=REFINED_WEIGHTING)
+_ONE = replace(_WEIGHTED, neighbours=1)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``zoo``: what is made once for it; ``steps``: at which J it is run."""
+
+    zoo: str | None
+    method: Any
+    vote: VoteOptions | None = None
+    steps: tuple[int, ...] = (20,)
+
+
+ARMS = {
+    "default": Arm("clustered", "clustered", steps=J),
+    "universal": Arm("universal", "universal", steps=J),
+    "base of the default": Arm("clustered", "universal"),
+    "nearest expert, always": Arm("clustered", _voted, _ONE),
+    "experts merged, always": Arm("clustered", _voted, _WEIGHTED),
+    "own masks": Arm("own masks", "clustered"),
+    "own masks, always": Arm("own masks", _voted, _WEIGHTED),
+    "refined": Arm("refined", "refined", _WEIGHTED),
+    "one-shot Taylor": Arm(None, "one_shot"),
+    "random": Arm(None, "random"),
+    "dense fine-tuned": Arm(None, "dense"),
+}
+SPLITS = ("known", "hidden", "new")
+
+
+def run_task(prepared: Prepared, task: Task) -> dict[str, Any]:
+    """Accuracy and cost of every arm, and of a ridge head on the dense model."""
+    backbone, data = prepared.backbone, task.split()
+    train = extract_features(backbone.model, data.train_images, backbone.preprocessing)
+    test = extract_features(backbone.model, data.test_images, backbone.preprocessing)
+    head = ridge_head(train, data.train_labels, data.num_classes)
+    rows: dict[str, Any] = {
+        "dense, ridge head": {"0": {"accuracy": accuracy_of(head(test), data.test_labels)}}
+    }
+    # Every arm's class means are of the dense model's pass; its seconds are nobody's.
+    known = RunOptions(features=(train, 0.0))
+    for name, arm in ARMS.items():
+        for steps in arm.steps:
+            result = prune(
+                backbone,
+                task,
+                None if arm.zoo is None else prepared.zoo(arm.zoo),
+                replace(prepared.settings, seed=prepared.seed),
+                method=arm.method,
+                steps=steps,
+                vote=arm.vote,
+                run=known,
+            )
+            rows.setdefault(name, {})[str(steps)] = {
+                "accuracy": result.accuracy,
+                "seconds": result.cost.seconds,
+                "flops": result.cost.flops,
+                "choice": result.choice,
+                "neighbours": result.neighbours[:3],
+            }
+    return rows
+
+
+def run(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    use_clock(time.process_time)
+    for name in options.worlds:
+        for seed in options.seeds:
+            folder = options.out / _folder_name(name) / f"seed{seed}"
+            _run_seed(
+                Prepared(WORLDS[name], seed, folder, options.files), _journal(name, folder / "journal.jsonl")
+            )
+
+
+def _run_seed(prepared: Prepared, journal: Journal) -> None:
+    for kind in dict.fromkeys(arm.zoo for arm in ARMS.values() if arm.zoo):
+        _once(journal, f"make {kind}", partial(_made, prepared, kind))
+    names = {split: {t.name: list(t.class_names) for t in tasks} for split, tasks in prepared.tasks.items()}
+    _once(journal, "tasks", lambda: names)
+    for split in SPLITS:
+        for task in prepared.tasks[split]:
+            _once(journal, f"{split} {task.name}", partial(run_task, prepared, task))
+
+
+def _folder_name(world: str) -> str:
+    return world.replace(", ", "-").replace(" ", "")
+
+
+def _journal(world: str, path: Path) -> Journal:
+    return Journal(path, {"world": asdict(WORLDS[world])})
+
+
+def _once(journal: Journal, key: str, work: Callable[[], Any]) -> None:
+    journal.refresh()
+    if key in journal:
+        return
+    with journal.claim(key) as mine:
+        if not mine:
+            return
+        result = work()
+        journal.append(key, result)
+        print(key, json.dumps(result)[:300], flush=True)
+
+
+def _made(prepared: Prepared, kind: str) -> dict[str, Any]:
+    prepared.make(kind, lambda name, done, total: None)
+    zoo = prepared.zoo(kind)
+    return {"facts": zoo.facts().get("clusters"), "entries": {e.name: e.steps for e in zoo.entries()}}
+
+
+# ---- what it says
+
+
+@dataclass(frozen=True)
+class Question:
+    """``first`` − ``second`` at equal J: above 0 ("superior"), or not below −1 point ("not inferior")."""
+
+    kind: str
+    split: str
+    first: str
+    second: str
+    steps: str = "20"
+
+
+QUESTIONS = (
+    Question("superior", "known", "default", "universal"),
+    Question("not inferior", "hidden", "default", "universal"),
+    Question("not inferior", "new", "default", "universal"),
+    Question("superior", "known", "own masks, always", "experts merged, always"),
+)
+MARGIN = 0.01
+
+
+def report(options: argparse.Namespace) -> None:
+    for name in options.worlds:
+        folder = options.out / _folder_name(name)
+        journals = {
+            int(path.parent.name.removeprefix("seed")): {
+                key: record["result"] for key, record in _journal(name, path).records.items()
+            }
+            for path in sorted(folder.glob("seed*/journal.jsonl"))
+        }
+        result = {
+            "setting": {
+                "world": asdict(WORLDS[name]),
+                "seeds": sorted(journals),
+                "held out": {seed: HELD_OUT[seed % len(HELD_OUT)] for seed in sorted(journals)},
+                "command": command(ROOT),
+                "commit": commit(ROOT, "csrc", "mvp_ext", "benchmarks/*.py"),
+            },
+            "environment": environment(),
+            "made": {
+                seed: {k: v for k, v in found.items() if k.startswith("make")}
+                for seed, found in journals.items()
+            },
+            "arms": {split: _table(journals, split) for split in SPLITS},
+            "questions": _answers(journals),
+            "tasks": journals,
+        }
+        path = ROOT / "benchmarks" / "results" / "cpu" / f"experts_{_folder_name(name)}.json"
+        write_atomic(path, f"{json.dumps(result, indent=1)}\n".encode())
+        for split, table in result["arms"].items():
+            for arm, points in table.items():
+                print(f"{split:8}{arm:26}", "  ".join(f"J {j}: {p['text']}" for j, p in points.items()))
+        for answer in result["questions"]:
+            print(json.dumps(answer))
+
+
+def scores_of(
+    journals: dict[int, dict[str, Any]], split: str, arm: str, steps: str, what: str = "accuracy"
+) -> Scores:
+    """(task, training seed) → accuracy. Tasks of different seeds are different tasks."""
+    return {
+        (f"{seed} {key}", seed): rows[arm][steps].get(what, 0.0)
+        for seed, found in journals.items()
+        for key, rows in found.items()
+        if key.startswith(f"{split} ") and steps in rows.get(arm, {})
+    }
+
+
+def _table(journals: dict[int, dict[str, Any]], split: str) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for arm in ("dense, ridge head", *ARMS):
+        for steps in ("0", *(str(j) for j in J if j)):
+            scores = scores_of(journals, split, arm, steps)
+            if not scores:
+                continue
+            mean = mean_of(scores)
+            against = paired(scores, scores_of(journals, split, "universal", steps))
+            text = mean.percent()
+            if against is not None and arm != "universal":
+                text += f" ({against.percent})"
+            costs = scores_of(journals, split, arm, steps, "seconds").values()
+            table.setdefault(arm, {})[steps] = {
+                "accuracy": mean.value,
+                "error": mean.error,
+                "minus universal": None if against is None else asdict(against),
+                "seconds a task": sum(costs) / len(costs),
+                "text": text,
+            }
+    return table
+
+
+def _answers(journals: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for question in QUESTIONS:
+        first, second = (
+            scores_of(journals, question.split, arm, question.steps)
+            for arm in (question.first, question.second)
+        )
+        over_tasks = paired(first, second)
+        if over_tasks is None:
+            continue
+        by_seed = {
+            seed: mean_of({k: v for k, v in first.items() if k[1] == seed}).value
+            - mean_of({k: v for k, v in second.items() if k[1] == seed}).value
+            for seed in sorted(journals)
+        }
+        over_seeds = paired({(s, 0): v for s, v in by_seed.items()}, {(s, 0): 0.0 for s in by_seed})
+        found.append(
+            {
+                **asdict(question),
+                "over tasks": asdict(over_tasks),
+                "over seeds": asdict(over_seeds),
+                "by seed": by_seed,
+            }
+        )
+    superior = [answer for answer in found if answer["kind"] == "superior"]
+    for answer, p in zip(superior, holm([a["over tasks"]["p"] for a in superior]), strict=True):
+        answer["corrected p"] = p
+        answer["holds"] = p < 0.05 and answer["over tasks"]["difference"] > 0
+    for answer in found:
+        if answer["kind"] == "not inferior":
+            answer["holds"] = answer["over tasks"]["low"] > -MARGIN
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Do experts pay?")
+    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("--files", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, default=Path("runs/experts"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["diverse"])
+    options = parser.parse_args()
+    (run if options.what == "run" else report)(options)
+
+
+if __name__ == "__main__":
+    main()

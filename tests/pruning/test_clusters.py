@@ -1,0 +1,196 @@
+"""Clustered zoos: which tasks are of one kind, experts for each kind, and when a task is given to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from digits import digits_task, equal_weights, tiny_backbone
+
+from mvp_ext.pruning.build import build_refined_zoo
+from mvp_ext.pruning.clusters import build_clustered_zoo, cluster_tasks
+from mvp_ext.pruning.methods import method_for
+from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.settings import Schedule, Settings
+from mvp_ext.train.recipe import Recipe
+from mvp_ext.zoo.entry import ClassMeans
+from mvp_ext.zoo.known import known_classes
+from mvp_ext.zoo.shared import CLUSTERS, START, UNIVERSAL
+from mvp_ext.zoo.zoo import Zoo, ZooError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TASKS = [
+    digits_task((0, 1), "a", seed=1),
+    digits_task((1, 2), "b", seed=2),
+    digits_task((6, 7), "c", seed=3),
+]
+SETTINGS = Settings(
+    keep=0.5,
+    schedule=Schedule(share=0.5, steps_per_round=1, final_steps=9, distill=False),
+    recipe=Recipe(batch_size=8, precision="float32"),
+)
+
+# ---- which tasks are of one kind
+
+
+def kinds_of_classes(kinds: int, classes: int, seed: int = 0) -> torch.Tensor:
+    """Means of classes that lie in heaps."""
+    draw = torch.Generator().manual_seed(seed)
+    heaps = 4 * torch.randn(kinds, 16, generator=draw)
+    return (heaps[:, None] + torch.randn(kinds, classes, 16, generator=draw)).flatten(0, 1)
+
+
+@pytest.mark.parametrize("kinds", [2, 3, 5])
+def test_tasks_of_one_kind_are_found(kinds):
+    means, draw = kinds_of_classes(kinds, 8), torch.Generator().manual_seed(1)
+    tasks = [
+        (8 * kind + torch.randperm(8, generator=draw)[:4]).tolist() for _ in range(4) for kind in range(kinds)
+    ]
+    assert cluster_tasks(means, tasks) == [*range(kinds)] * 4
+    assert cluster_tasks(means, tasks, kinds) == [*range(kinds)] * 4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_sets_of_classes_are_of_one_kind(seed):
+    means, draw = kinds_of_classes(5, 8, seed), torch.Generator().manual_seed(seed)
+    tasks = [torch.randperm(40, generator=draw)[:8].tolist() for _ in range(16)]
+    found = cluster_tasks(means, tasks)
+    assert found == [0] * 16
+
+
+@pytest.mark.parametrize(
+    ("tasks", "clusters", "found"), [(1, None, 1), (2, None, 1), (2, 2, 2), (5, 5, 5), (5, 1, 1)]
+)
+def test_few_tasks_and_asked_numbers(tasks, clusters, found):
+    means = kinds_of_classes(tasks, 2)
+    sets = [[2 * i, 2 * i + 1] for i in range(tasks)]
+    assert len(set(cluster_tasks(means, sets, clusters))) == found
+
+
+def test_a_number_of_clusters_that_cannot_be():
+    for clusters in (0, 3):
+        with pytest.raises(ValueError, match=f"cluster_tasks: clusters: expected 1 to 2, got {clusters}"):
+            cluster_tasks(torch.randn(4, 3), [[0, 1], [2, 3]], clusters)
+
+
+# ---- which classes are known
+
+
+def images_of(means: torch.Tensor, each: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(means)).repeat_interleave(each)
+    return means[labels] + torch.randn(len(labels), means.shape[1], generator=draw), labels
+
+
+@pytest.mark.parametrize("each", [4, 8, 32])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_known_and_new_classes_are_told_apart(each, scale):
+    classes = torch.randn(24, 64, generator=torch.Generator().manual_seed(2))
+    zoo = [ClassMeans("x", scale * classes[:8], 1.0), ClassMeans("y", scale * classes[6:16], 1.0)]
+    features, labels = images_of(classes[[0, 1, 7, 12, 20, 21]], each)
+    known = known_classes(zoo, scale * features, labels)
+    assert known.share == pytest.approx(4 / 6)
+    # The class 7 is of both.
+    assert known.by_entry == pytest.approx({"x": 3 / 6, "y": 2 / 6})
+
+
+def test_a_zoo_without_experts_knows_nothing():
+    features, labels = images_of(torch.randn(2, 4), 3)
+    assert known_classes([], features, labels) == (0.0, {})
+
+
+# ---- the zoo
+
+
+def clustered(path: Path, tasks=TASKS, **kwargs) -> Zoo:
+    zoo = Zoo(path)
+    build_clustered_zoo(tiny_backbone(), tasks, zoo, SETTINGS, **{"clusters": 2, **kwargs})
+    return zoo
+
+
+def test_experts_refine_one_model_of_all_tasks(tmp_path):
+    zoo = clustered(tmp_path / "zoo", share=0.4)
+    start, refined = zoo.shared(START), Zoo(tmp_path / "refined")
+    build_refined_zoo(tiny_backbone(), TASKS, refined, SETTINGS, share=0.4)
+    assert [entry.name for entry in zoo] == ["expert-00", "expert-01"]
+    assert [entry.task["classes"] for entry in zoo] == [["0", "1", "2"], ["6", "7"]]
+    assert {entry.mask for entry in zoo} == {start.load().mask}
+    # Experts take the steps of their tasks' entries.
+    each = refined["a"].steps
+    assert [entry.steps for entry in zoo] == [2 * each, each]
+    known = zoo.facts()[CLUSTERS]["tasks"]
+    assert {name: row["expert"] for name, row in known.items()} == {
+        "a": "expert-00",
+        "b": "expert-00",
+        "c": "expert-01",
+    }
+    assert zoo.verify() == []
+    assert start.extra["result"]["cost"]["steps"] == refined.shared(START).extra["result"]["cost"]["steps"]
+
+
+def test_a_build_goes_on_and_ends_the_same(tmp_path):
+    zoo, other = clustered(tmp_path / "zoo"), clustered(tmp_path / "other")
+    zoo.remove("expert-01")
+    zoo = clustered(zoo.path, clusters=None)
+    for entry in other:
+        assert equal_weights(zoo[entry.name].load().model, entry.load().model)
+    late = digits_task((7, 8), "late", seed=7)
+    assert build_clustered_zoo(tiny_backbone(), [late], zoo, SETTINGS) == []
+    assert zoo.facts()[CLUSTERS]["tasks"]["late"]["expert"] == "expert-01"
+    zoo.remove("expert-00")
+    with pytest.raises(
+        ZooError, match=r"expected the tasks that its experts expert-00 are made of, a, b not among"
+    ):
+        build_clustered_zoo(tiny_backbone(), [late], zoo, SETTINGS)
+
+
+def test_tasks_of_one_kind_have_no_experts(tmp_path):
+    zoo = clustered(tmp_path / "zoo", clusters=1)
+    assert len(zoo) == 0
+    result = prune(tiny_backbone(), digits_task((3, 4)), zoo, SETTINGS, steps=0)
+    assert result.method == "clustered" == method_for(zoo)
+    assert result.choice == {"chosen": "universal", "known_share": 0.0, "known_by_expert": {}}
+
+
+def test_experts_with_masks_of_their_own(tmp_path):
+    zoo = clustered(tmp_path / "zoo", base_keep=0.75)
+    a, b = (entry.mask for entry in zoo)
+    start = zoo.shared(START).load().mask
+    assert a != b
+    assert a.kept == b.kept == zoo.shared(UNIVERSAL).load().mask.kept
+    for mask in (a, b):
+        assert bool((mask.to_vector() <= start.to_vector()).all())
+    # The vote decides between them.
+    result = prune(tiny_backbone(), digits_task((1, 2)), zoo, SETTINGS, steps=0)
+    assert result.mask.kept == a.kept
+
+
+def test_what_is_known_goes_to_the_experts(tmp_path):
+    zoo = clustered(tmp_path / "zoo")
+    known = prune(tiny_backbone(), TASKS[2], zoo, SETTINGS, steps=0)
+    assert known.choice["chosen"] == "experts"
+    assert known.choice["known_by_expert"]["expert-01"] == 1.0
+    assert known.neighbours[0][0] == "expert-01"
+    assert known.summary()["choice"] == known.choice
+    new = prune(tiny_backbone(), digits_task((4, 9)), zoo, SETTINGS, steps=0)
+    assert new.choice["chosen"] == "universal"
+    name = "layer1.0.conv1.weight"
+    start = zoo.shared(START).load().model.state_dict()
+    assert torch.equal(new.model.state_dict()[name], start[name])
+    assert not torch.equal(known.model.state_dict()[name], start[name])
+
+
+def test_other_zoos_are_refused(tmp_path):
+    refined = Zoo(tmp_path / "refined")
+    build_refined_zoo(tiny_backbone(), TASKS, refined, SETTINGS)
+    with pytest.raises(ZooError, match=r"build_clustered_zoo: .*: its 3 entries are no experts"):
+        build_clustered_zoo(tiny_backbone(), TASKS, refined, SETTINGS)
+    with pytest.raises(ZooError, match="prune: method 'clustered' needs a zoo of experts"):
+        prune(tiny_backbone(), TASKS[0], refined, SETTINGS, method="clustered", steps=0)
+    for kwargs, message in (
+        ({"share": 1.0}, r"share: expected a value in \(0, 1\), got 1.0"),
+        ({"base_keep": 0.3}, r"base_keep: expected a ratio in \[0.5, 1\], got 0.3"),
+    ):
+        with pytest.raises(ValueError, match=f"build_clustered_zoo: {message}"):
+            build_clustered_zoo(tiny_backbone(), TASKS, Zoo(tmp_path / "new"), SETTINGS, **kwargs)
