@@ -206,13 +206,12 @@ def load_images(files: Path, folder: Path, size: int) -> ImageData:
 
 def domains_of(data: ImageData) -> dict[str, list[int]]:
     """Class numbers of each domain."""
-    assert (
-        data.domains is not None
-        and data.superclass_of_class is not None
-        and data.superclass_names is not None
-    )
+    groups_of, names = data.superclass_of_class, data.superclass_names
+    assert data.domains is not None
+    assert groups_of is not None
+    assert names is not None
     sources = list(dict.fromkeys(source for source, _ in DOMAINS.values()))
-    group = {c: data.superclass_names[g].rpartition("/")[2] for c, g in enumerate(data.superclass_of_class)}
+    group = {c: names[g].rpartition("/")[2] for c, g in enumerate(groups_of)}
     return {
         name: [c for c in data.domains[sources.index(source)] if not groups or group[c] in groups]
         for name, (source, groups) in DOMAINS.items()

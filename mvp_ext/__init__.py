@@ -43,6 +43,7 @@ from mvp_ext.ops import (
     unpack,
 )
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
+from mvp_ext.pruning.clusters import build_clustered_zoo
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.prune import RunOptions, prune
 from mvp_ext.pruning.result import Result
@@ -83,6 +84,7 @@ __all__ = [
     "Zoo",
     "ZooEntry",
     "ZooError",
+    "build_clustered_zoo",
     "build_refined_zoo",
     "build_universal",
     "build_zoo",

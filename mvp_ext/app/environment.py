@@ -46,7 +46,9 @@ def places() -> dict[str, str]:
         "python in": sys.executable,
         "MVP_FASTER": os.environ.get("MVP_FASTER") or "not set: measured where it runs",
         **{
-            name: f"{found['way']} (" + ", ".join(f"{w} {t:g} ms" for w, t in found["milliseconds"].items()) + ")"
+            name: f"{found['way']} ("
+            + ", ".join(f"{w} {t:g} ms" for w, t in found["milliseconds"].items())
+            + ")"
             for name, found in sorted(kept_ways().items())
         },
     }

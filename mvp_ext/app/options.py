@@ -275,7 +275,7 @@ class MethodOptions:
     method: Annotated[
         str,
         Option(
-            help=f"auto (refined where the zoo refines a universal model, else mvp), {', '.join(METHOD_NAMES)}.",
+            help=f"auto (clustered or refined where the zoo is, else mvp), {', '.join(METHOD_NAMES)}.",
             rich_help_panel=PRUNING,
         ),
     ] = "auto"

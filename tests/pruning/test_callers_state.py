@@ -35,6 +35,7 @@ from mvp_ext.model.fidelity import difference
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import masked_model, prune_model, structure_for
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
+from mvp_ext.pruning.clusters import build_clustered_zoo
 from mvp_ext.pruning.iterative import prune_iteratively
 from mvp_ext.pruning.prune import prune, seen_by
 from mvp_ext.pruning.scores import CRITERIA, score_units
@@ -139,6 +140,9 @@ CALLS: dict[str, Call] = {
     "model.surgery.masked_model": Call(lambda g: masked_model(g.model, g.half)),
     "pruning.build.build_zoo": Call(
         lambda g: build_zoo(g.backbone, [g.task], g.zoo, SETTINGS), True, models=RESNET
+    ),
+    "pruning.clusters.build_clustered_zoo": Call(
+        lambda g: build_clustered_zoo(g.backbone, [g.task], g.zoo, SETTINGS), True, models=RESNET
     ),
     "pruning.build.build_refined_zoo": Call(
         lambda g: build_refined_zoo(g.backbone, [g.task], g.zoo, SETTINGS), True, models=RESNET

@@ -17,8 +17,8 @@ from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo, pooled_task, zoo_steps
-from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.clusters import build_clustered_zoo
+from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.methods import METHOD_NAMES, method_for
 from mvp_ext.pruning.prune import RunOptions, prune
 from mvp_ext.pruning.settings import REFINED_WEIGHTING, Schedule, Settings, VoteOptions
@@ -555,7 +555,9 @@ def test_keep_outside_its_range(backbone, keep):
 
 
 def test_unknown_method_and_negative_steps(backbone):
-    with pytest.raises(ValueError, match=r"method: expected one of auto, clustered, refined, mvp, .*, ifp, got 'magic'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of auto, clustered, refined, mvp, .*, ifp, got 'magic'"
+    ):
         make(backbone, method="magic")
     with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
         make(backbone, method="random", steps=-1)
