@@ -78,16 +78,16 @@ def prune(
         model: the dense pre-trained model (timm ResNet or transformer), or a ``Backbone`` that also says how it sees
             images. It is not changed. What requires no gradient in it is not trained in the small model either.
         task: the classes and their images.
-        zoo: pruned models of earlier tasks; needed by "clustered", "refined", "mvp" and "universal". An entry of the task's own
-            name never votes. It says how images are seen, unless ``model`` is a ``Backbone``.
+        zoo: pruned models of earlier tasks; needed by "clustered", "refined", "mvp" and "universal". An entry of the
+            task's own name never votes. It says how images are seen, unless ``model`` is a ``Backbone``.
         settings: what is cut, how much of it stays, how weights are trained. Default: those of the zoo.
         method: "clustered" (the experts of a clustered zoo vote where it knows most of the task's classes, else its
             universal model), "refined" (the nearest entries of a zoo that refines a universal model share their
             weights, the nearer the more), "mvp" (equal voters: vote, merge, fine-tune), "auto" ("clustered" or
-            "refined" where the zoo is such a one, else "mvp"), "universal" (one pruned model of all tasks, fine-tuned), "one_shot" (score once, cut once),
-            "random" (control), "ifp" (iterative pruning from scratch; for heads it is IHP), "dense" (nothing cut). Or
-            a function of the ``Job`` that returns a small model and its mask: it then goes the same way as the
-            others.
+            "refined" where the zoo is such a one, else "mvp"), "universal" (one pruned model of all tasks,
+            fine-tuned), "one_shot" (score once, cut once), "random" (control), "ifp" (iterative pruning from scratch;
+            for heads it is IHP), "dense" (nothing cut). Or a function of the ``Job`` that returns a small model and
+            its mask: it then goes the same way as the others.
         steps: fine-tuning steps J. For "ifp": the steps after the last removal.
         vote: how many neighbours vote, and how they are found and weighted.
         run: callbacks, points of measurement, and what is at hand.
