@@ -400,10 +400,17 @@ def fresh_head(model: nn.Module, classes: int) -> None:
 
 
 def _drawn_anew(classifier: Classifier, classes: int) -> Classifier:
-    width, biased = linear_weight(classifier).shape[1], classifier.bias is not None
-    if isinstance(classifier, nn.Conv2d):
-        return nn.Conv2d(width, classes, 1, bias=biased)
-    return nn.Linear(width, classes, biased)
+    """One of the same kind, which may be a class of somebody else's."""
+    fresh = copy.deepcopy(classifier)
+    weight = torch.empty(classes, *classifier.weight.shape[1:])
+    fresh.weight = nn.Parameter(weight)
+    fresh.bias = None if classifier.bias is None else nn.Parameter(weight.new_empty(classes))
+    if isinstance(fresh, nn.Linear):
+        fresh.out_features = classes
+    else:
+        fresh.out_channels = classes
+    fresh.reset_parameters()
+    return fresh
 
 
 def _named_classifiers(model: nn.Module) -> dict[str, Classifier]:

@@ -93,3 +93,20 @@ def test_a_head_of_the_features_that_are_left():
     fresh_head(small, 4)
     assert small(torch.randn(2, 3, 64, 64)).shape == (2, 4)
     assert linear_weight(classifiers(small)[0]).shape[0] == 4
+
+
+class Own(nn.Linear):
+    """Somebody else's."""
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("classes", [1, 9])
+def test_a_fresh_head_is_of_the_same_kind(classes, bias):
+    model = family_model("test_efficientnet")
+    model.classifier = Own(model.num_features, model.num_classes, bias=bias)
+    fresh_head(model, classes)
+    fresh = model.get_classifier()
+    assert type(fresh) is Own
+    assert (fresh.out_features, fresh.bias is not None) == (classes, bias)
+    assert fresh.weight.requires_grad
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, classes)
