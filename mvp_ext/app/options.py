@@ -261,8 +261,11 @@ class NeighbourOptions:
 
     neighbours: Annotated[int, Option(help="Voters.", rich_help_panel=PRUNING)] = VoteOptions.neighbours
     similarity: Annotated[
-        str, Option(help=f"Of tasks: {', '.join(SIMILARITIES)}.", rich_help_panel=PRUNING)
-    ] = "leep"
+        str,
+        Option(
+            help=f"Of tasks: auto (by what the zoo is), {', '.join(SIMILARITIES)}.", rich_help_panel=PRUNING
+        ),
+    ] = "auto"
 
     def vote(self) -> VoteOptions:
         return VoteOptions(neighbours=self.neighbours, similarity=self.similarity)
