@@ -364,7 +364,8 @@ def _setting(
         "model": f"{structure.architecture or structure.family} at {size}×{size} pixels",
         "scope": structure.scope,
         "keep": options.settings.keep,
-        "zoo": f"{len(zoo)} entries, {min(len(zoo), options.vote.neighbours)} neighbours by {options.vote.similarity}",
+        "zoo": f"{len(zoo)} entries, {min(len(zoo), options.vote.neighbours)} neighbours by "
+        f"{options.vote.for_method(method_for(zoo)).similarity}",
         "dense model": "a ridge classifier on its features as they are: it is not fine-tuned to a task",
         "fine-tuning": f"{options.steps} steps; from scratch {options.all_steps('ifp', structure)} with the removals",
         "learning rates": ", ".join(f"{k} {v:g}" for k, v in options.rates.items())
