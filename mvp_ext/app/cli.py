@@ -196,7 +196,9 @@ def prune(
         nearest = ", ".join(f"{name} ({similarity:.2f})" for name, similarity in result.neighbours)
         say(f"voters: {nearest}")
     if result.choice:
-        say(f"{result.choice['chosen']}: the zoo knows {result.choice['known_share']:.0%} of the task's classes")
+        say(
+            f"{result.choice['chosen']}: the zoo knows {result.choice['known_share']:.0%} of the task's classes"
+        )
     say(f"kept: {kept_text(result.mask)}")
     say(f"outputs, in order: {', '.join(result.class_names)}")
     say(f"accuracy by class: {class_accuracy_text(result.class_names, result.class_accuracy)}")

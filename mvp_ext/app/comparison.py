@@ -39,6 +39,7 @@ from mvp_ext.zoo.shared import START
 from mvp_ext.zoo.zoo import Zoo, ZooEntry
 
 NAMES = {
+    "clustered": "MVP, clustered",
     "refined": "MVP, refined",
     "mvp": "MVP",
     "universal": "universal model",
@@ -47,7 +48,7 @@ NAMES = {
     "ifp": "iterative from scratch",
 }
 CONTROLS = ("universal", "one_shot", "random", "ifp")
-NEED_ZOO = ("auto", "refined", "mvp", "universal")
+NEED_ZOO = ("auto", "clustered", "refined", "mvp", "universal")
 # Training images of a task that say how near another one is.
 OVERLAP_IMAGES = 500
 

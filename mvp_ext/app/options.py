@@ -309,6 +309,13 @@ class BuildOptions:
             rich_help_panel=PRUNING,
         ),
     ] = True
+    clusters: Annotated[
+        str | None,
+        Option(
+            help="An expert for each kind of tasks instead of an entry a task: so many, or auto (an experiment).",
+            rich_help_panel=PRUNING,
+        ),
+    ] = None
     universal: Annotated[
         bool | None,
         Option(
@@ -318,6 +325,15 @@ class BuildOptions:
     universal_steps: Annotated[
         int | None, Option(help="Its optimizer steps. Default: as many as the whole zoo took.")
     ] = None
+
+    @property
+    def experts(self) -> int | None:
+        """How many; None: from the data."""
+        if self.clusters in (None, "auto"):
+            return None
+        if not self.clusters.isdecimal():
+            raise ValueError(f"--clusters: expected a number or auto, got {self.clusters!r}")
+        return int(self.clusters)
 
     @property
     def with_universal(self) -> bool:

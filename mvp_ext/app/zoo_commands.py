@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from mvp_ext.pruning.build import (
     build_zoo,
     planned_zoo_steps,
 )
+from mvp_ext.pruning.clusters import CLUSTERED_SHARE, build_clustered_zoo
 from mvp_ext.train.cost import Cost
 from mvp_ext.zoo.remote import shown_url
 from mvp_ext.zoo.travel import merge_zoos, pull_zoo, push_zoo
@@ -72,14 +74,21 @@ def build(
             )
     if have:
         say(f"{len(have)} of {what.tasks} entries are there already")
-    first, each = planned_zoo_steps(structure, settings, what.tasks, UNIVERSAL_SHARE if what.refine else 0.0)
+    experts = what.experts
+    share = CLUSTERED_SHARE if what.clusters else UNIVERSAL_SHARE if what.refine else 0.0
+    first, each = planned_zoo_steps(structure, settings, what.tasks, share)
     total = first + each * what.tasks
-    refined = f"one model of all tasks in {first} optimizer steps, then " if what.refine else ""
-    say(f"to make: {refined}{what.tasks} entries in {each} steps each")
+    refined = f"one model of all tasks in {first} optimizer steps, then " if first else ""
+    entries = (
+        f"experts in {each} steps a task" if what.clusters else f"{what.tasks} entries in {each} steps each"
+    )
+    say(f"to make: {refined}{entries}")
     if what.with_universal:
         total += total if what.universal_steps is None else what.universal_steps
     with progress_bar("zoo", total) as progress:
         make = build_refined_zoo if what.refine else build_zoo
+        if what.clusters:
+            make = partial(build_clustered_zoo, clusters=experts)
         make(backbone, drawn, opened, settings, progress=progress)
         if what.with_universal:
             build_universal(backbone, drawn, opened, settings, steps=what.universal_steps, progress=progress)

@@ -107,6 +107,19 @@ def test_zoo_build_from_the_dense_model(home: Path, tmp_path: Path) -> None:
     assert len(results["overlap"]) == 2 * 3
 
 
+def test_a_zoo_of_experts(home: Path, tmp_path: Path) -> None:
+    zoo, model = f"--zoo {tmp_path}/zoo", f"--model {home}/backbone.safetensors"
+    said = run(f"zoo build --clusters 2 {zoo} {model} {BUILD}")
+    assert "then experts in" in said.output
+    assert [entry.name for entry in Zoo(tmp_path / "zoo")] == ["expert-00", "expert-01"]
+    said = run(
+        f"prune {zoo} {model} --classes 0,1 --max-train 12 --steps 0 --out {tmp_path}/small.safetensors"
+    )
+    assert "the zoo knows" in said.output
+    said = run(f"zoo build --clusters many {zoo} {model} {BUILD}", code=2)
+    assert "--clusters: expected a number or auto, got 'many'" in said.output
+
+
 def test_zoo_list_show_verify(home: Path) -> None:
     listed = run(f"zoo list {home}/zoo").output
     assert "zoo-000" in listed
