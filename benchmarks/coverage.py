@@ -17,6 +17,7 @@ import contextlib
 import copy
 import json
 import multiprocessing
+import re
 import tempfile
 import time
 import warnings
@@ -206,7 +207,8 @@ def _recorded(row: dict[str, Any], proof: str) -> Iterator[None]:
 
 
 def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}\S*/", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"[:300]
 
 
 def _difference(model: nn.Module, structure: Structure, mask: Mask, side: int, training: bool) -> float:

@@ -26,7 +26,7 @@ from mvp_ext.model.card import ModelCard
 from mvp_ext.model.create import create_empty
 from mvp_ext.model.create_args import check_args, create_args
 from mvp_ext.model.ends import as_input, built_for
-from mvp_ext.model.fidelity import TRIED_SIZE, difference
+from mvp_ext.model.fidelity import TRIED_SIZES, difference
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.prediction import PREDICT_BATCH, Predictions, predict
 from mvp_ext.model.preprocessing import Preprocessing
@@ -371,8 +371,9 @@ def _check_rebuildable(
 def check_fidelity(what: str, model: nn.Module, built: nn.Module, arguments: Mapping[str, Any]) -> None:
     """ValueError where ``built``, given the tensors of ``model``, is another function; it names the part."""
     fill(built, whole_state(model))
-    size = built_for(built) or (TRIED_SIZE, TRIED_SIZE)
-    if found := difference(model, built, (arguments["in_chans"], *size)):
+    said = built_for(built)
+    sizes = [said] if said else [(size, size) for size in TRIED_SIZES]
+    if found := difference(model, built, arguments["in_chans"], sizes):
         raise ValueError(
             f"{what}: {found}: what would be loaded is another model than this one. Set it by an argument of "
             "timm.create_model that a file may hold, or put the part back"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from mvp_ext.model.borrowed import own_random_numbers, twin_of
 
-# Side of the images that a convolutional model, which takes any, is tried on.
-TRIED_SIZE = 64
+# Sides of the images that a convolutional model is tried on: it takes any, but for some that need more pixels.
+TRIED_SIZES = (64, 224)
 # Of the largest output: kernels of another layout or fusion may round otherwise, another function is further away.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _LOW_PRECISION = 0.05
@@ -24,7 +25,9 @@ _INERT = frozenset(
 _VALUES = (bool, int, float, str, tuple, list, type(None), torch.dtype)
 
 
-def difference(given: nn.Module, built: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
+def difference(
+    given: nn.Module, built: nn.Module, channels: int, sizes: Sequence[tuple[int, int]]
+) -> str | None:
     """The first part of ``given`` that may compute something else in eval mode than its counterpart in ``built``.
 
     Compared are the kinds of all parts, the numbers that they hold, what was put on them (hooks, functions in place of
@@ -32,12 +35,13 @@ def difference(given: nn.Module, built: nn.Module, image_shape: tuple[int, int, 
 
     Args:
         given, built: with equal tensors, on one device. Neither is changed, nor is the random number generator.
-        image_shape: of one image, (C, H, W).
+        channels: of an image.
+        sizes: (height, width) of images; the first is taken on which the models run.
 
     Returns:
         Text that names the part, what it is and what was expected; None where there is no difference.
     """
-    return _of_parts(given, built) or _of_outputs(given, built, image_shape)
+    return _of_parts(given, built) or _of_outputs(given, built, channels, sizes)
 
 
 def _of_parts(given: nn.Module, built: nn.Module) -> str | None:
@@ -76,16 +80,21 @@ def _kind(module: nn.Module) -> str:
 
 @own_random_numbers()
 @torch.no_grad()
-def _of_outputs(given: nn.Module, built: nn.Module, shape: tuple[int, int, int]) -> str | None:
+def _of_outputs(
+    given: nn.Module, built: nn.Module, channels: int, sizes: Sequence[tuple[int, int]]
+) -> str | None:
     like = next((p for p in given.parameters() if p.is_floating_point()), torch.empty(0))
-    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    # Large values reach what small ones do not: bounds of an activation, say.
-    images[1] *= 30
-    images = images.to(like)
-    try:
-        ours, theirs = _outputs_of_parts(given, images), _outputs_of_parts(built, images)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        return f"the model does not run on images {tuple(images.shape)} ({error})"
+    for number, size in enumerate(sizes, 1):
+        images = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(0))
+        # Large values reach what small ones do not: bounds of an activation, say.
+        images[1] *= 30
+        images = images.to(like)
+        try:
+            ours, theirs = _outputs_of_parts(given, images), _outputs_of_parts(built, images)
+            break
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if number == len(sizes):
+                return f"the model does not run on images {tuple(images.shape)} ({error})"
     allowed = TOLERANCE.get(like.dtype, _LOW_PRECISION)
     # In the order in which parts finish, the model itself last. A part may be stepped over (by checkpointing, say).
     for name, outputs in ours.items():

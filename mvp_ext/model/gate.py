@@ -29,14 +29,12 @@ from torch import Tensor, nn
 
 from mvp_ext.model.borrowed import borrowed
 from mvp_ext.model.ends import as_input, built_for, dtype_of, in_channels
-from mvp_ext.model.fidelity import TRIED_SIZE
+from mvp_ext.model.fidelity import TRIED_SIZES
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure, UnitLayer, UnsupportedModelError
 
 # In train mode a batch norm needs two values a channel, also where one place is left of an image.
 _BATCH = 2
-# Sides that a model is tried on that does not say which images it takes.
-_SIDES = (TRIED_SIZE, 224)
 # Of the largest output: rounding is far below, and what one wrong layer does to a deep model may not be far above.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _LOW_PRECISION = 0.05
@@ -210,7 +208,7 @@ def _noise(model: nn.Module) -> Iterator[Tensor]:
         (m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3
     )
     said = built_for(model) or getattr(getattr(model, "config", model), "image_size", None)
-    sizes = [said] if said else _SIDES
+    sizes = [said] if said else TRIED_SIZES
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for size in sizes:
         height, width = size if isinstance(size, (tuple, list)) else (size, size)

@@ -205,8 +205,19 @@ def test_an_output_without_numbers_is_not_that_of_another_model(value: float) ->
     with torch.no_grad():
         broken.fc.bias.fill_(value)
     for given, built in ((broken, plain), (plain, broken)):
-        assert "'fc' computes something else" in str(difference(given, built, (3, 64, 64)))
-    assert difference(broken, copy.deepcopy(broken), (3, 64, 64)) is None
+        assert "'fc' computes something else" in str(difference(given, built, 3, [(64, 64)]))
+    assert difference(broken, copy.deepcopy(broken), 3, [(64, 64)]) is None
+
+
+def test_a_model_that_needs_more_pixels_is_tried_on_more() -> None:
+    """inception_v3 runs on no image of 64."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AvgPool2d(70), nn.ReLU())
+    other = copy.deepcopy(model)
+    assert difference(model, other, 3, [(64, 64), (80, 80)]) is None
+    assert "does not run on images (2, 3, 64, 64)" in str(difference(model, other, 3, [(64, 64)]))
+    with torch.no_grad():
+        other[0].bias.add_(1)
+    assert "computes something else" in str(difference(model, other, 3, [(64, 64), (80, 80)]))
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

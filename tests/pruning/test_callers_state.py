@@ -118,7 +118,7 @@ CALLS: dict[str, Call] = {
         lambda g: checkpoint.check_fidelity("x", g.model, g.built(), create_args(g.model, g.structure)),
         True,
     ),
-    "model.fidelity.difference": Call(lambda g: difference(g.model, g.model, (3, 32, 32))),
+    "model.fidelity.difference": Call(lambda g: difference(g.model, g.model, 3, [(32, 32)])),
     "model.families.find_structure": Call(lambda g: find_structure(g.model)),
     "model.structure.Structure.check": Call(lambda g: g.structure.check(g.model)),
     "model.structure.Structure.verify": Call(lambda g: g.structure.verify(g.model), True),
