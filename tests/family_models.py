@@ -55,7 +55,7 @@ ACCEPTED: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "nf_resnet26": {},
     "resnetv2_50x1_bit": {},
-    "mambaout_femto": {},
+    "mambaout_femto": {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)},
 }
 
 

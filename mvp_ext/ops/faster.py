@@ -70,8 +70,13 @@ def decide(key: Key, ways: Mapping[str, Callable[[], object]], rule: str) -> str
 
 
 def kept_ways() -> dict[str, Any]:
-    """What was measured on this machine: class and number of threads → {"way", "milliseconds" of each}."""
-    return {name: found for name, found in _kept().items() if _is_sound(found)}
+    """What was measured on this machine: class and number of threads → {"way", "milliseconds" of each}.
+
+    Nothing where the native module is missing.
+    """
+    with contextlib.suppress(RuntimeError):
+        return {name: found for name, found in _kept().items() if _is_sound(found)}
+    return {}
 
 
 def forget() -> None:

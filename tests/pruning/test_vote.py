@@ -163,7 +163,7 @@ def test_voter_weights():
     ("options", "message"),
     [
         ({"neighbours": 0}, "neighbours: expected at least 1, got 0"),
-        ({"similarity": "wup"}, "similarity: expected one of proxy_leep, leep, got 'wup'"),
+        ({"similarity": "wup"}, "similarity: expected one of auto, proxy_leep, leep, got 'wup'"),
         ({"rule": "best"}, "rule: expected topk or sample, got 'best'"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"weighting": float("nan")}, "weighting: expected a positive number, got nan"),
