@@ -276,6 +276,12 @@ def _put_in_place(drafts: list[tuple[Path, Path]]) -> None:
             os.unlink(aside)
 
 
+def user_cache(what: str) -> Path:
+    """Where one kind of things is kept for this user, by the XDG standard; it need not exist."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "mvp_ext", what)
+
+
 def sync_names(folder: Path) -> None:
     """Wait until the names in a folder are on the disk: they must survive a power cut, too."""
     if hasattr(os, "O_DIRECTORY"):

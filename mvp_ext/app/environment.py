@@ -14,6 +14,7 @@ import torch
 
 from mvp_ext._version import __version__
 from mvp_ext.ops import _native
+from mvp_ext.ops._native import cpu_name
 from mvp_ext.ops.faster import kept_ways
 
 LIBRARIES = ("torchvision", "timm", "numpy", "safetensors", "scikit-learn", "matplotlib", "torch-pruning")
@@ -80,17 +81,6 @@ def command(root: Path | None = None) -> str:
     if root is not None and program.is_relative_to(root):
         return shlex.join(["python", str(program.relative_to(root)), *sys.argv[1:]])
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def cpu_name() -> str:
-    """The processor's model name, or the architecture where the system does not tell."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def gpu_names() -> list[str]:

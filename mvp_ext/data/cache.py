@@ -27,7 +27,7 @@ import numpy as np
 from mvp_ext.data.decoding import check_decoded, decode_images
 from mvp_ext.data.errors import DataError
 from mvp_ext.data.stored import Part
-from mvp_ext.storage import PART, is_abandoned
+from mvp_ext.storage import PART, is_abandoned, user_cache
 
 __all__ = ["CacheFile", "FolderCache", "cache_files", "clear_cache"]
 
@@ -327,8 +327,7 @@ def _homes(folder: str | os.PathLike[str], where: str | os.PathLike[str] | None)
     own = f"{real.name}-{hashlib.sha256(os.fsencode(real)).hexdigest()[:8]}"
     if where is not None:
         return [Path(where).expanduser() / own]
-    users = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return [real.parent / f"{real.name}.mvp_cache", users / "mvp_ext" / "images" / own]
+    return [real.parent / f"{real.name}.mvp_cache", user_cache("images") / own]
 
 
 def _tell_more(progress: Progress, before: int, count: int, done: int) -> None:

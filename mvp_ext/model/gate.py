@@ -32,6 +32,7 @@ from mvp_ext.model.ends import as_input, built_for, dtype_of, in_channels
 from mvp_ext.model.fidelity import TRIED_SIZES
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Structure, UnitLayer, UnsupportedModelError
+from mvp_ext.storage import user_cache
 
 # In train mode a batch norm needs two values a channel, also where one place is left of an image.
 _BATCH = 2
@@ -277,8 +278,7 @@ def _remember(passed: _Class) -> None:
 
 def _folder() -> Path:
     """Has an empty file for each class that passed."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "mvp_ext", "exact")
+    return user_cache("exact")
 
 
 def _class_of(structure: Structure, model: nn.Module) -> _Class:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import platform
+from pathlib import Path
 from types import ModuleType
 
 import torch  # noqa: F401  (first: then the kernels share torch's OpenMP runtime and its number of threads)
@@ -28,3 +30,14 @@ def native() -> ModuleType:
 def build_info() -> dict[str, object]:
     """How ``_C`` was built and what it runs with: compiler, OpenMP, instruction set, CUDA architectures."""
     return dict(native().build_info())
+
+
+def cpu_name() -> str:
+    """The processor's model name, or the architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

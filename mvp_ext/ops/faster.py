@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import sys
 import threading
 import time
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 
 from mvp_ext._version import __version__
-from mvp_ext.storage import write_atomic
+from mvp_ext.ops._native import build_info, cpu_name
+from mvp_ext.storage import user_cache, write_atomic
 
 # An op and its class of shapes, without the number of threads; JSON values
 Key = tuple[str | int | bool, ...]
@@ -124,26 +124,15 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 def _path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "mvp_ext", "faster", f"{_machine()}.json")
+    return user_cache("faster") / f"{_machine()}.json"
 
 
 @functools.cache
 def _machine() -> str:
     """What times depend on beside the class."""
-    from mvp_ext.ops._native import build_info
-
     info = build_info()
-    text = [_processor(), info["cpu_isa"], info["compiler"], torch.__version__, __version__]
+    text = [cpu_name(), info["cpu_isa"], info["compiler"], torch.__version__, __version__]
     return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line
-    return platform.processor() or platform.machine()
 
 
 def _kept() -> dict[str, Any]:

@@ -10,7 +10,6 @@ from torch import nn
 from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.job import Job, find_neighbours, merged_model, score_target, voted_mask
 from mvp_ext.pruning.vote import small_model
-from mvp_ext.zoo.entry import SharedModel
 from mvp_ext.zoo.known import known_classes
 from mvp_ext.zoo.shared import START, UNIVERSAL, is_clustered, is_refined
 from mvp_ext.zoo.zoo import Zoo, ZooError
@@ -73,10 +72,6 @@ def _universal(job: Job) -> tuple[nn.Module, Mask]:
             f"prune: method 'universal' needs a universal model, which {zoo.path} lacks; make it with build_universal "
             "or `zoo build --universal`"
         )
-    return _start_of(job, model)
-
-
-def _start_of(job: Job, model: SharedModel) -> tuple[nn.Module, Mask]:
     if model.structure_fingerprint != job.structure.fingerprint:
         raise ZooError(
             f"prune: {model.path}: expected a model of structure {job.structure.fingerprint}, "

@@ -12,7 +12,7 @@ from mvp_ext.train.heads import class_means
 from mvp_ext.zoo.entry import ClassMeans
 from mvp_ext.zoo.similarity import check_values
 
-# Of the way from a known class to the nearest other one: a class whose mean lies nearer than half of it is that class.
+# Of the squared distance from a class of the zoo to its nearest other: a mean that lies nearer is that class's.
 _NEAR = 0.5
 
 
