@@ -12,7 +12,7 @@ from mvp_ext.pruning.build import build_refined_zoo
 from mvp_ext.pruning.clusters import build_clustered_zoo, cluster_tasks
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import prune
-from mvp_ext.pruning.settings import Schedule, Settings
+from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.entry import ClassMeans
 from mvp_ext.zoo.known import known_classes
@@ -179,6 +179,18 @@ def test_what_is_known_goes_to_the_experts(tmp_path):
     start = zoo.shared(START).load().model.state_dict()
     assert torch.equal(new.model.state_dict()[name], start[name])
     assert not torch.equal(known.model.state_dict()[name], start[name])
+
+
+@pytest.mark.parametrize(("weighting", "voters"), [(1e-4, 1), (100.0, 2)])
+def test_a_voter_of_no_weight_is_not_read(tmp_path, recwarn, weighting, voters):
+    zoo = clustered(tmp_path / "zoo")
+    vote = VoteOptions(weighting=weighting, similarity="proxy_leep")
+    if voters == 1:
+        path = zoo["expert-00"].path
+        path.write_bytes(bytes(path.stat().st_size))
+    result = prune(tiny_backbone(), TASKS[2], zoo, SETTINGS, steps=0, vote=vote)
+    assert [name for name, _ in result.neighbours] == ["expert-01", "expert-00"][:voters]
+    assert not [warning for warning in recwarn if "passed over" in str(warning.message)]
 
 
 def test_other_zoos_are_refused(tmp_path):
