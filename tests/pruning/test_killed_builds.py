@@ -91,8 +91,10 @@ SCRIPT = """
         assert killed or status == 0, status
         kills += killed
         if not killed:
-            # The zoo is whole: the next lives have their moments while it is made again.
-            Zoo(sys.argv[3]).remove(draw.choice(tasks).name)
+            # The zoo is whole, but for what was removed since: the next lives have their moments while it is made again.
+            zoo, name = Zoo(sys.argv[3]), draw.choice(tasks).name
+            if name in zoo:
+                zoo.remove(name)
     assert os.waitpid(child(sys.argv[3], -1), 0)[1] == 0
     print(kills)
 """
