@@ -1,7 +1,9 @@
 """Whole models in every runtime × precision × batch × threads, dense and pruned in turn; random weights: speed alone.
 
-    python benchmarks/runtimes.py [--budget 1200] [--only resnet18] [--threads 2] [--without compile] [--memory]
+    python benchmarks/runtimes.py [--budget 1200] [--only resnet18] [--threads 2] [--without compile]
     # benchmarks/results/cpu/runtimes_<model>.json
+    python benchmarks/runtimes.py --memory --threads 2
+    # benchmarks/results/cpu/memory_<model>.json: the peak memory of each, and no times; other work may go on beside it
 
 The budget is shared by the models: one gets what those before left of it. Small batches come first, and what there is
 no time for is in the file with that reason.
@@ -12,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from models import small_model
 
@@ -57,7 +61,7 @@ def main() -> None:
             PRECISIONS,
             (1, 2) if options.dry_run else (1, 32),
             (1,) if options.dry_run else tuple(options.threads),
-            seconds=0.0 if options.dry_run else options.seconds,
+            seconds=0.0 if options.dry_run or options.memory else options.seconds,
             memory=options.memory,
             budget=budget,
         )
@@ -76,14 +80,28 @@ def main() -> None:
                 "commit": commit(ROOT, "csrc", "mvp_ext", "benchmarks/*.py"),
             },
         )
-        console.print(bench_table(result))
+        kind = "memory" if options.memory else "runtimes"
+        if options.memory:
+            result = {**result, "models": {name: _memory(model) for name, model in result["models"].items()}}
+        else:
+            console.print(bench_table(result))
         for reason in reasons(result):
             say(reason)
         if not options.dry_run or options.out:
             folder = options.out or FOLDER
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(result, indent=1, ensure_ascii=False)
-            (folder / f"runtimes_{name}.json").write_text(text + "\n", encoding="utf-8")
+            (folder / f"{kind}_{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _memory(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what was measured the bytes alone: a single call has no time worth keeping."""
+    kept = ("runtime", "precision", "threads", "batch", "peak_memory_bytes")
+    return {
+        "name": model["name"],
+        "peak_memory": [{key: cell[key] for key in kept} for cell in model["latency"]],
+        "left_out": model["left_out"],
+    }
 
 
 def _parse() -> argparse.Namespace:
@@ -95,7 +113,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--without", nargs="*", default=[], help="runtimes to leave out: compiling takes most of the time"
     )
-    parser.add_argument("--memory", action="store_true", help="also peak memory: seconds more for each")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of times")
     parser.add_argument("--out", type=Path, help="folder; default: benchmarks/results/cpu")
     parser.add_argument("--dry-run", action="store_true", help="tiny models, once; no file without --out")
     return parser.parse_args()

@@ -4,7 +4,7 @@ Everything comes from committed files. Each folder of benchmarks/results/ is a d
 
     study.md          from study_*.json          claims, verdicts, tables, figures
     comparisons.md    from compare_*.json, demo_*.json
-    speed.md          from deployed_*.json, latency_*.json, runtimes_*.json and each op's file
+    speed.md          from deployed_*.json, latency_*.json, runtimes_*.json, memory_*.json and each op's file
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def comparisons_page(paths: Sequence[Path], page: Path) -> str:
 
 
 def speed_page(folder: Path, ops: Sequence[Results], page: Path) -> str:
-    deployed, latencies, runtimes = (
-        sorted(folder.glob(f"{kind}_*.json")) for kind in ("deployed", "latency", "runtimes")
+    deployed, latencies, runtimes, memory = (
+        sorted(folder.glob(f"{kind}_*.json")) for kind in ("deployed", "latency", "runtimes", "memory")
     )
     parts = [
         "# Speed",
@@ -220,6 +220,8 @@ def speed_page(folder: Path, ops: Sequence[Results], page: Path) -> str:
         parts += ["## Pruned models", _latency(latencies)]
     if runtimes:
         parts += ["## Runtimes", *_runtimes(runtimes)]
+    if memory:
+        parts += ["## Peak memory", *_memory(memory)]
     if (large := folder / "large.json").exists():
         parts += ["## Large models", *_large(large)]
     if ops:
@@ -306,6 +308,30 @@ def _runtimes(paths: Sequence[Path]) -> Iterator[str]:
         yield bench_table(result).markdown()
         if lines := reasons(result):
             yield "\n".join(f"- {line}" for line in lines)
+
+
+def _memory(paths: Sequence[Path]) -> Iterator[str]:
+    """Peak memory, a column for each model."""
+    yield (
+        "What loading a model and one call of it take at most, in a process of its own, beside what the process had "
+        "before (its imports); MB."
+    )
+    for path in paths:
+        result = read(path)
+        yield f"### {result['setting']['model']}"
+        side, made = result["input_shape"][-1], result["setting"]["command"]
+        yield f"`{made}` at {side} × {side} pixels ({machine(result['environment'])}; `{name_of(path)}`)."
+        cells: dict[tuple[str, str], dict[str, int]] = {}
+        for name, model in result["models"].items():
+            for cell in model["peak_memory"]:
+                key = (f"{cell['runtime']} {cell['precision']}".removesuffix(" float32"), str(cell["batch"]))
+                cells.setdefault(key, {})[name] = cell["peak_memory_bytes"]
+        names = list(result["models"])
+        rows = [
+            (*key, *(f"{found[name] / 1e6:.0f}" if found.get(name) else "" for name in names))
+            for key, found in cells.items()
+        ]
+        yield table(("runtime", "batch", *names), rows)
 
 
 def _large(path: Path) -> Iterator[str]:
