@@ -34,6 +34,8 @@ from mvp_ext.zoo.zoo import Zoo, ZooError
 # Of all optimizer steps: what goes into the model that the experts refine.
 CLUSTERED_SHARE = 0.6
 
+# Of the recipe's: what an expert is for is in its tasks' labels, and it has few steps to learn it in.
+EXPERT_DISTILLATION, EXPERT_RATE = 0.25, 2.0
 # Against so many draws of the same classes into other tasks: better than all is chance in one of 20.
 _DRAWS = 19
 # As long as there are more, an expert would see too few tasks to be better than the universal model.
@@ -97,6 +99,12 @@ def build_clustered_zoo(
         steps = max(1, round(each * len(tasks) / max(1, len(experts))))
         pooled = pooled_task(tasks, UNIVERSAL, settings.seed)
         make_universal(backbone, pooled, zoo, settings, steps, progress, start)
+    recipe = settings.recipe_for(backbone.model)
+    recipe = replace(
+        recipe,
+        distillation=EXPERT_DISTILLATION * recipe.distillation,
+        learning_rate=EXPERT_RATE * recipe.learning_rate,
+    )
     results = []
     for expert, members in experts.items():
         trained = replace(settings.schedule, final_steps=max(0, each * len(members) - removal))
@@ -105,7 +113,7 @@ def build_clustered_zoo(
             structure,
             [pooled_task(members, expert, settings.seed)],
             zoo,
-            replace(settings, schedule=trained),
+            replace(settings, schedule=trained, recipe=recipe),
             start,
             progress,
             described.by_start,

@@ -131,7 +131,7 @@ def prune_iteratively(
             prune_model(model, mask, structure=structure)
         trainer = Trainer(model, data, preprocessing, recipe, seed=seed, teacher=teacher, cost=cost)
         if teacher is not None:
-            teacher.kept = _kept_features(backbone.model, structure, mask)
+            teacher.kept = kept_features(backbone.model, structure, mask)
     if saved is not None:
         saved.restore(trainer)
         final_done, done = saved.done, int(saved.values["steps"])
@@ -142,7 +142,7 @@ def prune_iteratively(
                 prune_model(model, inner, optimizer=trainer.optimizer)
                 mask = Mask.compose(mask, inner)
                 if teacher is not None:
-                    teacher.kept = _kept_features(backbone.model, structure, mask)
+                    teacher.kept = kept_features(backbone.model, structure, mask)
             trainer.run(schedule.steps_per_round, "constant", stepped)
 
     # The same at every final step, and dear to make.
@@ -183,7 +183,7 @@ def planned_steps(structure: Structure, settings: Settings, first: Mask | None =
     return rounds * settings.schedule.steps_per_round + settings.schedule.final_steps
 
 
-def _kept_features(dense: nn.Module, structure: Structure, mask: Mask) -> Tensor | None:
+def kept_features(dense: nn.Module, structure: Structure, mask: Mask) -> Tensor | None:
     """Which of the features that its classifier reads a model cut by ``mask`` still has, int64; None: all."""
     read = {id(classifier.weight) for classifier in classifiers(dense)}
     index = mask.index_in(structure)

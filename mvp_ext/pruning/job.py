@@ -54,6 +54,7 @@ class Job:
     Attributes:
         settings: with nothing left open: scope and recipe are there.
         neighbours: what the result says of the voters; a method that asks some puts them there.
+        distill: whether the steps also learn what a head on the dense backbone's features says.
         known_features: the dense backbone's on all training images, f32 [n, F], and the seconds that they took.
         choice: what the result says of a choice between starts, JSON values; a method that makes one puts it there.
     """
@@ -65,6 +66,7 @@ class Job:
     recipe: Recipe
     zoo: Zoo | None
     steps: int
+    distill: bool
     vote: VoteOptions
     task_name: str
     cost: Cost
@@ -82,6 +84,10 @@ class Job:
         if self._features is None:
             self._features = self._extract(None, "refit_flops")
         return self._features
+
+    def features_of(self, index: Tensor) -> Tensor:
+        """The same of some, f32 [m, F], by their numbers, int64 [m]; books their pass unless all have been paid for."""
+        return self._extract(index, "refit_flops") if self._features is None else self._features[index]
 
     def sampled_features(self, spent_on: str = "refit_flops") -> tuple[Tensor, Tensor]:
         """The same of a few images of each class, f32 [m, F], with their labels, int64 [m]: enough to find the task's

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mvp_ext.data.batches import shuffled_indices
 from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.model.borrowed import own_random_numbers, with_gradients
 from mvp_ext.model.checkpoint import PrunedCheckpoint
@@ -21,7 +22,7 @@ from mvp_ext.model.ends import built_for, classifiers, linear_weight
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
-from mvp_ext.pruning.iterative import planned_steps, prune_iteratively
+from mvp_ext.pruning.iterative import kept_features, planned_steps, prune_iteratively
 from mvp_ext.pruning.job import Job
 from mvp_ext.pruning.methods import METHOD_NAMES, METHODS, Method, method_for
 from mvp_ext.pruning.result import Point, Result
@@ -31,7 +32,7 @@ from mvp_ext.train.cost import Cost
 from mvp_ext.train.evaluate import accuracy_of, evaluate
 from mvp_ext.train.heads import class_means, fit_temperature, ridge_head
 from mvp_ext.train.refit import fit_head, reestimate_statistics
-from mvp_ext.train.trainer import Trainer
+from mvp_ext.train.trainer import HeadTeacher, Trainer
 from mvp_ext.zoo.zoo import Zoo
 
 # (steps done, steps in all)
@@ -69,6 +70,7 @@ def prune(
     *,
     method: str | Method = "auto",
     steps: int = 60,
+    distill: bool = True,
     vote: VoteOptions | None = None,
     run: RunOptions | None = None,
 ) -> Result:
@@ -89,6 +91,9 @@ def prune(
             for heads it is IHP), "dense" (nothing cut). Or a function of the ``Job`` that returns a small model and
             its mask: it then goes the same way as the others.
         steps: fine-tuning steps J. For "ifp": the steps after the last removal.
+        distill: in these steps also learn what a head on the dense backbone's features says of the images
+            (``HeadTeacher``), for a pass of that over those that are drawn. Not of "dense"; of "ifp" the schedule says
+            it.
         vote: how many neighbours vote, and how they are found and weighted.
         run: callbacks, points of measurement, and what is at hand.
 
@@ -121,6 +126,7 @@ def prune(
         recipe=recipe,
         zoo=zoo,
         steps=steps,
+        distill=distill,
         vote=(vote or VoteOptions()).for_method(name),
         task_name=task.name,
         cost=cost,
@@ -131,7 +137,7 @@ def prune(
         small, mask = _prune_iteratively(job, history, run)
     else:
         small, mask = (METHODS[method] if isinstance(method, str) else method)(job)
-        _fine_tune(job, small, history, run.on_step)
+        _fine_tune(job, small, mask, history, run.on_step)
     trained = evaluate(small, data, backbone.preprocessing, recipe.precision).accuracy
     classifier = classifiers(small)[0]
     assert classifier.bias is not None
@@ -198,7 +204,7 @@ def _seen_by(zoo: Zoo | None, model: nn.Module | Backbone) -> Backbone:
     return backbone
 
 
-def _fine_tune(job: Job, small: nn.Module, history: _History, on_step: OnStep | None) -> None:
+def _fine_tune(job: Job, small: nn.Module, mask: Mask, history: _History, on_step: OnStep | None) -> None:
     preprocessing, data, precision = job.backbone.preprocessing, job.data, job.recipe.precision
     image_flops = count_flops(small, (3, preprocessing.size, preprocessing.size))
     with job.cost.timed():
@@ -208,6 +214,8 @@ def _fine_tune(job: Job, small: nn.Module, history: _History, on_step: OnStep | 
         fit_head(small, data, preprocessing, "class_mean", precision)
         job.cost.refit_flops += (seen + len(data.train_labels)) * image_flops
         trainer = Trainer(small, data, preprocessing, job.recipe, seed=job.settings.seed, cost=job.cost)
+    if job.distill and job.steps > 0 and mask != Mask.full(job.structure):
+        trainer.teacher = _head_teacher(job, mask)
     history.record(small, 0)
 
     def stepped(done: int) -> None:
@@ -216,6 +224,23 @@ def _fine_tune(job: Job, small: nn.Module, history: _History, on_step: OnStep | 
             on_step(done, job.steps)
 
     trainer.run(job.steps, "cosine", stepped)
+
+
+def _head_teacher(job: Job, mask: Mask) -> HeadTeacher | None:
+    """Of the images that the steps will draw; None where those are of one class."""
+    data, recipe, seed = job.data, job.recipe, job.settings.seed
+    drawn = shuffled_indices(len(data.train_labels), recipe.batch_size, job.steps, seed)
+    index = torch.cat(list(drawn)).unique()
+    # A class of which nothing is drawn has no part in the head.
+    classes, labels = data.train_labels[index].unique(return_inverse=True)
+    if len(classes) < 2:
+        return None
+    features = job.features_of(index)
+    with job.cost.timed():
+        kept = kept_features(job.backbone.model, job.structure, mask)
+        if kept is not None:
+            features = features[:, kept]
+        return HeadTeacher(features, labels, len(classes), index)
 
 
 def _prune_iteratively(job: Job, history: _History, run: RunOptions) -> tuple[nn.Module, Mask]:

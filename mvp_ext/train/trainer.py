@@ -18,6 +18,7 @@ from mvp_ext.model.measure import count_flops
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.train.backbone import Backbone, autocast, check_trainable, classify, forward_features
 from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
+from mvp_ext.train.heads import ridge_head
 from mvp_ext.train.recipe import Recipe
 
 
@@ -44,8 +45,13 @@ class Teacher:
         """``features``: the backbone's own on the task's training images, f32 [n, F]."""
         return cls(backbone, features.double().var(0, unbiased=False))
 
-    def loss(self, features: Tensor, batch: Tensor) -> Tensor:
-        """Mean over the batch of ‖f − f_dense‖² / var f_dense, over the features that the learning model has."""
+    def loss(self, features: Tensor, batch: Tensor, index: Tensor | None = None) -> Tensor:
+        """Mean over the batch of ‖f − f_dense‖² / var f_dense, over the features that the learning model has.
+
+        Args:
+            features: f32 [B, K], of the learning model. batch: f32 [B, 3, S, S], what it saw.
+            index: not needed: the dense model sees the batch itself.
+        """
         with borrowed(self.model) as model, torch.no_grad():
             target = forward_features(model, batch)
         variance = self.variance
@@ -53,6 +59,42 @@ class Teacher:
             variance = variance[self.kept]
             target = target[:, self.kept.to(target.device)]
         return (features - target).square().sum(1).mean() / max(float(variance.sum()), 1e-12)
+
+
+class HeadTeacher:
+    """A ridge head on known features of the dense backbone as a target: what the task needs of them, and no more.
+
+    The loss is the error of the features in the head's row space, as a share of their variance there. No pass of the
+    dense model is made: an image that was shifted or mirrored should have the features of the image as it is.
+
+    Args:
+        features: f32 [m, K], the dense backbone's on training images of the task, those that the learning model has.
+        labels: int64 [m] in 0..classes−1.
+        index: int64 [m], ascending: which of the task's training images they are. None: all. No other may be drawn.
+    """
+
+    flops = 0
+
+    def __init__(self, features: Tensor, labels: Tensor, classes: int, index: Tensor | None = None) -> None:
+        head = ridge_head(features, labels, classes)
+        # Its outputs sum to a constant, so the last direction is rounding.
+        self.basis = torch.linalg.svd(head.weight.T, full_matrices=False)[0][:, : classes - 1]
+        self.targets = features @ self.basis
+        self.variance = max(float(self.targets.double().var(0, unbiased=False).sum()), 1e-12)
+        self.index = torch.arange(len(features)) if index is None else index
+
+    def loss(self, features: Tensor, batch: Tensor, index: Tensor) -> Tensor:
+        """Mean over the batch of ‖P(f − f_dense)‖² / var P f_dense, P the projection on the head's row space.
+
+        Args:
+            features: f32 [B, K], of the learning model. batch: not needed.
+            index: int64 [B], which training images they are of.
+        """
+        # In bfloat16 the projection's rounding would be a part of the error.
+        targets = self.targets[torch.searchsorted(self.index, index.cpu())].to(features.device)
+        with torch.autocast(features.device.type, enabled=False):
+            error = features.float() @ self.basis.to(features.device) - targets
+        return error.square().sum(1).mean() / self.variance
 
 
 class Trainer:
@@ -64,7 +106,7 @@ class Trainer:
         preprocessing: how they become the model's input.
         recipe: how it is trained.
         seed: everything random comes from it.
-        teacher: whose features the model also learns; None: labels alone.
+        teacher: what the model also learns: features, or what a head makes of them; None: labels alone.
         cost: filled as the work goes; None starts one.
 
     Attributes:
@@ -84,7 +126,7 @@ class Trainer:
         recipe: Recipe,
         *,
         seed: int,
-        teacher: Teacher | None = None,
+        teacher: Teacher | HeadTeacher | None = None,
         cost: Cost | None = None,
     ) -> None:
         check_trainable("training", model)
@@ -99,6 +141,8 @@ class Trainer:
         self._generator = torch.Generator().manual_seed(seed)
         self._indices = shuffled_indices(len(data.train_labels), recipe.batch_size, sys.maxsize, seed)
         self._drawn_batches = 0
+        # Which training images the last batch is of.
+        self._batch_index: Tensor = torch.empty(0, dtype=torch.int64)
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
@@ -120,6 +164,7 @@ class Trainer:
         """The next training batch, augmented: f32 [B, 3, S, S] (channels_last) and labels [B]."""
         index = next(self._indices).to(self.device)
         self._drawn_batches += 1
+        self._batch_index = index
         flip = self.data.flip if self.recipe.flip is None else self.recipe.flip
         images = self.data.train_images[index]
         images = augment(images, self._generator, pad=int(self.recipe.crop * images.shape[1]), flip=flip)
@@ -219,7 +264,7 @@ class Trainer:
             features = forward_features(model, batch)
             loss = nn.functional.cross_entropy(classify(model, features), labels)
             if self.teacher is not None and self.recipe.distillation > 0:
-                loss = loss + self.recipe.distillation * self.teacher.loss(features, batch)
+                loss = loss + self.recipe.distillation * self.teacher.loss(features, batch, self._batch_index)
         return loss
 
 

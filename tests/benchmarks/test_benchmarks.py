@@ -63,6 +63,11 @@ def test_dry_run(script: Path, device: str, tmp_path: Path) -> None:
             ("--only", "vit_tiny", "--without", "compile", "openvino", "onnxruntime"),
             {"runtimes_vit_tiny_patch16_224.json"},
         ),
+        (
+            "runtimes.py",
+            ("--only", "vit_tiny", "--memory", "--without", "compile", "openvino", "onnxruntime"),
+            {"memory_vit_tiny_patch16_224.json"},
+        ),
     ],
 )
 def test_whole_models_run_dry(

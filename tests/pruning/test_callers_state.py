@@ -243,6 +243,7 @@ OTHERS = {
     "model.holders.is_held": "a look at references",
     "model.narrow.narrow": "a step of prune_model",
     "model.structure.Structure.verifier": "what Structure.verify does",
+    "pruning.iterative.kept_features": "a look at parameters",
     "pruning.build.bind": "a step of build_zoo",
     "pruning.build.build_entries": "a step of build_zoo",
     "pruning.build.make_universal": "a step of build_universal",

@@ -91,7 +91,7 @@ SCRIPT = """
         assert killed or status == 0, status
         kills += killed
         if not killed:
-            # The zoo is whole, but for what was removed since: the next lives have their moments while it is made again.
+            # Whole, but for what was removed since: the next lives have their moments while it is made again.
             zoo, name = Zoo(sys.argv[3]), draw.choice(tasks).name
             if name in zoo:
                 zoo.remove(name)

@@ -11,10 +11,12 @@ import torch
 from digits import digits_task, tiny_backbone
 from torch import nn
 
+from mvp_ext.data.batches import shuffled_indices
 from mvp_ext.model.budget import kept_counts
 from mvp_ext.model.checkpoint import load_pruned
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
+from mvp_ext.model.measure import count_flops
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo, pooled_task, zoo_steps
 from mvp_ext.pruning.clusters import build_clustered_zoo
@@ -211,6 +213,18 @@ def test_the_ridge_head_finds_what_is_there(backbone):
     """Real digits, a random network: far better than the chance of one in three."""
     assert make(backbone, method="dense", steps=0).accuracy > 0.7
     assert make(backbone, method="random", steps=0).accuracy > 0.55
+
+
+def test_the_dense_model_teaches_for_one_pass_over_what_is_drawn(backbone):
+    plain, taught = (make(backbone, method="random", steps=2, distill=d) for d in (False, True))
+    assert not states_equal(plain.model.state_dict(), taught.model.state_dict())
+    drawn = torch.cat(list(shuffled_indices(36, RECIPE.batch_size, 2, BUILD.seed))).unique()
+    assert len(drawn) == 16
+    dense = count_flops(backbone.model, (3, backbone.preprocessing.size, backbone.preprocessing.size))
+    assert taught.cost.refit_flops - plain.cost.refit_flops == 16 * dense
+    assert taught.cost.train_flops == plain.cost.train_flops
+    without = [make(backbone, method="random", steps=0, distill=d) for d in (False, True)]
+    assert without[0].cost.refit_flops == without[1].cost.refit_flops
 
 
 def test_latency(backbone):

@@ -17,9 +17,10 @@ from mvp_ext.train import trainer as trainer_module
 from mvp_ext.train.backbone import Backbone, extract_features, forward_features
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.evaluate import evaluate
+from mvp_ext.train.heads import ridge_head
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.train.refit import fit_head
-from mvp_ext.train.trainer import Teacher, Trainer
+from mvp_ext.train.trainer import HeadTeacher, Teacher, Trainer
 
 RECIPE = Recipe(batch_size=8, precision="float32")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -229,6 +230,23 @@ def test_a_step_descends_cross_entropy_plus_weighted_distillation(backbone, data
         expected = before.detach() - rate * 1.9 * gradient  # Nesterov's first step: g + 0.9 g
         moved = float((expected - before).detach().abs().max())
         torch.testing.assert_close(after, expected, rtol=1e-6, atol=0.02 * moved + 1e-7)
+
+
+def test_a_head_teaches_the_directions_that_it_reads_and_no_others(backbone, data):
+    """0 for the known features, also far from them where the head does not look; 1 for their mean."""
+    features = extract_features(backbone.model, data.train_images, backbone.preprocessing, "float32")
+    index = torch.arange(1, len(features), 2)
+    labels = data.train_labels[index]
+    teacher = HeadTeacher(features[index], labels, data.num_classes, index)
+    drawn = torch.tensor([len(index) - 1, 0, 3, 3])
+    known = features[index[drawn]]
+    head = ridge_head(features[index], labels, data.num_classes).weight
+    unread = torch.linalg.svd(head)[2][data.num_classes :]
+    assert float(teacher.loss(known, known, index[drawn])) == pytest.approx(0, abs=1e-6)
+    assert float(teacher.loss(known + 10 * unread[0], known, index[drawn])) == pytest.approx(0, abs=1e-4)
+    assert float(teacher.loss(known + head[0] / head[0].norm(), known, index[drawn])) > 1e-3
+    mean = features[index].mean(0).expand_as(features[index])
+    assert float(teacher.loss(mean, mean, index)) == pytest.approx(1, rel=1e-4)
 
 
 # ---- cost
