@@ -49,6 +49,8 @@ def _token() -> Iterator[None]:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", os.urandom(16).hex())
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Workers give way to whatever else runs, which may be the other half of the tests.
+        patch.setenv("RAY_worker_niceness", "0")
         yield
 
 
@@ -65,9 +67,9 @@ def workers_of(mark: str) -> set[int]:
 
 
 def test_a_killed_driver_loses_nothing_and_leaves_nobody(tmp_path: Path) -> None:
-    run_command(f"pretrain --model test_resnet --image-size 16 --steps 1 --out {tmp_path}/dense.safetensors")
+    tiny_backbone().save(tmp_path / "dense.safetensors")
     build = (
-        f"zoo build --model {tmp_path}/dense.safetensors --tasks 6 --classes-per-task 2 --max-train 12 --steps 6 "
+        f"zoo build --model {tmp_path}/dense.safetensors --tasks 5 --classes-per-task 2 --max-train 12 --steps 6 "
         "--steps-per-round 1 --share 0.5 --no-refine --no-universal"
     )
     run_command(f"{build} --zoo {tmp_path}/alone")
@@ -82,7 +84,7 @@ def test_a_killed_driver_loses_nothing_and_leaves_nobody(tmp_path: Path) -> None
             if (tmp_path / "together" / "index.sqlite").exists():
                 made = {entry.name: entry.created for entry in Zoo(tmp_path / "together")}
         driver.kill()
-    assert len(made) < 6
+    assert len(made) < 5
     end = time.monotonic() + 20
     while workers_of(mark):
         assert time.monotonic() < end
@@ -158,7 +160,7 @@ def test_a_task_that_fails_is_named_and_the_others_are_kept(workers: Run, tmp_pa
 def test_a_machine_that_dies_costs_its_task_alone(machines: Any, workers: Run, tmp_path: Path) -> None:
     longer = replace(SETTINGS, schedule=replace(SETTINGS.schedule, final_steps=15))
     alone, together = Zoo(tmp_path / "alone"), Zoo(tmp_path / "together")
-    build_zoo(tiny_backbone(), tasks(), alone, longer)
+    build_zoo(tiny_backbone(), tasks("abc"), alone, longer)
     told: list[tuple[str, int]] = []
 
     def progress(what: str, done: int, total: int) -> None:
@@ -167,7 +169,7 @@ def test_a_machine_that_dies_costs_its_task_alone(machines: Any, workers: Run, t
         if len({name for name, _ in told}) == 2 and len(machines.worker_nodes) == 2:
             machines.remove_node(next(iter(machines.worker_nodes)), allow_graceful=False)
 
-    build_zoo(tiny_backbone(), tasks(), together, longer, progress=progress, run=workers)
+    build_zoo(tiny_backbone(), tasks("abc"), together, longer, progress=progress, run=workers)
     assert len(machines.worker_nodes) == 1
     assert_equal_zoos(alone, together)
     done = {name: [steps for what, steps in told if what == name] for name in CLASSES}
