@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tasks", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=4.0, help="between two kills, on average")
+    parser.add_argument("--seconds", type=float, default=10.0, help="between two kills, on average")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "cpu" / "soak.json")
     given = parser.parse_args()

@@ -43,14 +43,17 @@ def tasks(names: str = "abcd") -> list[Task]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _token() -> Iterator[None]:
-    """Else Ray writes one into the user's home. It is read when Ray is imported."""
+def _environment() -> Iterator[None]:
+    """What Ray reads when it is imported."""
     with pytest.MonkeyPatch.context() as patch:
+        # Else Ray writes a token into the user's home.
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", os.urandom(16).hex())
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # Workers give way to whatever else runs, which may be the other half of the tests.
         patch.setenv("RAY_worker_niceness", "0")
+        # A machine is dead after five questions without an answer.
+        patch.setenv("RAY_health_check_period_ms", "500")
         yield
 
 
@@ -73,9 +76,9 @@ def test_a_killed_driver_loses_nothing_and_leaves_nobody(tmp_path: Path) -> None
         "--steps-per-round 1 --share 0.5 --no-refine --no-universal"
     )
     run_command(f"{build} --zoo {tmp_path}/alone")
-    build += f" --zoo {tmp_path}/together --workers 2 --cpus-per-task 1"
+    build += f" --zoo {tmp_path}/together"
     code, mark = "from mvp_ext.app.cli import main; main()", os.urandom(8).hex()
-    command = [sys.executable, "-c", code, *build.split()]
+    command = [sys.executable, "-c", code, *build.split(), "--workers", "2", "--cpus-per-task", "1"]
     with subprocess.Popen(command, env=os.environ | {"MVP_TEST": mark}, stdout=subprocess.DEVNULL) as driver:
         made: dict[str, str] = {}
         while not made:
@@ -89,6 +92,7 @@ def test_a_killed_driver_loses_nothing_and_leaves_nobody(tmp_path: Path) -> None
     while workers_of(mark):
         assert time.monotonic() < end
         time.sleep(0.1)
+    # Goes on with or without workers.
     said = run_command(build)
     assert "entries are there already" in said.output
     together = Zoo(tmp_path / "together", create=False)
@@ -97,7 +101,7 @@ def test_a_killed_driver_loses_nothing_and_leaves_nobody(tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def machines(_token: None) -> Iterator[Any]:
+def machines(_environment: None) -> Iterator[Any]:
     """Three machines of one: this process's, which makes nothing, and two with a core each."""
     from ray.cluster_utils import Cluster
 
