@@ -48,7 +48,7 @@ $(VENV)/.docs: $(VENV)/.dependencies
 
 # The libraries, once; then the package itself, again whenever a source changed (CMake rebuilds only what did).
 $(VENV)/.dependencies: $(VENV)/.torch pyproject.toml
-	$(BIN)/python scripts/requirements.py dev bench deploy hf remote > $(VENV)/requirements.txt
+	$(BIN)/python scripts/requirements.py dev bench deploy hf remote ray > $(VENV)/requirements.txt
 	$(PIP) -r $(VENV)/requirements.txt
 	@touch $@
 

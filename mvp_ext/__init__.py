@@ -11,6 +11,7 @@ from mvp_ext import _start_up as _start_up
 
 # isort: on
 from mvp_ext._version import __version__ as __version__
+from mvp_ext.cluster.workers import ray_workers
 from mvp_ext.data.cache import clear_cache
 from mvp_ext.data.images import ImageData, load_data, load_joined
 from mvp_ext.data.tasks import Task, TaskData, sample_tasks
@@ -117,6 +118,7 @@ __all__ = [
     "pruned_linear",
     "pull_zoo",
     "push_zoo",
+    "ray_workers",
     "register_backbone",
     "residual_add",
     "sample_tasks",

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -21,7 +22,9 @@ import torch
 from typer import Option
 
 from mvp_ext.app.comparison import NAMES, Comparison
+from mvp_ext.cluster.workers import ray_workers
 from mvp_ext.model.preprocessing import Preprocessing
+from mvp_ext.pruning.build import Run, one_by_one
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
@@ -338,6 +341,61 @@ class BuildOptions:
     @property
     def with_universal(self) -> bool:
         return not self.refine if self.universal is None else self.universal
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Who makes a zoo's entries."""
+
+    workers: Annotated[
+        int,
+        Option(
+            help="Entries that are made at once, by workers of Ray on this machine.",
+            rich_help_panel=RUN,
+            min=1,
+        ),
+    ] = 1
+    ray: Annotated[
+        str | None,
+        Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Or by all workers of a Ray that runs: host:6379, or auto on one of its machines.",
+            rich_help_panel=RUN,
+        ),
+    ] = None
+    cpus_per_task: Annotated[
+        int | None,
+        Option(
+            help="Cores and threads of each worker's task. Default: an equal share of this machine's, with --ray 1.",
+            rich_help_panel=RUN,
+            min=1,
+        ),
+    ] = None
+    gpus_per_task: Annotated[
+        float, Option(help="GPUs of each worker's task, or a share of one.", rich_help_panel=RUN, min=0.0)
+    ] = 0.0
+
+    def begin(self) -> AbstractContextManager[Run]:
+        """What makes the entries, for a while. ValueError where the options contradict each other."""
+        if self.workers == 1 and self.ray is None:
+            if self.cpus_per_task is not None or self.gpus_per_task:
+                raise ValueError(
+                    "--cpus-per-task and --gpus-per-task are of workers: expected --workers N or --ray ADDRESS, got "
+                    "neither"
+                )
+            return nullcontext(one_by_one)
+        if self.workers > 1 and self.ray is not None:
+            raise ValueError(
+                f"--workers {self.workers} --ray {self.ray}: expected one of them: what runs at {self.ray} "
+                "says how many workers it has"
+            )
+        return ray_workers(
+            self.workers if self.ray is None else None,
+            address=self.ray,
+            cpus_per_task=self.cpus_per_task,
+            gpus_per_task=self.gpus_per_task,
+        )
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def build(
     schedule: options.ScheduleOptions,
     what: options.BuildOptions,
     run: options.ExecutionOptions,
+    workers: options.WorkerOptions,
     zoo: options.ZooPath = Path("zoo"),
 ) -> None:
     """Prune the model for many tasks, with distillation, and keep the results.
@@ -85,11 +86,11 @@ def build(
     say(f"to make: {refined}{entries}")
     if what.with_universal:
         total += total if what.universal_steps is None else what.universal_steps
-    with progress_bar("zoo", total) as progress:
+    with workers.begin() as maker, progress_bar("zoo", total) as progress:
         make = build_refined_zoo if what.refine else build_zoo
         if what.clusters:
             make = partial(build_clustered_zoo, clusters=experts)
-        make(backbone, drawn, opened, settings, progress=progress)
+        make(backbone, drawn, opened, settings, progress=progress, run=maker)
         if what.with_universal:
             build_universal(backbone, drawn, opened, settings, steps=what.universal_steps, progress=progress)
     cost = zoo_cost(opened)

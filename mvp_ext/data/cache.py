@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import mmap
 import os
 import shutil
 import time
@@ -280,10 +279,7 @@ class FolderCache:
                 return None
             if not np.array_equal(_read_numbers(file.fileno(), found["count"]), self._stamps[0]):
                 return None
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            shape = (found["count"], found["size"], found["size"], 3)
-            pixels = np.frombuffer(mapping, np.uint8, int(np.prod(shape)), _start(found["count"]))
-            return Part(pixels.reshape(shape), mapping)
+            return Part.mapped(file, (found["count"], found["size"], found["size"], 3))
 
     @cached_property
     def _stamps(self) -> tuple[np.ndarray, str]:

@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mvp_ext.data.errors import DataError
+
 
 class Part(NamedTuple):
-    """Some images in a row.
+    """Some images in a row. One of a file is sent to another process as the file's path: no pixel is.
 
     Attributes:
         pixels: uint8 [n, H, W, 3].
         mapping: the file that they lie in; None: they are in memory.
+        path: of that file.
     """
 
     pixels: np.ndarray
     mapping: mmap.mmap | None = None
+    path: str = ""
+
+    @classmethod
+    def mapped(cls, file: BinaryIO, shape: tuple[int, ...]) -> Part:
+        """Pixels of this shape that are the end of an open file."""
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        count = int(np.prod(shape))
+        pixels = np.frombuffer(mapping, np.uint8, count, len(mapping) - count)
+        return cls(pixels.reshape(shape), mapping, os.path.abspath(file.name))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.mapping is None:
+            return Part, (self.pixels,)
+        return _opened, (self.path, self.pixels.shape, len(self.mapping))
+
+
+def _opened(path: str, shape: tuple[int, ...], size: int) -> Part:
+    """What another process has open. The file's name says what is in it: one of that name and size is the same."""
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == size:
+                return Part.mapped(file, shape)
+            problem = "it has another size"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    raise DataError(
+        f"{path}: expected the decoded images to be in this file on {os.uname().nodename}, too ({problem}): give a "
+        "folder that all machines share with cache=DIR (--cache DIR), or keep them in memory with False (--cache off)"
+    )
 
 
 class StoredImages:

@@ -4,8 +4,8 @@ model (the control to beat).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,53 @@ from mvp_ext.zoo.zoo import Zoo, ZooError
 
 # (what is being made, steps done, steps in all); what is there already is told once, as done.
 Progress = Callable[[str, int, int], None]
-# "class_means" and "temperature" of a task, as an entry keeps them
-Describe = Callable[[Task], dict[str, Tensor]]
 # Of a refined zoo's optimizer steps: what goes into the model that its entries refine.
 UNIVERSAL_SHARE = 0.8
+
+
+@dataclass(frozen=True, eq=False)
+class EntryJob:
+    """All that the making of one entry takes, to be done here or in another process.
+
+    Attributes:
+        backbone: the dense model.
+        task: the entry's.
+        settings: as of ``build_zoo``.
+        start: likewise.
+        describe: "class_means" and "temperature" by which the zoo knows the task, of this job; None: the dense
+            backbone's.
+    """
+
+    backbone: Backbone
+    task: Task
+    settings: Settings
+    start: PrunedCheckpoint | None = None
+    describe: Callable[[EntryJob], dict[str, Tensor]] | None = None
+
+
+# Makes entries and yields the result of each when it is finished, in whatever order.
+Run = Callable[[Iterable[EntryJob], Progress | None], Iterator[Result]]
+
+
+def make_entry(job: EntryJob, progress: Progress | None = None) -> Result:
+    """The result that becomes an entry; it depends on the job alone."""
+    result = prune(
+        job.backbone,
+        job.task,
+        settings=replace(job.settings, seed=job.settings.seed + job.task.seed),
+        method="ifp",
+        steps=job.settings.schedule.final_steps,
+        run=RunOptions(on_step=_named(progress, job.task.name), start=job.start),
+    )
+    if job.describe is not None:
+        result.tensors |= job.describe(job)
+    return result
+
+
+def one_by_one(jobs: Iterable[EntryJob], progress: Progress | None = None) -> Iterator[Result]:
+    """Makes entries in this process, one after the other."""
+    for job in jobs:
+        yield make_entry(job, progress)
 
 
 def build_zoo(
@@ -40,6 +83,7 @@ def build_zoo(
     *,
     start: PrunedCheckpoint | None = None,
     progress: Progress | None = None,
+    run: Run = one_by_one,
 ) -> list[Result]:
     """Prune the model for each task from scratch and add the results to the zoo.
 
@@ -52,9 +96,12 @@ def build_zoo(
         start: a pruned model of this backbone that every entry goes on from, instead of the dense one: entries of a
             well healed, wider model (the universal model of a larger ``keep``, say) share its healing and bring what
             they learned of their tasks. The zoo keeps it: merged weights that no voter has are its.
+        progress: called with what is being made, its steps done, and its steps in all.
+        run: makes the entries that are missing; ``ray_workers`` has one that makes several at once. Default: this
+            process does, one after the other. Whoever makes them, this process alone writes the zoo.
 
     Returns:
-        The results made by this call.
+        The results made by this call, in the order of the tasks.
 
     Raises:
         ZooError: the zoo is of another backbone, has one of the tasks with another number of units kept, or has entries
@@ -63,41 +110,31 @@ def build_zoo(
     backbone, settings = seen_by(zoo, model), settings or Settings.of_zoo(zoo)
     structure = bind(backbone, zoo, settings)
     _bind_start(zoo, start)
-    return build_entries(backbone, structure, tasks, zoo, settings, start, progress)
+    jobs = [EntryJob(backbone, task, settings, start) for task in tasks]
+    return build_entries(jobs, structure, zoo, progress, run)
 
 
 def build_entries(
-    backbone: Backbone,
-    structure: Structure,
-    tasks: Sequence[Task],
-    zoo: Zoo,
-    settings: Settings,
-    start: PrunedCheckpoint | None,
-    progress: Progress | None,
-    describe: Describe | None = None,
+    jobs: Sequence[EntryJob], structure: Structure, zoo: Zoo, progress: Progress | None, run: Run
 ) -> list[Result]:
-    """``describe``: class means by which the zoo knows the tasks; None: the dense backbone's."""
-    results = []
-    for task in tasks:
-        if zoo.is_sound(task.name):
-            entry = zoo[task.name]
-            _check_same_budget(entry, structure, settings)
-            _tell_done(progress, task.name, entry.steps)
-            continue
-        result = prune(
-            backbone,
-            task,
-            settings=replace(settings, seed=settings.seed + task.seed),
-            method="ifp",
-            steps=settings.schedule.final_steps,
-            run=RunOptions(on_step=_named(progress, task.name), start=start),
-        )
-        if describe is not None:
-            result.tensors |= describe(task)
+    """Add the entries of these jobs that the zoo lacks, each when it is finished."""
+
+    def missing() -> Iterator[EntryJob]:
+        for job in jobs:
+            name = job.task.name
+            if zoo.is_sound(name):
+                entry = zoo[name]
+                _check_same_budget(entry, structure, job.settings)
+                _tell_done(progress, name, entry.steps)
+            else:
+                yield job
+
+    made = {}
+    for result in run(missing(), progress):
         # Another process may have been faster.
         zoo.add(result, if_absent=True)
-        results.append(result)
-    return results
+        made[result.task.name] = result
+    return [made[job.task.name] for job in jobs if job.task.name in made]
 
 
 def build_refined_zoo(
@@ -108,13 +145,15 @@ def build_refined_zoo(
     *,
     share: float = UNIVERSAL_SHARE,
     progress: Progress | None = None,
+    run: Run = one_by_one,
 ) -> list[Result]:
     """One pruned model of all tasks, and for each task an entry that refines it: what ``prune`` serves best from.
 
     It takes as many optimizer steps as ``build_zoo`` with the same schedule: ``share`` of them go into the universal
     model, the rest into the entries. All have the universal model's mask, so that the neighbours vote by their weights.
     May be interrupted and called again like ``build_zoo``. Tasks added later refine the model that is there. Where that
-    is damaged, or was and ``Zoo.verify`` removed it, it is made again as it was.
+    is damaged, or was and ``Zoo.verify`` removed it, it is made again as it was. The universal model is made by this
+    process, the entries by ``run`` (see ``build_zoo``).
 
     Raises:
         ValueError: ``share`` outside (0, 1).
@@ -127,7 +166,7 @@ def build_refined_zoo(
     steps, each = planned_zoo_steps(structure, settings, len(tasks), share)
     start = universal_start(backbone, tasks, zoo, settings, steps, progress)
     settings = replace(settings, schedule=replace(settings.schedule, final_steps=each))
-    return build_zoo(backbone, tasks, zoo, settings, start=start, progress=progress)
+    return build_zoo(backbone, tasks, zoo, settings, start=start, progress=progress, run=run)
 
 
 def universal_start(

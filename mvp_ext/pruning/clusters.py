@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from mvp_ext.data.tasks import Task, TaskData
 from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.pruning.build import (
+    EntryJob,
     Progress,
+    Run,
     bind,
     build_entries,
     make_universal,
+    one_by_one,
     planned_zoo_steps,
     pooled_task,
     universal_start,
@@ -52,6 +55,7 @@ def build_clustered_zoo(
     share: float = CLUSTERED_SHARE,
     base_keep: float | None = None,
     progress: Progress | None = None,
+    run: Run = one_by_one,
 ) -> list[Result]:
     """One pruned model of all tasks, and an expert that refines it for each kind of them.
 
@@ -65,6 +69,7 @@ def build_clustered_zoo(
         base_keep: keep ratio of the model that experts are cut from, each by its own tasks' scores, so that each has a
             mask of its own; the universal model is then cut from it likewise. None: ``settings.keep``, one mask for
             all.
+        run: makes the experts, as of ``build_zoo``; the universal model is made by this process.
 
     Returns:
         The results of the experts made by this call.
@@ -105,20 +110,13 @@ def build_clustered_zoo(
         distillation=EXPERT_DISTILLATION * recipe.distillation,
         learning_rate=EXPERT_RATE * recipe.learning_rate,
     )
-    results = []
+    jobs = []
     for expert, members in experts.items():
         trained = replace(settings.schedule, final_steps=max(0, each * len(members) - removal))
-        results += build_entries(
-            backbone,
-            structure,
-            [pooled_task(members, expert, settings.seed)],
-            zoo,
-            replace(settings, schedule=trained, recipe=recipe),
-            start,
-            progress,
-            described.by_start,
-        )
-    return results
+        task = pooled_task(members, expert, settings.seed)
+        trained_so = replace(settings, schedule=trained, recipe=recipe)
+        jobs.append(EntryJob(backbone, task, trained_so, start, _by_start))
+    return build_entries(jobs, structure, zoo, progress, run)
 
 
 def _assign(zoo: Zoo, described: _Described, clusters: int | None) -> dict[str, list[Task]]:
@@ -162,12 +160,6 @@ class _Described:
     tasks: Sequence[Task]
     settings: Settings
 
-    def by_start(self, task: Task) -> dict[str, Tensor]:
-        """Of all training images of its classes."""
-        features, labels = self._features(task.split())
-        means = class_means(features, labels, len(task.classes))
-        return {"class_means": means, "temperature": torch.tensor(fit_temperature(features, labels, means))}
-
     def vectors(self, tasks: Sequence[Task]) -> tuple[Tensor, list[list[int]]]:
         """As ``cluster_tasks`` takes them."""
         at = {label: row for row, label in enumerate(self._classes.classes)}
@@ -189,14 +181,25 @@ class _Described:
 
     @cached_property
     def _means(self) -> Tensor:
-        features, labels = self._features(self._classes.split())
-        return class_means(features, labels, len(self._classes.classes))
+        data = self._classes.split()
+        features = _features(self.backbone, self.start, self.settings, data)
+        return class_means(features, data.train_labels, data.num_classes)
 
-    def _features(self, data: TaskData) -> tuple[Tensor, Tensor]:
-        model = self.start.model.to(self.backbone.device)
-        precision = self.settings.recipe_for(self.backbone.model).precision
-        features = extract_features(model, data.train_images, self.backbone.preprocessing, precision)
-        return features, data.train_labels
+
+def _by_start(job: EntryJob) -> dict[str, Tensor]:
+    """Of all training images of its classes."""
+    assert job.start is not None
+    data = job.task.split()
+    features, labels = _features(job.backbone, job.start, job.settings, data), data.train_labels
+    means = class_means(features, labels, data.num_classes)
+    return {"class_means": means, "temperature": torch.tensor(fit_temperature(features, labels, means))}
+
+
+def _features(backbone: Backbone, start: PrunedCheckpoint, settings: Settings, data: TaskData) -> Tensor:
+    """f32 [n, F], of the training images."""
+    model = start.model.to(backbone.device)
+    precision = settings.recipe_for(backbone.model).precision
+    return extract_features(model, data.train_images, backbone.preprocessing, precision)
 
 
 def cluster_tasks(

@@ -117,7 +117,7 @@ def prune_iteratively(
     with cost.timed():
         if start is not None and saved is None:
             start.mask.check(structure)
-            model, mask = copy.deepcopy(start.model), start.mask
+            model, mask = copy.deepcopy(start.model).to(backbone.device), start.mask
             seen = reestimate_statistics(
                 model, data.train_images, preprocessing, seed=seed, precision=recipe.precision
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from digits import few_digits, tiny_backbone
 from typer.testing import CliRunner
 
 from mvp_ext.app import data_options, options
+from mvp_ext.pruning.build import one_by_one
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 
 
@@ -76,6 +78,22 @@ def test_a_device_that_is_not_there() -> None:
     assert options.ExecutionOptions(device="cpu").begin() == torch.device("cpu")
     with pytest.raises(ValueError, match="--device: expected cpu, cuda, cuda:N or auto, got 'abacus'"):
         options.ExecutionOptions(device="abacus").begin()
+
+
+def test_workers_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ({"cpus_per_task": 2}, {"gpus_per_task": 1.0}):
+        with pytest.raises(ValueError, match="expected --workers N or --ray ADDRESS, got neither"):
+            options.WorkerOptions(**wrong).begin()  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="--workers 2 --ray auto: expected one of them"):
+        options.WorkerOptions(workers=2, ray="auto").begin()
+    with options.WorkerOptions().begin() as run:
+        assert run is one_by_one
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(ImportError, match=r"workers need Ray: pip install 'mvp_ext\[ray\]'"),
+        options.WorkerOptions(workers=2).begin(),
+    ):
+        raise AssertionError
 
 
 def written(name: str, rng: random.Random) -> str:

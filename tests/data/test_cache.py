@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -93,6 +94,21 @@ def test_stored_images_are_indexed_like_a_tensor():
     # What comes out is the caller's own.
     stored[0].zero_()
     assert torch.equal(stored[0], whole[0])
+
+
+def test_another_process_is_sent_the_path(photos):
+    data = load_data(photos, cache=True)
+    sent = pickle.dumps(data.train_images)
+    assert len(sent) < 3000 < data.train_images[:].numel()
+    got = pickle.loads(sent)
+    assert torch.equal(got[:], data.train_images[:])
+    (file,) = cache_files(photos)
+    os.truncate(file.path, file.path.stat().st_size - 1)
+    with pytest.raises(DataError, match=r"to be in this file on .*, too \(it has another size\)"):
+        pickle.loads(sent)
+    file.path.unlink()
+    with pytest.raises(DataError, match=r"to be in this file on .*, too \(No such file"):
+        pickle.loads(sent)
 
 
 def test_the_cache_and_memory_hold_the_same(photos, decoded):
@@ -309,7 +325,7 @@ def test_a_full_disk_is_told_before_and_during(photos, monkeypatch):
         raise OSError(12, "Cannot allocate memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.mmap, "mmap", no_room)
+        patch.setattr("mmap.mmap", no_room)
         with pytest.raises(DataError, match=r"\(Cannot allocate memory\)"):
             load_data(photos, cache=True)
     clear_cache(photos)

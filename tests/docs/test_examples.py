@@ -25,8 +25,8 @@ BLOCK = re.compile(
     r"(?:^<!-- (?P<kind>no test|test):(?P<note>(?:(?!-->).)*)-->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.M | re.S,
 )
-# Blocks that install, build or need a GPU. No other may be left out.
-NOT_RUN = {"README.md": 1, "docs/quickstart.md": 1, "docs/cuda.md": 1}
+# Blocks that install, build, or need a GPU or a Ray. No other may be left out.
+NOT_RUN = {"README.md": 1, "docs/quickstart.md": 1, "docs/cuda.md": 1, "docs/workers.md": 4}
 
 
 class Block(NamedTuple):

@@ -1,0 +1,1 @@
+"""Many processes and machines: entries of a zoo as tasks of Ray."""
