@@ -9,10 +9,13 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -21,10 +24,12 @@ import torch
 from typer import Option
 
 from mvp_ext.app.comparison import NAMES, Comparison
+from mvp_ext.app.console import console
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
+from mvp_ext.train import parallel
 from mvp_ext.train.backbone import Backbone, load_backbone
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.similarity import SIMILARITIES
@@ -81,6 +86,13 @@ class PlaceOptions:
 
     def begin(self) -> torch.device:
         """The device. ValueError where torch does not have it."""
+        if _processes() > 1:
+            raise ValueError(
+                "torchrun: `pretrain` and `zoo build` share their work among processes, no other command"
+            )
+        return self._place()
+
+    def _place(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -98,11 +110,10 @@ class DeviceOptions(PlaceOptions):
 
     threads: Annotated[int | None, Option(help="CPU threads of torch.", rich_help_panel=RUN, min=1)] = None
 
-    def begin(self) -> torch.device:
-        """Set torch's threads; the device. ValueError where torch does not have it."""
+    def _place(self) -> torch.device:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return super().begin()
+        return super()._place()
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,23 @@ class ExecutionOptions(DeviceOptions):
     """Where and how a command runs that draws at random."""
 
     seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=RUN)] = Settings.seed
+
+    def begin_together(self) -> torch.device:
+        """As ``begin``; a process that torchrun started takes its part in the command's work, and its GPU for it.
+
+        Only the first of them goes on to print.
+        """
+        if _processes() == 1:
+            return self.begin()
+        device = self._place()
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # For as long as there is a command.
+        stack = ExitStack()
+        stack.enter_context(parallel.data_parallel(device))
+        atexit.register(stack.close)
+        console.quiet = parallel.rank() > 0
+        return device
 
 
 @dataclass(frozen=True)
@@ -375,6 +403,11 @@ def pretraining_recipe(family: Recipe, learning_rate: float | None, batch_size: 
         return None
     rate = learning_rate or family.learning_rate * (10 if family.optimizer == "sgd" else 3)
     return replace(family, learning_rate=rate, batch_size=batch_size or family.batch_size)
+
+
+def _processes() -> int:
+    """How many processes torchrun started for this command."""
+    return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

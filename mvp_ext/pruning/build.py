@@ -19,6 +19,7 @@ from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.prune import RunOptions, prune, seen_by
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.settings import Settings
+from mvp_ext.train import parallel
 from mvp_ext.train.backbone import Backbone, BackboneIdentity
 from mvp_ext.zoo.entry import ZooEntry
 from mvp_ext.zoo.shared import START, UNIVERSAL
@@ -44,7 +45,8 @@ def build_zoo(
     """Prune the model for each task from scratch and add the results to the zoo.
 
     A task that the zoo already has is passed over, so an interrupted build goes on where it was. Each entry depends on
-    the settings and its own task alone, not on the order of the tasks or on interruptions.
+    the settings and its own task alone, not on the order of the tasks or on interruptions. Inside of ``data_parallel``
+    the processes divide the tasks among them; they must see one zoo.
 
     Args:
         settings: of every entry; task i trains with seed ``settings.seed + tasks[i].seed``. The zoo keeps the first
@@ -62,8 +64,14 @@ def build_zoo(
     """
     backbone, settings = seen_by(zoo, model), settings or Settings.of_zoo(zoo)
     structure = bind(backbone, zoo, settings)
-    _bind_start(zoo, start)
-    return build_entries(backbone, structure, tasks, zoo, settings, start, progress)
+    with parallel.first_alone():
+        _bind_start(zoo, start)
+    # Entries need nothing of each other: each process makes some of them, by itself.
+    tasks = parallel.mine(tasks)
+    with parallel.alone():
+        made = build_entries(backbone, structure, tasks, zoo, settings, start, progress)
+    parallel.wait()
+    return made
 
 
 def build_entries(
@@ -234,6 +242,8 @@ def make_universal(
 ) -> Result:
     """Its name seeds nothing: two models of the same arguments are the same, whatever they are for.
 
+    Inside of ``data_parallel`` all processes train it together, and the first one saves it.
+
     ``start``: a wider model that it is cut from, instead of the dense one.
     """
     structure, name = find_structure(backbone.model, settings.scope), pooled.name
@@ -248,10 +258,12 @@ def make_universal(
         run=RunOptions(on_step=_named(progress, name), resume=zoo.path / f"{name}.partial", start=start),
     )
     extra = {"keep": settings.keep, "classes": list(pooled.classes), "result": result.summary()}
-    # Another process may have been faster, and its file may be in use by now.
-    zoo.save_shared(
-        name, result.model, result.mask, result.structure, extra, card=result.card, if_absent=first
-    )
+    if parallel.rank() == 0:
+        # Another process may have been faster, and its file may be in use by now.
+        zoo.save_shared(
+            name, result.model, result.mask, result.structure, extra, card=result.card, if_absent=first
+        )
+    parallel.wait()
     return result
 
 

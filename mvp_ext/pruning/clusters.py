@@ -26,6 +26,7 @@ from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.prune import seen_by
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.settings import Settings
+from mvp_ext.train import parallel
 from mvp_ext.train.backbone import Backbone, extract_features
 from mvp_ext.train.heads import class_means, fit_temperature
 from mvp_ext.zoo.shared import CLUSTERS, UNIVERSAL
@@ -98,18 +99,20 @@ def build_clustered_zoo(
         pooled = pooled_task(tasks, UNIVERSAL, settings.seed)
         make_universal(backbone, pooled, zoo, settings, steps, progress, start)
     results = []
-    for expert, members in experts.items():
+    for expert, members in parallel.mine(list(experts.items())):
         trained = replace(settings.schedule, final_steps=max(0, each * len(members) - removal))
-        results += build_entries(
-            backbone,
-            structure,
-            [pooled_task(members, expert, settings.seed)],
-            zoo,
-            replace(settings, schedule=trained),
-            start,
-            progress,
-            described.by_start,
-        )
+        with parallel.alone():
+            results += build_entries(
+                backbone,
+                structure,
+                [pooled_task(members, expert, settings.seed)],
+                zoo,
+                replace(settings, schedule=trained),
+                start,
+                progress,
+                described.by_start,
+            )
+    parallel.wait()
     return results
 
 
