@@ -51,6 +51,7 @@ from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.scores import CRITERIA, score_units
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.backbone import Backbone, load_backbone
+from mvp_ext.train.parallel import data_parallel
 from mvp_ext.train.pretrain import pretrain
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.travel import merge_zoos, pull_zoo, push_zoo
@@ -91,6 +92,7 @@ __all__ = [
     "build_zoo",
     "clear_cache",
     "create_model",
+    "data_parallel",
     "expand_state",
     "export",
     "export_bundle",

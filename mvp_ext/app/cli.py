@@ -47,6 +47,7 @@ from mvp_ext.pruning.prune import RunOptions
 from mvp_ext.pruning.prune import prune as run_prune
 from mvp_ext.pruning.settings import Settings
 from mvp_ext.storage import write_atomic
+from mvp_ext.train import parallel
 from mvp_ext.train.pretrain import pretrain as run_pretraining
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.zoo import Zoo
@@ -128,11 +129,13 @@ def pretrain(
 ) -> None:
     """Train a backbone from scratch on all classes, where no pre-trained weights are at hand.
 
-    After Ctrl-C or a crash the same command goes on where it was.
+    After Ctrl-C or a crash the same command goes on where it was. Several processes or GPUs share each batch:
+    `torchrun --nproc-per-node 2 -m mvp_ext pretrain …`.
     """
-    device = run.begin()
+    device = run.begin_together()
     check_output("--out", out, replace=force)
-    images = data_options.load_images(data, cache)
+    with parallel.first_alone():
+        images = data_options.load_images(data, cache)
     size = image_size or max(32, *images.image_size)
     # The weights that training starts from.
     torch.manual_seed(run.seed)
@@ -148,7 +151,8 @@ def pretrain(
             on_step=lambda done, total: progress("", done, total),
             resume=out.with_suffix(".partial"),
         )
-    backbone.save(out)
+    if parallel.rank() == 0:
+        backbone.save(out)
     say(
         f"{out}: {model} at {size} pixels, {100 * accuracy:.1f} % on {len(images.test_labels)} test images of "
         f"{len(images.classes)} classes, {flops_text(cost.flops)} in {seconds_text(cost.seconds)}"

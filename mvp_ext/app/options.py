@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -22,12 +24,14 @@ import torch
 from typer import Option
 
 from mvp_ext.app.comparison import NAMES, Comparison
+from mvp_ext.app.console import console
 from mvp_ext.cluster.workers import ray_workers
 from mvp_ext.model.preprocessing import Preprocessing
 from mvp_ext.pruning.build import Run, one_by_one
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
+from mvp_ext.train import parallel
 from mvp_ext.train.backbone import Backbone, load_backbone
 from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.similarity import SIMILARITIES
@@ -84,6 +88,13 @@ class PlaceOptions:
 
     def begin(self) -> torch.device:
         """The device. ValueError where torch does not have it."""
+        if _processes() > 1:
+            raise ValueError(
+                "torchrun: `pretrain` and `zoo build` share their work among processes, no other command"
+            )
+        return self._place()
+
+    def _place(self) -> torch.device:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
@@ -101,11 +112,10 @@ class DeviceOptions(PlaceOptions):
 
     threads: Annotated[int | None, Option(help="CPU threads of torch.", rich_help_panel=RUN, min=1)] = None
 
-    def begin(self) -> torch.device:
-        """Set torch's threads; the device. ValueError where torch does not have it."""
+    def _place(self) -> torch.device:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return super().begin()
+        return super()._place()
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,23 @@ class ExecutionOptions(DeviceOptions):
     """Where and how a command runs that draws at random."""
 
     seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=RUN)] = Settings.seed
+
+    def begin_together(self) -> torch.device:
+        """As ``begin``; a process that torchrun started takes its part in the command's work, and its GPU for it.
+
+        Only the first of them goes on to print.
+        """
+        if _processes() == 1:
+            return self.begin()
+        device = self._place()
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # For as long as there is a command.
+        stack = ExitStack()
+        stack.enter_context(parallel.data_parallel(device))
+        atexit.register(stack.close)
+        console.quiet = parallel.rank() > 0
+        return device
 
 
 @dataclass(frozen=True)
@@ -385,6 +412,11 @@ class WorkerOptions:
                     "neither"
                 )
             return nullcontext(one_by_one)
+        if _processes() > 1:
+            raise ValueError(
+                "torchrun: expected its processes alone, got --workers or --ray, too: make the universal model with the "
+                "one, then its entries with the other"
+            )
         if self.workers > 1 and self.ray is not None:
             raise ValueError(
                 f"--workers {self.workers} --ray {self.ray}: expected one of them: what runs at {self.ray} "
@@ -433,6 +465,11 @@ def pretraining_recipe(family: Recipe, learning_rate: float | None, batch_size: 
         return None
     rate = learning_rate or family.learning_rate * (10 if family.optimizer == "sgd" else 3)
     return replace(family, learning_rate=rate, batch_size=batch_size or family.batch_size)
+
+
+def _processes() -> int:
+    """How many processes torchrun started for this command."""
+    return int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

@@ -25,6 +25,7 @@ from mvp_ext.pruning.build import (
     planned_zoo_steps,
 )
 from mvp_ext.pruning.clusters import CLUSTERED_SHARE, build_clustered_zoo
+from mvp_ext.train import parallel
 from mvp_ext.train.cost import Cost
 from mvp_ext.zoo.remote import shown_url
 from mvp_ext.zoo.travel import merge_zoos, pull_zoo, push_zoo
@@ -58,14 +59,18 @@ def build(
 ) -> None:
     """Prune the model for many tasks, with distillation, and keep the results.
 
-    What the zoo already has is passed over: after Ctrl-C or a crash the same command goes on where it was.
+    What the zoo already has is passed over: after Ctrl-C or a crash the same command goes on where it was. Several
+    processes or GPUs make the model of all tasks together, and divide the entries: `torchrun --nproc-per-node 2 -m
+    mvp_ext zoo build …`.
     """
-    device, opened = run.begin(), Zoo(zoo)
+    device, opened = run.begin_together(), Zoo(zoo)
     backbone = model.backbone(device, seen=opened.preprocessing)
     settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.steps)
     # What the model does not have is said before images are read.
     structure = find_structure(backbone.model, settings.scope)
-    drawn = sampling.tasks(data.images(), what.tasks, "zoo", data, [], seed=0)
+    with parallel.first_alone():
+        images = data.images()
+    drawn = sampling.tasks(images, what.tasks, "zoo", data, [], seed=0)
     have = [task for task in drawn if task.name in opened]
     for task in have:
         if opened[task.name].task.get("fingerprint") != task.fingerprint:
@@ -78,7 +83,7 @@ def build(
     experts = what.experts
     share = CLUSTERED_SHARE if what.clusters else UNIVERSAL_SHARE if what.refine else 0.0
     first, each = planned_zoo_steps(structure, settings, what.tasks, share)
-    total = first + each * what.tasks
+    total = first + each * len(parallel.mine(range(what.tasks)))
     refined = f"one model of all tasks in {first} optimizer steps, then " if first else ""
     entries = (
         f"experts in {each} steps a task" if what.clusters else f"{what.tasks} entries in {each} steps each"

@@ -14,7 +14,12 @@ from torch import Tensor
 
 
 def augment(
-    images: Tensor, generator: torch.Generator, *, pad: int | None = None, flip: bool = True
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    pad: int | None = None,
+    flip: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Shift each image at random (a random crop after reflection padding) and mirror about half of them.
 
@@ -23,6 +28,7 @@ def augment(
         generator: a CPU generator; it is advanced by the same amount whatever ``pad`` and ``flip`` are.
         pad: largest shift in pixels, 0 ≤ pad < min(H, W). Default: an eighth of the height (4 of 32).
         flip: whether to mirror left and right with probability ½.
+        part: (i, n): ``images`` are the i-th of n equal parts of a batch, and come out as they would with the others.
 
     Returns:
         [B, H, W, C], same dtype and device, a new tensor.
@@ -34,7 +40,8 @@ def augment(
     pad = height // 8 if pad is None else pad
     if not 0 <= pad < min(height, width):
         raise ValueError(f"augment: pad must be in [0, {min(height, width)}) for {height}×{width}, got {pad}")
-    draws = torch.rand(3, count, generator=generator)
+    number, parts = part
+    draws = torch.rand(3, parts * count, generator=generator)[:, number * count : (number + 1) * count]
     shift = (draws[:2] * (2 * pad + 1)).long() - pad
     rows = _reflect(torch.arange(height) + shift[0, :, None], height)  # [B, H]
     columns = torch.arange(width).expand(count, width)

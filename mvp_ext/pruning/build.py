@@ -19,6 +19,7 @@ from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.prune import RunOptions, prune, seen_by
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.settings import Settings
+from mvp_ext.train import parallel
 from mvp_ext.train.backbone import Backbone, BackboneIdentity
 from mvp_ext.zoo.entry import ZooEntry
 from mvp_ext.zoo.shared import START, UNIVERSAL
@@ -88,7 +89,8 @@ def build_zoo(
     """Prune the model for each task from scratch and add the results to the zoo.
 
     A task that the zoo already has is passed over, so an interrupted build goes on where it was. Each entry depends on
-    the settings and its own task alone, not on the order of the tasks or on interruptions.
+    the settings and its own task alone, not on the order of the tasks or on interruptions. Inside of ``data_parallel``
+    the processes divide the tasks among them; they must see one zoo.
 
     Args:
         settings: of every entry; task i trains with seed ``settings.seed + tasks[i].seed``. The zoo keeps the first
@@ -109,7 +111,8 @@ def build_zoo(
     """
     backbone, settings = seen_by(zoo, model), settings or Settings.of_zoo(zoo)
     structure = bind(backbone, zoo, settings)
-    _bind_start(zoo, start)
+    with parallel.first_alone():
+        _bind_start(zoo, start)
     jobs = [EntryJob(backbone, task, settings, start) for task in tasks]
     return build_entries(jobs, structure, zoo, progress, run)
 
@@ -117,10 +120,16 @@ def build_zoo(
 def build_entries(
     jobs: Sequence[EntryJob], structure: Structure, zoo: Zoo, progress: Progress | None, run: Run
 ) -> list[Result]:
-    """Add the entries of these jobs that the zoo lacks, each when it is finished."""
+    """Add the entries of these jobs that the zoo lacks, each when it is finished.
+
+    They need nothing of each other: inside of ``data_parallel`` each process makes some of them, by itself.
+    """
+    share = parallel.mine(jobs)
+    # None adds an entry before all know which are missing.
+    parallel.wait()
 
     def missing() -> Iterator[EntryJob]:
-        for job in jobs:
+        for job in share:
             name = job.task.name
             if zoo.is_sound(name):
                 entry = zoo[name]
@@ -130,10 +139,12 @@ def build_entries(
                 yield job
 
     made = {}
-    for result in run(missing(), progress):
-        # Another process may have been faster.
-        zoo.add(result, if_absent=True)
-        made[result.task.name] = result
+    with parallel.alone():
+        for result in run(missing(), progress):
+            # Another process may have been faster.
+            zoo.add(result, if_absent=True)
+            made[result.task.name] = result
+    parallel.wait()
     return [made[job.task.name] for job in jobs if job.task.name in made]
 
 
@@ -273,6 +284,8 @@ def make_universal(
 ) -> Result:
     """Its name seeds nothing: two models of the same arguments are the same, whatever they are for.
 
+    Inside of ``data_parallel`` all processes train it together, and the first one saves it.
+
     ``start``: a wider model that it is cut from, instead of the dense one.
     """
     structure, name = find_structure(backbone.model, settings.scope), pooled.name
@@ -287,10 +300,12 @@ def make_universal(
         run=RunOptions(on_step=_named(progress, name), resume=zoo.path / f"{name}.partial", start=start),
     )
     extra = {"keep": settings.keep, "classes": list(pooled.classes), "result": result.summary()}
-    # Another process may have been faster, and its file may be in use by now.
-    zoo.save_shared(
-        name, result.model, result.mask, result.structure, extra, card=result.card, if_absent=first
-    )
+    if parallel.rank() == 0:
+        # Another process may have been faster, and its file may be in use by now.
+        zoo.save_shared(
+            name, result.model, result.mask, result.structure, extra, card=result.card, if_absent=first
+        )
+    parallel.wait()
     return result
 
 

@@ -22,6 +22,7 @@ from mvp_ext.model.structure import Structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.pruning.scores import Scores, score_units
 from mvp_ext.pruning.settings import Schedule, Settings
+from mvp_ext.train import parallel
 from mvp_ext.train.backbone import Backbone, BackboneIdentity, extract_features, set_head
 from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
 from mvp_ext.train.heads import class_mean_head
@@ -46,7 +47,7 @@ def scoring_batches(
             image_shape=(3, size, size),
             precision=trainer.precision,
         )
-    images = sum(len(labels) for _, labels in batches)
+    images = sum(len(labels) for _, labels in batches) * parallel.world()
     cost.score_flops += BACKWARD_FACTOR * images * count_flops(trainer.model, (3, size, size))
     return scores
 

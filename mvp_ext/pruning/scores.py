@@ -18,6 +18,7 @@ from mvp_ext.model.ends import as_input
 from mvp_ext.model.narrow import in_their_place
 from mvp_ext.model.structure import Structure, UnitLayer
 from mvp_ext.ops import backend_for
+from mvp_ext.train import parallel
 from mvp_ext.train.backbone import autocast
 
 # Layer name → f32 [units].
@@ -118,7 +119,15 @@ def _on_activations(
             scores[layer.name] += score.cpu() * (1 if by_gradient else images)
     if count == 0:
         raise ValueError(f"score_units: {kind}: expected at least one batch, got none")
+    count = _of_all(scores, count)
     return {name: value / count for name, value in scores.items()}
+
+
+def _of_all(sums: Mapping[str, Tensor], count: int) -> int:
+    """Make sums over this process's ``count`` images those over all processes' images; returns how many these are."""
+    total = torch.tensor(count)
+    parallel.add_up([total, *sums.values()])
+    return int(total)
 
 
 def _own_weights(layer: UnitLayer, tensors: dict[str, Tensor], matrices_only: bool) -> list[Tensor]:
@@ -173,6 +182,7 @@ def _weight_taylor(model: nn.Module, structure: Structure, batches: Batches, pre
             sums[name] += gradient
     if count == 0:
         raise ValueError("score_units: weight_taylor: expected at least one batch, got none")
+    count = _of_all(sums, count)
     terms = {name: weight.detach() * sums[name] / count for name, weight in weights.items()}
     return {
         layer.name: _norm(_own_weights(layer, terms, False), 2).square().cpu() for layer in structure.layers
@@ -244,6 +254,7 @@ def score_units(
             "activation" mean |a|, "weight_taylor", "l1", "l2", "fpgm", "synflow", "random".
         batches: training batches (images f32 [B, 3, S, S], labels int64 [B]) for the criteria that need data; the
             model's classifier must be the task's. Scored in eval mode: statistics neither move nor mix the examples.
+            Inside of ``data_parallel``: this process's; scores are of all processes' images.
         seed: of "random".
         image_shape: [3, S, S], for "synflow".
 

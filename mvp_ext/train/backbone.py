@@ -39,6 +39,7 @@ from mvp_ext.model.preprocessing import Preprocessing, to_batch
 from mvp_ext.model.structure import Structure
 from mvp_ext.storage import FileFormatError, read, write
 from mvp_ext.timm_compat import import_timm
+from mvp_ext.train import parallel
 from mvp_ext.train.heads import LinearHead
 
 _KIND, _VERSION = "mvp_ext.backbone", 1
@@ -348,12 +349,14 @@ def extract_features(
     The model is given back as it was. The result is on the CPU.
     """
     device = next(model.parameters()).device
-    parts = []
+    parts = {}
     with borrowed(model) as inner, autocast(device, precision, dtype_of(inner)):
-        for chunk in images.split(FEATURE_BATCH):
+        for number in parallel.mine(range(0, len(images), FEATURE_BATCH)):
+            chunk = images[number : number + FEATURE_BATCH]
             batch = to_batch(chunk.to(device), preprocessing.size, preprocessing.mean, preprocessing.std)
-            parts.append(forward_features(inner, batch).cpu())
-    return torch.cat(parts) if parts else torch.empty(0, 0)
+            parts[number] = forward_features(inner, batch).cpu()
+    all_parts = parallel.gathered(parts)
+    return torch.cat(all_parts) if all_parts else torch.empty(0, 0)
 
 
 def set_head(model: nn.Module, head: LinearHead) -> None:

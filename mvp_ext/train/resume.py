@@ -2,6 +2,9 @@
 
 The file is written whole or not at all, holds tensors and JSON alone, and is taken up only by the run that wrote it:
 the same arguments, images and backbone. What is damaged, or of another run, counts as nothing; the run starts anew.
+
+Of processes that share the run (``data_parallel``) the first one reads and writes the file; their number may be another
+each time.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from mvp_ext.storage import read, write
+from mvp_ext.train import parallel
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.trainer import Trainer
 
@@ -65,6 +69,10 @@ class RunFile:
         """The saved state, if there is one of this very run, whole."""
         if self._path is None:
             return None
+        return parallel.from_first(self._read() if parallel.rank() == 0 else None)
+
+    def _read(self) -> SavedRun | None:
+        assert self._path is not None
         # A folder, a pipe or a link of that name is nobody's saved state, and nothing to wait for.
         if self._path.is_symlink() or not self._path.is_file():
             return None
@@ -83,7 +91,7 @@ class RunFile:
 
     def save_if_due(self, trainer: Trainer, done: int, **values: Any) -> None:
         """Save the run's state every ``SAVE_EVERY`` steps. ``values``: JSON, given back by ``load``."""
-        if self._path is None or done % SAVE_EVERY or self._path.is_dir():
+        if self._path is None or done % SAVE_EVERY or parallel.rank() > 0 or self._path.is_dir():
             return
         tensors = {f"model/{name}": value for name, value in trainer.model.state_dict().items()}
         tensors |= {f"trainer/{name}": value for name, value in trainer.snapshot().items()}
@@ -95,5 +103,7 @@ class RunFile:
 
     def remove(self) -> None:
         """The run has come to its end."""
+        if parallel.rank() > 0:
+            return
         if self._path is not None and (self._path.is_symlink() or not self._path.is_dir()):
             self._path.unlink(missing_ok=True)

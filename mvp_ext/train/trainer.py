@@ -16,6 +16,7 @@ from mvp_ext.model.borrowed import borrowed, with_gradients
 from mvp_ext.model.ends import as_input, dtype_of
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.preprocessing import Preprocessing, to_batch
+from mvp_ext.train import parallel
 from mvp_ext.train.backbone import Backbone, autocast, check_trainable, classify, forward_features
 from mvp_ext.train.cost import BACKWARD_FACTOR, Cost
 from mvp_ext.train.heads import ridge_head
@@ -100,6 +101,8 @@ class HeadTeacher:
 class Trainer:
     """Trains one model on one task, in as many pieces as the caller likes; shapes may change between the pieces.
 
+    Inside of ``data_parallel`` each process trains its own copy on its part of every batch, and all copies stay equal.
+
     Args:
         model: a timm classifier with a head for the task; changed in place, on whatever device it is.
         data: the task's images.
@@ -115,7 +118,8 @@ class Trainer:
             model uses it too.
 
     Raises:
-        ValueError: the recipe's optimizer is unknown, or the model's type cannot be trained.
+        ValueError: the recipe's optimizer is unknown, the model's type cannot be trained, or the processes cannot
+            share a batch evenly.
     """
 
     def __init__(
@@ -130,6 +134,11 @@ class Trainer:
         cost: Cost | None = None,
     ) -> None:
         check_trainable("training", model)
+        if recipe.batch_size % parallel.world():
+            raise ValueError(
+                f"training: batch_size: expected a multiple of the {parallel.world()} processes, got "
+                f"{recipe.batch_size}"
+            )
         self.model, self.preprocessing, self.recipe = model, preprocessing, recipe
         self.teacher, self.cost = teacher, cost if cost is not None else Cost()
         self.device = next(model.parameters()).device
@@ -161,13 +170,19 @@ class Trainer:
         raise ValueError(f"Recipe: optimizer: expected sgd or adamw, got {recipe.optimizer!r}")
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """The next training batch, augmented: f32 [B, 3, S, S] (channels_last) and labels [B]."""
-        index = next(self._indices).to(self.device)
+        """The next training batch, augmented: f32 [B, 3, S, S] (channels_last) and labels [B].
+
+        Inside of ``data_parallel``: this process's part of it.
+        """
+        part = parallel.rank(), parallel.world()
+        index = next(self._indices).chunk(part[1])[part[0]].to(self.device)
         self._drawn_batches += 1
         self._batch_index = index
         flip = self.data.flip if self.recipe.flip is None else self.recipe.flip
         images = self.data.train_images[index]
-        images = augment(images, self._generator, pad=int(self.recipe.crop * images.shape[1]), flip=flip)
+        images = augment(
+            images, self._generator, pad=int(self.recipe.crop * images.shape[1]), flip=flip, part=part
+        )
         p = self.preprocessing
         return to_batch(images, p.size, p.mean, p.std), self.data.train_labels[index]
 
@@ -220,6 +235,7 @@ class Trainer:
         if steps <= done:
             return
         self._image_flops = self._count_flops(self.model)
+        parallel.begin_alike(list(self.model.state_dict().values()))
         warmup = min(10, max(1, steps // 10))
         self.model.train()
         for step in range(done, steps):
@@ -232,7 +248,7 @@ class Trainer:
                 batch, labels = self.next_batch()
                 self._step(batch, labels, step)
                 self.cost.steps += 1
-                self.cost.train_flops += self._image_flops * len(labels)
+                self.cost.train_flops += self._image_flops * len(labels) * parallel.world()
             if on_step is not None:
                 on_step(step + 1)
         self.model.eval()
@@ -245,7 +261,12 @@ class Trainer:
 
     def _step(self, batch: Tensor, labels: Tensor, step: int) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(batch, labels, step)
+        with parallel.whole_batch_norms():
+            loss = self._backward(batch, labels, step)
+        if parallel.world() > 1:
+            mean = torch.tensor(loss, device=self.device)
+            parallel.average([mean, *(p.grad for p in self._parameters() if p.grad is not None)])
+            loss = float(mean)
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"training: the loss is {loss} at step {step + 1} with learning rate "

@@ -106,7 +106,7 @@ def test_flip_follows_the_data_unless_the_recipe_says(data, monkeypatch):
     monkeypatch.setattr(
         trainer_module,
         "augment",
-        lambda images, generator, *, pad, flip: (
+        lambda images, generator, *, pad, flip, part: (
             asked.append((pad, flip)) or augment(images, generator, pad=pad, flip=flip)
         ),
     )
