@@ -414,8 +414,8 @@ class WorkerOptions:
             return nullcontext(one_by_one)
         if _processes() > 1:
             raise ValueError(
-                "torchrun: expected its processes alone, got --workers or --ray, too: make the universal model with the "
-                "one, then its entries with the other"
+                "torchrun: expected its processes alone, got --workers or --ray, too: make the universal model with "
+                "the one, then the entries with the other"
             )
         if self.workers > 1 and self.ray is not None:
             raise ValueError(
