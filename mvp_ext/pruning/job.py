@@ -54,7 +54,6 @@ class Job:
     Attributes:
         settings: with nothing left open: scope and recipe are there.
         neighbours: what the result says of the voters; a method that asks some puts them there.
-        distill: whether the steps also learn what a head on the dense backbone's features says.
         known_features: the dense backbone's on all training images, f32 [n, F], and the seconds that they took.
         choice: what the result says of a choice between starts, JSON values; a method that makes one puts it there.
     """
@@ -66,7 +65,6 @@ class Job:
     recipe: Recipe
     zoo: Zoo | None
     steps: int
-    distill: bool
     vote: VoteOptions
     task_name: str
     cost: Cost

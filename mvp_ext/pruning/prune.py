@@ -70,7 +70,6 @@ def prune(
     *,
     method: str | Method = "auto",
     steps: int = 60,
-    distill: bool = True,
     vote: VoteOptions | None = None,
     run: RunOptions | None = None,
 ) -> Result:
@@ -90,10 +89,9 @@ def prune(
             fine-tuned), "one_shot" (score once, cut once), "random" (control), "ifp" (iterative pruning from scratch;
             for heads it is IHP), "dense" (nothing cut). Or a function of the ``Job`` that returns a small model and
             its mask: it then goes the same way as the others.
-        steps: fine-tuning steps J. For "ifp": the steps after the last removal.
-        distill: in these steps also learn what a head on the dense backbone's features says of the images
-            (``HeadTeacher``), for a pass of that over those that are drawn. Not of "dense"; of "ifp" the schedule says
-            it.
+        steps: fine-tuning steps J. For "ifp": the steps after the last removal. Where ``settings.recipe`` distils, they
+            also learn what a head on the dense backbone's features says of the images (``HeadTeacher``), for a pass of
+            that over those that are drawn; "dense" does not.
         vote: how many neighbours vote, and how they are found and weighted.
         run: callbacks, points of measurement, and what is at hand.
 
@@ -126,7 +124,6 @@ def prune(
         recipe=recipe,
         zoo=zoo,
         steps=steps,
-        distill=distill,
         vote=(vote or VoteOptions()).for_method(name),
         task_name=task.name,
         cost=cost,
@@ -214,7 +211,7 @@ def _fine_tune(job: Job, small: nn.Module, mask: Mask, history: _History, on_ste
         fit_head(small, data, preprocessing, "class_mean", precision)
         job.cost.refit_flops += (seen + len(data.train_labels)) * image_flops
         trainer = Trainer(small, data, preprocessing, job.recipe, seed=job.settings.seed, cost=job.cost)
-    if job.distill and job.steps > 0 and mask != Mask.full(job.structure):
+    if job.recipe.distillation > 0 and job.steps > 0 and mask != Mask.full(job.structure):
         trainer.teacher = _head_teacher(job, mask)
     history.record(small, 0)
 

@@ -216,14 +216,15 @@ def test_the_ridge_head_finds_what_is_there(backbone):
 
 
 def test_the_dense_model_teaches_for_one_pass_over_what_is_drawn(backbone):
-    plain, taught = (make(backbone, method="random", steps=2, distill=d) for d in (False, True))
+    recipes = replace(RECIPE, distillation=0.0), RECIPE
+    plain, taught = (make(backbone, method="random", steps=2, recipe=recipe) for recipe in recipes)
     assert not states_equal(plain.model.state_dict(), taught.model.state_dict())
     drawn = torch.cat(list(shuffled_indices(36, RECIPE.batch_size, 2, BUILD.seed))).unique()
     assert len(drawn) == 16
     dense = count_flops(backbone.model, (3, backbone.preprocessing.size, backbone.preprocessing.size))
     assert taught.cost.refit_flops - plain.cost.refit_flops == 16 * dense
     assert taught.cost.train_flops == plain.cost.train_flops
-    without = [make(backbone, method="random", steps=0, distill=d) for d in (False, True)]
+    without = [make(backbone, method="random", steps=0, recipe=recipe) for recipe in recipes]
     assert without[0].cost.refit_flops == without[1].cost.refit_flops
 
 
