@@ -23,7 +23,7 @@ class Recipe:
         optimizer: "adamw", or "sgd" (Nesterov momentum 0.9).
         batch_size: images a step; shuffled epochs laid end to end.
         weight_decay: of matrices and filters; biases and normalisation are never decayed.
-        distillation: weight of ‖f − f_dense‖² / var f_dense beside the cross-entropy, where a teacher is given; 0: none.
+        distillation: weight of ‖f − f_dense‖² / var f_dense beside the cross-entropy, where a teacher is; 0: none.
             For a new task f is what a head reads of the features (``trainer.HeadTeacher``).
         crop: share of the side by which a training image may be shifted (reflection padding); 0 = never.
         flip: mirror half of the training images. None: as the data says (digits are never mirrored).
