@@ -526,8 +526,9 @@ def _many(
     return (
         f"## {tasks:,} tasks, {processes} GPUs",
         table(("work", "one after another", ""), rows),
-        f"**The largest bottleneck is the model of all tasks.** Its steps come one after another, {shared / own:,.0f} "
-        f"for each that a process spends on its entries, and a batch of {steps['batch']} gives at most {steps['batch']} "
+        f"**The largest bottleneck is the model of all tasks.** Its steps come one after another, "
+        f"{shared / own:,.0f} for each that a process spends on its entries, "
+        f"and a batch of {steps['batch']} gives at most {steps['batch']} "
         "processes something to do. The plan gives it a share of all steps, so they grow with the tasks although it "
         "stays one small model. For so many tasks it wants fewer and larger steps (not tried), or none "
         f"(`--no-refine`: {each:,.0f} steps of each process). "
