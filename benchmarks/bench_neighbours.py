@@ -10,9 +10,10 @@ Peer: reading every entry's file and comparing its checksum, to rank the entries
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,20 +81,23 @@ class Case:
         return leep(torch.softmax(head(self.target.features.double()), 1), self.target.labels)
 
 
-def make_case(path: Path, count: int, real_files: bool) -> Case:
+def make_case(
+    path: Path, count: int, real_files: bool, *, classes: int = CLASSES, masks: Sequence[Mask] | None = None
+) -> Case:
+    """A zoo of resnet18, whose entries have so many classes; ``masks``: theirs, if at hand."""
     generator = torch.Generator().manual_seed(0)
-    model = create_model("resnet18", num_classes=CLASSES)
+    model = create_model("resnet18", num_classes=classes)
     structure = find_structure(model)
     zoo = Zoo(path)
-    means = torch.rand(count, CLASSES, WIDTH, generator=generator)
-    masks = [Mask.random(structure, 0.3, seed) for seed in range(count)]
+    means = torch.rand(count, classes, WIDTH, generator=generator)
+    masks = masks or [Mask.random(structure, 0.3, seed) for seed in range(count)]
     for number in range(count if real_files else 1):
-        small = prune_model(create_model("resnet18", num_classes=CLASSES), masks[number], structure=structure)
+        small = prune_model(create_model("resnet18", num_classes=classes), masks[number], structure=structure)
         tensors = {"class_means": means[number], "temperature": torch.tensor(5.0)}
         name = f"task-{number:04d}"
         zoo.add_model(NewEntry(name, small, masks[number], structure, {"name": name}, tensors=tensors))
     if not real_files:
-        _add_rows(path, masks, means)
+        add_rows(path, masks, means)
     features = torch.rand(IMAGES, WIDTH, generator=generator)
     labels = torch.arange(IMAGES) % CLASSES
     images = torch.zeros(0, 32, 32, 3, dtype=torch.uint8)
@@ -102,15 +106,18 @@ def make_case(path: Path, count: int, real_files: bool) -> Case:
     return Case(path, Target(Backbone.wrap(model), structure, data, features, labels), zoo)
 
 
-def _add_rows(path: Path, masks: list[Mask], means: torch.Tensor) -> None:
-    """Entries like the first, with masks and class means of their own; their files are holes."""
+def add_rows(path: Path, masks: Sequence[Mask], means: torch.Tensor, *, linked: bool = False) -> None:
+    """Entries like the first, with masks and class means of their own; their files are holes, or links to its file."""
     connection = sqlite3.connect(path / "index.sqlite")
     columns = [column for _, column, *_ in connection.execute("PRAGMA table_info(entries)")]
     first = dict(zip(columns, connection.execute("SELECT * FROM entries").fetchone(), strict=True))
     for number in range(1, len(masks)):
         file = path / "entries" / f"task-{number:04d}.safetensors"
-        with open(file, "wb") as empty:
-            empty.truncate(first["bytes"])
+        if linked:
+            os.link(path / "entries" / first["file"], file)
+        else:
+            with open(file, "wb") as empty:
+                empty.truncate(first["bytes"])
         changed = {"mask": masks[number].to_bytes(), "class_means": means[number].numpy().tobytes()}
         row = {**first, "name": file.stem, "file": file.name, **changed}
         marks = ", ".join("?" * len(columns))

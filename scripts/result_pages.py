@@ -5,6 +5,8 @@ Everything comes from committed files. Each folder of benchmarks/results/ is a d
     study.md          from study_*.json          claims, verdicts, tables, figures
     comparisons.md    from compare_*.json, demo_*.json
     speed.md          from deployed_*.json, latency_*.json, runtimes_*.json, memory_*.json and each op's file
+
+and docs/scale.md its tables from results/cpu/scale.json.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from benchmarks.coverage import summary as summary_of_coverage  # noqa: E402
 from benchmarks.results import Promise, Results, Row, read_results  # noqa: E402
 from mvp_ext.app.bench import bench_table, reasons  # noqa: E402
 from mvp_ext.app.report import summary_table  # noqa: E402
-from mvp_ext.app.results import count_text, load_results  # noqa: E402
+from mvp_ext.app.results import count_text, flops_text, load_results, seconds_text  # noqa: E402
 from mvp_ext.app.tables import Table  # noqa: E402
 
 RESULTS, FIGURES, PAGES = (
@@ -37,6 +39,7 @@ RESULTS, FIGURES, PAGES = (
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 # The README's table and the list of verdicts show this study.
 SHOWN = RESULTS / "cpu" / "study_cpu.json"
+SCALE = RESULTS / "cpu" / "scale.json"
 OURS, CONTROL = "mvp refined, weighted", "universal"
 README_ARMS = {
     "dense, ridge head": "dense model, a new head",
@@ -482,6 +485,84 @@ def _why(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"not faster: {flops['ours'] / flops['dense']:.0%} of the FLOPs are left"
 
 
+# ---- scale
+
+
+def scale(result: Mapping[str, Any]) -> str:
+    """What was measured of growth, and what it comes to for many tasks and processes."""
+    made, driver, steps = result["setting"], result["driver"], result["steps"]
+    times = ("open_seconds", "nearest_seconds", "vote_seconds", "prune_seconds")
+    entries = [
+        (
+            f"{row['entries']:,}",
+            f"{count_text(row['index_bytes'])}B",
+            *(seconds_text(row[name]) for name in times),
+        )
+        for row in result["entries"]
+    ]
+    models = [
+        (
+            row["model"],
+            count_text(row["parameters"]),
+            flops_text(row["flops"]),
+            seconds_text(row["step_seconds"]),
+        )
+        for row in result["models"]
+    ]
+    measured = {row["workers"]: row for row in result["workers"]}
+    workers = [
+        (str(number), f"{60 * row['entries'] / row['seconds']:.1f}")
+        if (row := measured.get(number))
+        else (str(number), "not measured yet")
+        for number in sorted({1, 2, *measured})
+    ]
+    return "\n\n".join(
+        (
+            "## Measured",
+            f"`{made['command']}`, commit {made['commit']}, one thread "
+            f"({machine(result['environment'])}; `{name_of(SCALE)}`). Zoos of resnet18 "
+            f"with {made['voters']} voters of 10 classes a task; `prune` is that of a tiny model without fine-tuning.",
+            table(("entries", "index", "open", f"{made['voters']} nearest", "vote of all", "prune"), entries),
+            f"The nearest among {made['among']:,} entries of so many classes each:",
+            table(
+                ("classes", "time"),
+                [(str(row["classes"]), seconds_text(row["nearest_seconds"])) for row in result["classes"]],
+            ),
+            f"A training step of {made['batch']} images at {result['models'][0]['pixels']} pixels:",
+            table(("model", "parameters", "FLOPs an image", "step"), models),
+            "Entries of a tiny model, pruned from scratch, by workers (that several share the entries of `zoo build`):",
+            table(("workers", "entries a minute"), workers),
+            f"One finished entry of resnet18 ({count_text(driver['entry_bytes'])}B) is added in "
+            f"{seconds_text(driver['add_seconds'])}: checked, written and synced, its row committed.",
+            *_many(steps, driver, tasks=10_000, processes=100),
+        )
+    )
+
+
+def _many(
+    steps: Mapping[str, Any], driver: Mapping[str, Any], tasks: int, processes: int
+) -> tuple[str, str, str]:
+    shared, own = steps["universal_a_task"] * tasks, steps["entry"] * tasks / processes
+    each = own + shared / processes
+    rows = [
+        ("the model of all tasks", f"{shared:,.0f} steps", f"up to {steps['batch']} processes share each"),
+        ("the entries", f"{own:,.0f} steps", f"of each of {processes} processes, side by side"),
+        ("adding them by one writer", seconds_text(tasks * driver["add_seconds"]), "while others train"),
+    ]
+    return (
+        f"## {tasks:,} tasks, {processes} GPUs",
+        table(("work", "one after another", ""), rows),
+        f"**The largest bottleneck is the model of all tasks.** Its steps come one after another, "
+        f"{shared / own:,.0f} for each that a process spends on its entries, "
+        f"and a batch of {steps['batch']} gives at most {steps['batch']} "
+        "processes something to do. The plan gives it a share of all steps, so they grow with the tasks although it "
+        "stays one small model. For so many tasks it wants fewer and larger steps (not tried), or none "
+        f"(`--no-refine`: {each:,.0f} steps of each process). "
+        "What follows behind it is the search for neighbours, which reads and compares every entry for every task: "
+        "see the last line of the first table.",
+    )
+
+
 # ---- the pages
 
 
@@ -507,6 +588,7 @@ def render() -> dict[Path, str]:
     ]
     pages[index] = _between(index, "\n".join(listed) + "\n\n" + verdicts(study))
     pages[readme] = _between(readme, summary(study))
+    pages[ROOT / "docs" / "scale.md"] = _between(ROOT / "docs" / "scale.md", scale(read(SCALE)))
     return pages
 
 

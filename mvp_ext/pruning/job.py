@@ -182,9 +182,20 @@ def find_neighbours(job: Job, zoo: Zoo) -> list[Neighbour]:
         ranked = search(n=count, read_weights=False)
         shares = voter_weights(ranked, job.vote.weighting) / len(ranked)
         count = max(1, int((shares >= LEAST_SHARE).sum()))
-    neighbours = search(n=count)
+        neighbours = _with_weights(job, ranked[:count]) or search(n=count)
+    else:
+        neighbours = search(n=count)
     job.neighbours = [(n.entry.name, n.similarity) for n in neighbours]
     return neighbours
+
+
+def _with_weights(job: Job, nearest: Sequence[Neighbour]) -> list[Neighbour]:
+    """These with their weights; none of them where one is damaged, so that the whole zoo has to be ranked again."""
+    with job.cost.timed():
+        try:
+            return [replace(neighbour, stored=neighbour.read()) for neighbour in nearest]
+        except ZooError:
+            return []
 
 
 def voted_mask(job: Job, neighbours: Sequence[Neighbour]) -> Mask:

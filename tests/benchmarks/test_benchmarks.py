@@ -56,6 +56,7 @@ def test_dry_run(script: Path, device: str, tmp_path: Path) -> None:
     ("script", "options", "written"),
     [
         ("large.py", (), {"large.json"}),
+        ("scale.py", (), {"scale.json"}),
         ("images.py", ("--without", "memory", "torchvision"), {"images.json"}),
         ("deployed.py", ("--work", "work"), {"deployed_test_resnet.json", "accuracy_latency.png"}),
         (

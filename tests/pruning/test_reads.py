@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from mvp_ext.pruning.build import build_refined_zoo
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.recipe import Recipe
-from mvp_ext.zoo import files
+from mvp_ext.zoo import files, neighbours
+from mvp_ext.zoo.neighbours import proxy_leep
 from mvp_ext.zoo.shared import START
 from mvp_ext.zoo.zoo import Zoo
 
@@ -101,6 +103,28 @@ def test_content_is_hashed_once_a_process(made, monkeypatch):
     with reading(monkeypatch) as seen:
         prune(backbone, digits_task((0, 1, 8)), Zoo(path), steps=0, vote=vote)
     assert seen["hashed"] == 0
+
+
+def test_a_zoo_is_ranked_once(made, monkeypatch, tmp_path):
+    """By those whose weight counts as by all; again only where one of them is damaged, and the next comes in."""
+    backbone, path = made
+    ranked = []
+    monkeypatch.setattr(neighbours, "proxy_leep", lambda *known: ranked.append(1) or proxy_leep(*known))
+
+    def voters():
+        ranked.clear()
+        vote = VoteOptions(similarity="proxy_leep")
+        result = prune(backbone, digits_task((0, 1, 8)), Zoo(path), steps=0, vote=vote)
+        return [name for name, _ in result.neighbours]
+
+    path = shutil.copytree(path, tmp_path / "zoo")
+    first, *others = voters()
+    assert ranked == [1]
+    file = Zoo(path)[first].path
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.warns(UserWarning, match="passed over for the vote"):
+        assert voters()[: len(others)] == others
+    assert ranked == [1, 1]
 
 
 def test_a_zoo_is_described_without_reading_it(made, monkeypatch):
