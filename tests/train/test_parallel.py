@@ -75,10 +75,11 @@ SCRIPT = """
 
 
 def run(*words: str) -> str:
-    """What ``python words`` prints."""
+    """What ``python words`` prints, with the package that this process imports."""
+    paths = (str(TESTS), *sys.path[1:])
     done = subprocess.run(
         [sys.executable, *words],
-        env={**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
