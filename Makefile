@@ -6,6 +6,7 @@
 #   WORKERS=2                processes that share the tests
 #   OLDEST_PYTHON=python3.10 which Python is the oldest, for `make test-oldest`
 #   DEMO_ARGS="--help"       passed to `mvp-ext demo`
+#   BENCH=runs/bench         where `make bench` puts its results
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -15,16 +16,18 @@ WORKERS ?= 2
 DEMO_ARGS ?=
 OLDEST_PYTHON ?= python3.10
 OLDEST ?= .venv-oldest
+BENCH ?= runs/bench
 
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 PACKAGE := pyproject.toml setup.py CMakeLists.txt MANIFEST.in $(shell find mvp_ext csrc -type f \
 	\( -name '*.py' -o -name '*.typed' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null)
 CPP := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc' \) 2>/dev/null)
 
-.PHONY: help install develop demo test test-oldest lint docs ptxas sanitize aarch64 format wheel info clean
+.PHONY: help install develop demo bench test test-oldest lint docs ptxas sanitize aarch64 format wheel info clean
 help:
 	@echo "make demo     install, then the main job on real images; leaves runs/demo/report.html"
 	@echo "make test     install, then the test suite against the installed package"
+	@echo "make bench    every kernel against torch's own ops for a short time each, then the promises kept and missed"
 	@echo "make lint     ruff, clang-format, mypy, typos, who may import what"
 	@echo "make docs     the documentation, as a site in build/site"
 	@echo "make ptxas    compile the CUDA kernels with nvcc; no warning, no spill, no local memory"
@@ -66,6 +69,15 @@ develop: $(VENV)/.dependencies
 
 demo: install
 	$(BIN)/mvp-ext demo $(DEMO_ARGS)
+
+# Ten ops in ten minutes: what a case's few rounds say is rough, and the committed results took longer.
+bench: install
+	@mkdir -p $(BENCH)
+	@for file in benchmarks/bench_*.py; do \
+		op=$${file#benchmarks/bench_}; op=$${op%.py}; \
+		$(BIN)/python $$file --seconds 0.05 --budget 50 --out $(BENCH)/$$op.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/results.py $(BENCH)
 
 # From inside $(VENV), so that `import mvp_ext` finds what was installed and not the source tree, also in the
 # processes that tests start. Threads that wait for each other sleep: where they spin, processes that share the cores

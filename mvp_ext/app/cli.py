@@ -189,7 +189,7 @@ def prune(
             opened,
             settings,
             method=how.method,
-            steps=how.steps,
+            steps=how.number_of_steps,
             vote=voters.vote(),
             run=RunOptions(on_step=lambda done, total: progress(chosen.name, done, total)),
         )
@@ -199,10 +199,11 @@ def prune(
     if result.neighbours:
         nearest = ", ".join(f"{name} ({similarity:.2f})" for name, similarity in result.neighbours)
         say(f"voters: {nearest}")
-    if result.choice:
-        say(
-            f"{result.choice['chosen']}: the zoo knows {result.choice['known_share']:.0%} of the task's classes"
-        )
+    choice = result.choice or {}
+    if "known_share" in choice:
+        say(f"the zoo knows {choice['known_share']:.0%} of the task's classes")
+    if "left_out_error" in choice:
+        say(f"{choice['steps']} steps: {choice['left_out_error']:.1%} leave-one-out error before them")
     say(f"kept: {kept_text(result.mask)}")
     say(f"outputs, in order: {', '.join(result.class_names)}")
     say(f"accuracy by class: {class_accuracy_text(result.class_names, result.class_accuracy)}")

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from typer import Option
@@ -312,7 +312,17 @@ class MethodOptions:
             rich_help_panel=PRUNING,
         ),
     ] = "auto"
-    steps: Annotated[int, Option(help="Fine-tuning steps.", rich_help_panel=PRUNING)] = 60
+    steps: Annotated[
+        str, Option(help="Fine-tuning steps, or auto: as many as the task needs.", rich_help_panel=PRUNING)
+    ] = "60"
+
+    @property
+    def number_of_steps(self) -> int | Literal["auto"]:
+        if self.steps == "auto":
+            return "auto"
+        if not self.steps.isdecimal():
+            raise ValueError(f"--steps: expected a number or auto, got {self.steps!r}")
+        return int(self.steps)
 
 
 @dataclass(frozen=True)

@@ -40,15 +40,15 @@ class EntryJob:
         task: the entry's.
         settings: as of ``build_zoo``.
         start: likewise.
-        describe: "class_means" and "temperature" by which the zoo knows the task, of this job; None: the dense
-            backbone's.
+        describe: of this job and its result: tensors by which the zoo knows the task, "class_means" and "temperature"
+            among them; None: these two, by the dense backbone's features.
     """
 
     backbone: Backbone
     task: Task
     settings: Settings
     start: PrunedCheckpoint | None = None
-    describe: Callable[[EntryJob], dict[str, Tensor]] | None = None
+    describe: Callable[[EntryJob, Result], dict[str, Tensor]] | None = None
 
 
 # Makes entries and yields the result of each when it is finished, in whatever order.
@@ -66,7 +66,7 @@ def make_entry(job: EntryJob, progress: Progress | None = None) -> Result:
         run=RunOptions(on_step=_named(progress, job.task.name), start=job.start),
     )
     if job.describe is not None:
-        result.tensors |= job.describe(job)
+        result.tensors |= job.describe(job, result)
     return result
 
 

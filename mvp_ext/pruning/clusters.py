@@ -26,11 +26,12 @@ from mvp_ext.pruning.build import (
     universal_start,
 )
 from mvp_ext.pruning.iterative import planned_steps
+from mvp_ext.pruning.methods import STATISTICS
 from mvp_ext.pruning.prune import seen_by
 from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.settings import Settings
 from mvp_ext.train.backbone import Backbone, extract_features
-from mvp_ext.train.heads import class_means, fit_temperature
+from mvp_ext.train.heads import ClassStatistics, class_means, fit_temperature
 from mvp_ext.zoo.shared import CLUSTERS, UNIVERSAL
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
@@ -182,22 +183,28 @@ class _Described:
     @cached_property
     def _means(self) -> Tensor:
         data = self._classes.split()
-        features = _features(self.backbone, self.start, self.settings, data)
+        features = _features(self.backbone, self.start.model, self.settings, data)
         return class_means(features, data.train_labels, data.num_classes)
 
 
-def _by_start(job: EntryJob) -> dict[str, Tensor]:
-    """Of all training images of its classes."""
+def _by_start(job: EntryJob, result: Result) -> dict[str, Tensor]:
+    """Of all training images of its classes: by the features of the start, and what the expert knows by its own."""
     assert job.start is not None
     data = job.task.split()
-    features, labels = _features(job.backbone, job.start, job.settings, data), data.train_labels
-    means = class_means(features, labels, data.num_classes)
-    return {"class_means": means, "temperature": torch.tensor(fit_temperature(features, labels, means))}
+    labels, classes = data.train_labels, data.num_classes
+    features = _features(job.backbone, job.start.model, job.settings, data)
+    means = class_means(features, labels, classes)
+    own = ClassStatistics.of(_features(job.backbone, result.model, job.settings, data), labels, classes)
+    return {
+        "class_means": means,
+        "temperature": torch.tensor(fit_temperature(features, labels, means)),
+        **dict(zip(STATISTICS, own, strict=True)),
+    }
 
 
-def _features(backbone: Backbone, start: PrunedCheckpoint, settings: Settings, data: TaskData) -> Tensor:
+def _features(backbone: Backbone, model: nn.Module, settings: Settings, data: TaskData) -> Tensor:
     """f32 [n, F], of the training images."""
-    model = start.model.to(backbone.device)
+    model = model.to(backbone.device)
     precision = settings.recipe_for(backbone.model).precision
     return extract_features(model, data.train_images, backbone.preprocessing, precision)
 

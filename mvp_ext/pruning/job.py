@@ -39,9 +39,8 @@ from mvp_ext.zoo.zoo import Zoo, ZooError
 
 # Of all classes together, to find neighbours and to score units: a dense pass over 1000 was half of a task's cost.
 SAMPLE_IMAGES = 320
-# The same by a zoo's universal model: a tenth of what refitting it to a task takes.
-DESCRIBED_IMAGES, DESCRIBED_OF_A_CLASS = 128, 4
-
+# At least, for what a zoo says of classes.
+DESCRIBED_OF_A_CLASS = 4
 
 # Voters that weigh less change nothing that matters, and reading each takes milliseconds.
 LEAST_SHARE = 0.02
@@ -53,9 +52,13 @@ class Job:
 
     Attributes:
         settings: with nothing left open: scope and recipe are there.
+        steps: fine-tuning steps; None: not known before there is a start.
         neighbours: what the result says of the voters; a method that asks some puts them there.
         known_features: the dense backbone's on all training images, f32 [n, F], and the seconds that they took.
-        choice: what the result says of a choice between starts, JSON values; a method that makes one puts it there.
+        choice: what the result says of what was chosen for the task, JSON values; who chooses puts it there.
+        targets: soft labels of the training images, f32 [n, k], that the last head is fitted to; None: their labels. A
+            method that knows more of the classes than these images show puts them there.
+        told: share of the images whose targets are such ones, in [0, 1].
     """
 
     backbone: Backbone
@@ -64,13 +67,15 @@ class Job:
     settings: Settings
     recipe: Recipe
     zoo: Zoo | None
-    steps: int
+    steps: int | None
     vote: VoteOptions
     task_name: str
     cost: Cost
     neighbours: list[tuple[str, float]] = field(default_factory=list)
     known_features: tuple[Tensor, float] | None = None
     choice: dict[str, Any] | None = None
+    targets: Tensor | None = None
+    told: float = 0.0
     _start: PrunedCheckpoint | None = None
     _described: tuple[Tensor, Tensor] | None = None
     _features: Tensor | None = None
@@ -117,19 +122,22 @@ class Job:
         if self.zoo is None or not is_clustered(self.zoo):
             return self.sampled_features("similarity_flops")
         if self._described is None:
-            count = max(DESCRIBED_IMAGES, DESCRIBED_OF_A_CLASS * self.data.num_classes)
+            count = max(SAMPLE_IMAGES, DESCRIBED_OF_A_CLASS * self.data.num_classes)
             index = few_of_each(self.data.train_labels, count, self.settings.seed)
-            size = self.backbone.preprocessing.size
             with self.cost.timed():
                 start = self.start(self.zoo)
-                assert start is not None
-                model = start.model
-                features = extract_features(
-                    model, self.data.train_images[index], self.backbone.preprocessing, self.recipe.precision
-                )
-            self.cost.similarity_flops += len(index) * count_flops(model, (3, size, size))
-            self._described = features, self.data.train_labels[index]
+            assert start is not None
+            self._described = self.features_by(start.model, index), self.data.train_labels[index]
         return self._described
+
+    def features_by(self, model: nn.Module, index: Tensor) -> Tensor:
+        """Those of another model on some of the training images, f32 [m, F]; books their pass as one for similarity."""
+        size = self.backbone.preprocessing.size
+        with self.cost.timed():
+            images = self.data.train_images[index]
+            features = extract_features(model, images, self.backbone.preprocessing, self.recipe.precision)
+        self.cost.similarity_flops += len(index) * count_flops(model, (3, size, size))
+        return features
 
     def description(self) -> tuple[Tensor, Tensor]:
         """Features and labels of images that describe the task to a zoo; unbooked, for they make no model."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.job import Job, find_neighbours, merged_model, score_target, voted_mask
 from mvp_ext.pruning.vote import small_model
-from mvp_ext.zoo.known import known_classes
+from mvp_ext.train.heads import ClassStatistics, left_out_error
+from mvp_ext.zoo.known import KnownClasses, known_classes
 from mvp_ext.zoo.shared import START, UNIVERSAL, is_clustered, is_refined
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
-# Experts of a task's classes are better than one model of all; of new classes and of new domains they are not.
-KNOWN_SHARE = 0.5
+# What an expert knows of its classes, in its own features: tensors beside its weights (``ClassStatistics``).
+STATISTICS = ("own_means", "own_scatter")
 Method = Callable[[Job], tuple[nn.Module, Mask]]
 
 
@@ -53,15 +55,52 @@ def _clustered(job: Job) -> tuple[nn.Module, Mask]:
     features, labels = job.described()
     with job.cost.timed():
         known = known_classes(zoo.class_means(job.structure.fingerprint), features, labels)
-    chosen = "experts" if known.share >= KNOWN_SHARE else "universal"
-    job.choice = {"chosen": chosen, "known_share": known.share, "known_by_expert": known.by_entry}
-    if chosen == "experts":
+    job.targets = _said_by_experts(job, zoo, known)
+    job.choice = {"known_share": known.share, "known_by_expert": known.by_entry, "told_by_experts": job.told}
+    if len(zoo) > 0:
         return _mvp(job)
+    # Where all tasks are of one kind, the model that experts would refine is all there is.
     start = job.start(zoo)
-    # What the experts refine, not a control of the whole zoo's steps; where they are cut from a wider model, that one.
-    if start is not None and start.extra["keep"] == job.settings.keep:
-        return copy.deepcopy(start.model), start.mask
-    return _universal(job)
+    assert start is not None
+    return copy.deepcopy(start.model), start.mask
+
+
+def _said_by_experts(job: Job, zoo: Zoo, known: KnownClasses) -> Tensor | None:
+    """Soft labels of the training images, f32 [n, k]: among the classes that an expert knows they are what it says of
+    the image, for it has seen more images of them than the task brings. None where no expert knows two.
+
+    Classes that only look alike are told by the labels: an expert that errs more often than what can be learned of
+    these images alone knows others.
+    """
+    labels = job.data.train_labels
+    targets = torch.nn.functional.one_hot(labels, job.data.num_classes).float()
+    told = 0
+    for name, found in known.found.items():
+        if len(found) < 2:
+            continue
+        with job.cost.timed():
+            try:
+                stored = zoo[name].read()
+            except ZooError:
+                # Whoever asks for its vote tells of it.
+                continue
+            means, scatter = (stored.extra.get(key) for key in STATISTICS)
+            # An expert of an older version.
+            if means is None or scatter is None:
+                continue
+            classes = torch.tensor(sorted(found))
+            head = ClassStatistics(means, scatter).head([found[c] for c in classes.tolist()])
+            model = stored.build().to(job.backbone.device)
+            index = torch.isin(labels, classes).nonzero().flatten()
+        features = job.features_by(model, index)
+        with job.cost.timed():
+            scores, own = head(features), torch.searchsorted(classes, labels[index])
+            error = float((scores.argmax(1) != own).double().mean())
+            if error <= left_out_error(features, own, len(classes)):
+                targets[index[:, None], classes] = scores
+                told += len(index)
+    job.told = told / len(labels)
+    return targets if told else None
 
 
 def _universal(job: Job) -> tuple[nn.Module, Mask]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,17 @@ from mvp_ext.pruning.job import Job
 from mvp_ext.pruning.methods import METHOD_NAMES, METHODS, Method, method_for
 from mvp_ext.pruning.result import Point, Result
 from mvp_ext.pruning.settings import Settings, VoteOptions
-from mvp_ext.train.backbone import Backbone, classify, extract_features
+from mvp_ext.train.backbone import Backbone, classify, extract_features, set_head
 from mvp_ext.train.cost import Cost
 from mvp_ext.train.evaluate import accuracy_of, evaluate
-from mvp_ext.train.heads import class_means, fit_temperature, ridge_head
+from mvp_ext.train.heads import class_mean_head, class_means, fit_temperature, left_out_error, ridge_head
 from mvp_ext.train.refit import fit_head, reestimate_statistics
 from mvp_ext.train.trainer import HeadTeacher, Trainer
 from mvp_ext.zoo.zoo import Zoo
 
+# Steps bring nothing that could be measured where the start errs less often, of images left out, or where experts have
+# told so much of the images.
+LEAST_ERROR, MOST_TOLD, MOST_STEPS = 0.02, 0.5, 40
 # (steps done, steps in all)
 OnStep = Callable[[int, int], None]
 
@@ -69,7 +73,7 @@ def prune(
     settings: Settings | None = None,
     *,
     method: str | Method = "auto",
-    steps: int = 60,
+    steps: int | Literal["auto"] = 60,
     vote: VoteOptions | None = None,
     run: RunOptions | None = None,
 ) -> Result:
@@ -89,9 +93,10 @@ def prune(
             fine-tuned), "one_shot" (score once, cut once), "random" (control), "ifp" (iterative pruning from scratch;
             for heads it is IHP), "dense" (nothing cut). Or a function of the ``Job`` that returns a small model and
             its mask: it then goes the same way as the others.
-        steps: fine-tuning steps J. For "ifp": the steps after the last removal. Where ``settings.recipe`` distils, they
-            also learn what a head on the dense backbone's features says of the images (``HeadTeacher``), for a pass of
-            that over those that are drawn; "dense" does not.
+        steps: fine-tuning steps J. "auto": as many as the task needs (``steps_for``), which
+            ``choice`` of the result tells; not of "ifp". For "ifp": the steps after the last removal. Where
+            ``settings.recipe`` distils, they also learn what a head on the dense backbone's features says of the
+            images (``HeadTeacher``), for a pass of that over those that are drawn; "dense" does not.
         vote: how many neighbours vote, and how they are found and weighted.
         run: callbacks, points of measurement, and what is at hand.
 
@@ -100,7 +105,9 @@ def prune(
             whose like cannot be trained for tasks (``Backbone.check``).
         ZooError: no zoo, an empty one, or one of another backbone. UnsupportedModelError: a model that cannot be cut.
     """
-    if steps < 0:
+    if isinstance(steps, str) and (steps != "auto" or method == "ifp"):
+        raise ValueError(f"prune: steps: expected a number, or 'auto' unless method is 'ifp', got {steps!r}")
+    if not isinstance(steps, str) and steps < 0:
         raise ValueError(f"prune: steps: expected at least 0, got {steps}")
     if isinstance(method, str) and method not in ("auto", *METHOD_NAMES):
         raise ValueError(f"prune: method: expected one of auto, {', '.join(METHOD_NAMES)}, got {method!r}")
@@ -123,7 +130,7 @@ def prune(
         settings=settings,
         recipe=recipe,
         zoo=zoo,
-        steps=steps,
+        steps=None if isinstance(steps, str) else steps,
         vote=(vote or VoteOptions()).for_method(name),
         task_name=task.name,
         cost=cost,
@@ -147,7 +154,7 @@ def prune(
         "head_bias": classifier.bias.detach().float().clone(),
     }
     with cost.timed():
-        fit_head(small, data, backbone.preprocessing, "ridge", recipe.precision)
+        fit_head(small, data, backbone.preprocessing, "ridge", recipe.precision, job.targets)
     cost.refit_flops += len(data.train_labels) * count_flops(
         small, (3, backbone.preprocessing.size, backbone.preprocessing.size)
     )
@@ -208,25 +215,42 @@ def _fine_tune(job: Job, small: nn.Module, mask: Mask, history: _History, on_ste
         seen = reestimate_statistics(
             small, data.train_images, preprocessing, seed=job.settings.seed, precision=precision
         )
-        fit_head(small, data, preprocessing, "class_mean", precision)
+        features = extract_features(small, data.train_images, preprocessing, precision)
+        set_head(small, class_mean_head(features, data.train_labels, data.num_classes))
         job.cost.refit_flops += (seen + len(data.train_labels)) * image_flops
+        if job.steps is None:
+            error = left_out_error(features, data.train_labels, data.num_classes)
+            job.steps = steps_for(error, job.told)
+            job.choice = {**(job.choice or {}), "left_out_error": error, "steps": job.steps}
         trainer = Trainer(small, data, preprocessing, job.recipe, seed=job.settings.seed, cost=job.cost)
     if job.recipe.distillation > 0 and job.steps > 0 and mask != Mask.full(job.structure):
-        trainer.teacher = _head_teacher(job, mask)
+        trainer.teacher = _head_teacher(job, mask, job.steps)
     history.record(small, 0)
+
+    steps = job.steps
 
     def stepped(done: int) -> None:
         history.record(small, done)
         if on_step is not None:
-            on_step(done, job.steps)
+            on_step(done, steps)
 
-    trainer.run(job.steps, "cosine", stepped)
+    trainer.run(steps, "cosine", stepped)
 
 
-def _head_teacher(job: Job, mask: Mask) -> HeadTeacher | None:
+def steps_for(error: float, told: float = 0.0) -> int:
+    """Steps that pay for a task.
+
+    Args:
+        error: of the start, images left out (``left_out_error``), in [0, 1].
+        told: share of the images that experts have labelled (``Job.told``).
+    """
+    return 0 if error < LEAST_ERROR or told >= MOST_TOLD else MOST_STEPS
+
+
+def _head_teacher(job: Job, mask: Mask, steps: int) -> HeadTeacher | None:
     """Of the images that the steps will draw; None where those are of one class."""
     data, recipe, seed = job.data, job.recipe, job.settings.seed
-    drawn = shuffled_indices(len(data.train_labels), recipe.batch_size, job.steps, seed)
+    drawn = shuffled_indices(len(data.train_labels), recipe.batch_size, steps, seed)
     index = torch.cat(list(drawn)).unique()
     # A class of which nothing is drawn has no part in the head.
     classes, labels = data.train_labels[index].unique(return_inverse=True)
@@ -241,6 +265,7 @@ def _head_teacher(job: Job, mask: Mask) -> HeadTeacher | None:
 
 
 def _prune_iteratively(job: Job, history: _History, run: RunOptions) -> tuple[nn.Module, Mask]:
+    assert job.steps is not None
     settings = replace(job.settings, schedule=replace(job.settings.schedule, final_steps=job.steps))
     total = planned_steps(job.structure, settings, None if run.start is None else run.start.mask)
 

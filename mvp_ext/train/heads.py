@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def class_mean_head(features: Tensor, labels: Tensor, classes: int) -> LinearHea
     return nearest_mean_head(means, fit_temperature(features, labels, means))
 
 
-def ridge_head(features: Tensor, labels: Tensor, classes: int) -> LinearHead:
+def ridge_head(features: Tensor, labels: Tensor, classes: int, targets: Tensor | None = None) -> LinearHead:
     """Ridge regression of one-hot labels on the features; its strength is chosen by leave-one-out error.
 
     For the centred feature matrix X = U S Vᵀ the leave-one-out residual of ridge has a closed form, so the whole grid
@@ -70,8 +71,63 @@ def ridge_head(features: Tensor, labels: Tensor, classes: int) -> LinearHead:
 
     Args:
         features: f32 [n, F], n ≥ 2. labels: int64 [n] in 0..classes−1.
+        targets: [n, classes], soft labels to regress in their place, each row of sum 1.
     """
+    weight, bias, left_out = _ridge(features, labels, classes, targets)
+    scale = _logit_scale(left_out, labels)
+    # Scores sum to 1: less 1/k their logits sum to 0, as those of a trained classifier nearly do.
+    return LinearHead((scale * weight).T.float().contiguous(), (scale * (bias - 1 / classes)).float())
+
+
+# Of the largest eigenvalue: what a ridge is worth that cannot be chosen, for there are no images to leave out.
+_STRENGTH = 0.03
+
+
+class ClassStatistics(NamedTuple):
+    """All that a linear classifier asks of images: means f32 [k, F] of their classes, and scatter f32 [F, F], the mean
+    of (f − μ_c)(f − μ_c)ᵀ over all of them.
+    """
+
+    means: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, classes: int) -> ClassStatistics:
+        """Of features f32 [n, F] with labels int64 [n] in 0..classes−1, all of them there."""
+        means = class_means(features, labels, classes)
+        centred = features.double() - means.double()[labels]
+        return cls(means, (centred.T @ centred / len(centred)).float())
+
+    def head(self, classes: Sequence[int]) -> LinearHead:
+        """Ridge regression of one-hot labels on these features, as many images of each of these classes: scores that
+        sum to 1.
+        """
+        means = self.means[list(classes)].double()
+        mean, share = means.mean(0), 1 / len(means)
+        centred = means - mean
+        total = self.scatter.double() + share * centred.T @ centred
+        ridge = _STRENGTH * torch.linalg.eigvalsh(total)[-1] + 1e-12
+        weight = torch.linalg.solve(
+            total + ridge * torch.eye(len(total), dtype=torch.float64), share * centred.T
+        )
+        return LinearHead(weight.T.float().contiguous(), (share - mean @ weight).float())
+
+
+def left_out_error(features: Tensor, labels: Tensor, classes: int) -> float:
+    """Share of the images, in [0, 1], that ``ridge_head`` takes for another class when it is fitted to all others.
+
+    Features that were fine-tuned on these very images make it too small.
+    """
+    return float((_ridge(features, labels, classes)[2].argmax(1) != labels).double().mean())
+
+
+def _ridge(
+    features: Tensor, labels: Tensor, classes: int, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """f64: weight [F, k] and bias [k] of the regression, and its scores [n, k] of each image left out."""
     x, y = features.double(), torch.nn.functional.one_hot(labels, classes).double()
+    if targets is not None:
+        y = targets.double()
     x_mean, y_mean = x.mean(0), y.mean(0)
     x, y = x - x_mean, y - y_mean
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
@@ -90,10 +146,7 @@ def ridge_head(features: Tensor, labels: Tensor, classes: int) -> LinearHead:
         if error < best_error:
             best_error, best_weight = error, vt.T @ ((s / (energy + strength))[:, None] * uty)
             best_scores = y + y_mean - left_out
-    scale = _logit_scale(best_scores, labels)
-    # Scores sum to 1: less 1/k their logits sum to 0, as those of a trained classifier nearly do.
-    bias = scale * (y_mean - x_mean @ best_weight - 1 / classes)
-    return LinearHead((scale * best_weight).T.float().contiguous(), bias.float())
+    return best_weight, y_mean - x_mean @ best_weight, best_scores
 
 
 def _logit_scale(scores: Tensor, labels: Tensor) -> float:

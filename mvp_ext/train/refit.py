@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mvp_ext.data.stored import Images
@@ -65,7 +65,12 @@ def reestimate_statistics(
 
 
 def fit_head(
-    model: nn.Module, data: TaskData, preprocessing: Preprocessing, kind: str, precision: str = "auto"
+    model: nn.Module,
+    data: TaskData,
+    preprocessing: Preprocessing,
+    kind: str,
+    precision: str = "auto",
+    targets: Tensor | None = None,
 ) -> LinearHead:
     """Fit a classifier in closed form on the task's training images and put it on the model.
 
@@ -75,12 +80,15 @@ def fit_head(
         preprocessing: how they become the model's input.
         kind: "class_mean" or "ridge" (``heads.py``).
         precision: as of ``autocast``.
+        targets: of a "ridge", as of ``ridge_head``.
 
     Returns:
         The head that is now the model's.
     """
     features = extract_features(model, data.train_images, preprocessing, precision)
-    fit = {"class_mean": class_mean_head, "ridge": ridge_head}[kind]
-    head = fit(features, data.train_labels, data.num_classes)
+    if kind == "ridge":
+        head = ridge_head(features, data.train_labels, data.num_classes, targets)
+    else:
+        head = class_mean_head(features, data.train_labels, data.num_classes)
     set_head(model, head)
     return head

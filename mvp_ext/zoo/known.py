@@ -22,10 +22,13 @@ class KnownClasses(NamedTuple):
     Attributes:
         share: of the task's classes, those that the zoo knows, in [0, 1].
         by_entry: entry → share of the task's classes that are among its own.
+        found: entry → {class of the task: which of the entry's classes it is}; a class that several entries have is
+            that of the one which has most of the task's.
     """
 
     share: float
     by_entry: dict[str, float]
+    found: dict[str, dict[int, int]]
 
 
 def known_classes(known: Sequence[ClassMeans], features: Tensor, labels: Tensor) -> KnownClasses:
@@ -33,7 +36,8 @@ def known_classes(known: Sequence[ClassMeans], features: Tensor, labels: Tensor)
 
     A class is known where its mean is one of the zoo's up to what few images allow: where the squared distance, less
     what the spread within the class adds to it (tr Σ / n), is below a share of that from the zoo's class to its nearest
-    other. Both are in the same features, so no threshold depends on a backbone.
+    other. Both are in the same features, so no threshold depends on a backbone. Where several of the task's classes lie
+    near one of the zoo's, it is the nearest of them.
 
     Args:
         known: f32 [k, F] each. features: of the task's training images, f32 [n, F], two of a class at least.
@@ -43,7 +47,7 @@ def known_classes(known: Sequence[ClassMeans], features: Tensor, labels: Tensor)
     classes = int(labels.max()) + 1
     owners = [entry.name for entry in known for _ in entry.means]
     if not owners:
-        return KnownClasses(0.0, {})
+        return KnownClasses(0.0, {}, {})
     theirs = torch.cat([entry.means for entry in known]).double()
     x, counts = features.double(), torch.bincount(labels, minlength=classes).double()
     means = class_means(features, labels, classes).double()
@@ -51,17 +55,30 @@ def known_classes(known: Sequence[ClassMeans], features: Tensor, labels: Tensor)
     between = _squared_distances(theirs, theirs)
     # A class of two entries is not another one.
     scale = theirs.square().sum(1).mean()
-    between = between.masked_fill(between <= 1e-9 * scale, torch.inf)
+    same = between <= 1e-9 * scale
+    between = between.masked_fill(same, torch.inf)
     own = _squared_distances(means, theirs)
     distance, nearest = own.min(1)
     is_known = distance - spread / counts < _NEAR * between.min(1).values[nearest]
-    by_entry: dict[str, float] = {}
-    for name in dict.fromkeys(owners):
-        of_entry = torch.tensor([owner == name for owner in owners])
+    used: set[int] = set()
+    for c in distance.argsort(stable=True).tolist():
+        first = int(same[nearest[c]].int().argmax())
+        is_known[c] &= first not in used
+        used |= {first} if is_known[c] else set()
+    has: dict[str, dict[int, int]] = {}
+    for entry, of_entry in zip(known, own.split([len(entry.means) for entry in known], 1), strict=True):
+        least, number = of_entry.min(1)
         # Several entries may have the class.
-        hit = (own.masked_fill(~of_entry, torch.inf).min(1).values <= distance + 1e-9 * scale) & is_known
-        by_entry[name] = float(hit.double().mean())
-    return KnownClasses(float(is_known.double().mean()), by_entry)
+        hit = (least <= distance + 1e-9 * scale) & is_known
+        has[entry.name] = {c: int(number[c]) for c in hit.nonzero().flatten().tolist()}
+    found: dict[str, dict[int, int]] = {}
+    left = set(is_known.nonzero().flatten().tolist())
+    for name in sorted(has, key=lambda name: -len(has[name])):
+        if taken := {c: number for c, number in has[name].items() if c in left}:
+            found[name] = taken
+            left -= taken.keys()
+    by_entry = {name: len(numbers) / classes for name, numbers in has.items()}
+    return KnownClasses(float(is_known.double().mean()), by_entry, found)
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:

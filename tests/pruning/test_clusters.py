@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from mvp_ext.pruning.clusters import build_clustered_zoo, cluster_tasks
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
+from mvp_ext.train.backbone import extract_features
+from mvp_ext.train.heads import ClassStatistics
 from mvp_ext.train.recipe import Recipe
+from mvp_ext.train.refit import fit_head
 from mvp_ext.zoo.entry import ClassMeans
 from mvp_ext.zoo.known import known_classes
 from mvp_ext.zoo.shared import CLUSTERS, START, UNIVERSAL
@@ -93,11 +97,24 @@ def test_known_and_new_classes_are_told_apart(each, scale):
     assert known.share == pytest.approx(4 / 6)
     # The class 7 is of both.
     assert known.by_entry == pytest.approx({"x": 3 / 6, "y": 2 / 6})
+    assert known.found == {"x": {0: 0, 1: 1, 2: 7}, "y": {3: 6}}
+
+
+def test_a_class_of_the_zoo_is_one_class_of_the_task():
+    classes = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
+    # The second lies near the first; two entries have it.
+    near = classes[0] + 0.2 * classes[1]
+    features, labels = images_of(torch.stack([near, classes[0], classes[3]]), 32)
+    known = known_classes(
+        [ClassMeans("x", classes, 1.0), ClassMeans("y", classes[:1], 1.0)], features, labels
+    )
+    assert known.share == pytest.approx(2 / 3)
+    assert known.found == {"x": {1: 0, 2: 3}}
 
 
 def test_a_zoo_without_experts_knows_nothing():
     features, labels = images_of(torch.randn(2, 4), 3)
-    assert known_classes([], features, labels) == (0.0, {})
+    assert known_classes([], features, labels) == (0.0, {}, {})
 
 
 # ---- the zoo
@@ -150,7 +167,7 @@ def test_tasks_of_one_kind_have_no_experts(tmp_path):
     assert len(zoo) == 0
     result = prune(tiny_backbone(), digits_task((3, 4)), zoo, SETTINGS, steps=0)
     assert result.method == "clustered" == method_for(zoo)
-    assert result.choice == {"chosen": "universal", "known_share": 0.0, "known_by_expert": {}}
+    assert result.choice == {"known_share": 0.0, "known_by_expert": {}, "told_by_experts": 0.0}
 
 
 def test_experts_with_masks_of_their_own(tmp_path):
@@ -166,19 +183,36 @@ def test_experts_with_masks_of_their_own(tmp_path):
     assert result.mask.kept == a.kept
 
 
-def test_what_is_known_goes_to_the_experts(tmp_path):
+def test_an_expert_says_what_it_knows_of_the_classes(tmp_path, monkeypatch):
     zoo = clustered(tmp_path / "zoo")
-    known = prune(tiny_backbone(), TASKS[2], zoo, SETTINGS, steps=0)
-    assert known.choice["chosen"] == "experts"
-    assert known.choice["known_by_expert"]["expert-01"] == 1.0
-    assert known.neighbours[0][0] == "expert-01"
-    assert known.summary()["choice"] == known.choice
-    new = prune(tiny_backbone(), digits_task((4, 9)), zoo, SETTINGS, steps=0)
-    assert new.choice["chosen"] == "universal"
-    name = "layer1.0.conv1.weight"
-    start = zoo.shared(START).load().model.state_dict()
-    assert torch.equal(new.model.state_dict()[name], start[name])
-    assert not torch.equal(known.model.state_dict()[name], start[name])
+    backbone, fitted = tiny_backbone(), []
+    monkeypatch.setattr(
+        "mvp_ext.pruning.prune.fit_head", lambda *args: fitted.append(args[-1]) or fit_head(*args)
+    )
+    # 1 is one expert's, 6 and 7 are another's, and nobody knows 4.
+    task = digits_task((1, 4, 6, 7), "some", seed=5)
+    result = prune(backbone, task, zoo, SETTINGS, steps=0)
+    assert result.choice["known_by_expert"] == {"expert-00": 0.25, "expert-01": 0.5}
+    assert result.choice["told_by_experts"] == 0.5
+    assert result.summary()["choice"] == result.choice
+    (targets,), data = fitted, task.split()
+    one_hot = torch.nn.functional.one_hot(data.train_labels, 4).float()
+    alone = data.train_labels < 2
+    assert torch.equal(targets[alone], one_hot[alone])
+    # What the expert itself says, with a head of all its images.
+    expert, known = zoo["expert-01"].load().model, replace(TASKS[2], max_train_per_class=None).split()
+    features, theirs = (
+        extract_features(expert, images, backbone.preprocessing, "float32")
+        for images in (data.train_images[~alone], known.train_images)
+    )
+    head = ClassStatistics.of(theirs, known.train_labels, 2).head((0, 1))
+    expected = torch.zeros(len(features), 4)
+    expected[:, 2:] = head(features)
+    torch.testing.assert_close(targets[~alone], expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(targets.sum(1), torch.ones(len(targets)), atol=1e-4, rtol=0)
+    # Where nothing is known the labels are all there is.
+    assert prune(backbone, digits_task((4, 9)), zoo, SETTINGS, steps=0).choice["known_share"] == 0.0
+    assert fitted[-1] is None
 
 
 @pytest.mark.parametrize(("weighting", "voters"), [(1e-4, 1), (100.0, 2)])

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from digits import digits_task, tiny_backbone
+from digits import digits_task, equal_weights, tiny_backbone
 from torch import nn
 
 from mvp_ext.data.batches import shuffled_indices
@@ -22,7 +22,7 @@ from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo,
 from mvp_ext.pruning.clusters import build_clustered_zoo
 from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.methods import METHOD_NAMES, method_for
-from mvp_ext.pruning.prune import RunOptions, prune
+from mvp_ext.pruning.prune import MOST_STEPS, RunOptions, prune
 from mvp_ext.pruning.settings import REFINED_WEIGHTING, Schedule, Settings, VoteOptions
 from mvp_ext.pruning.vote import small_model
 from mvp_ext.train.backbone import extract_features
@@ -201,6 +201,19 @@ def test_history_changes_nothing(backbone):
     assert [point.step for point in watched.history] == [0, 1, 3]
     assert watched.history[-1].refit_accuracy == watched.accuracy
     assert watched.history[-1].accuracy == watched.trained_accuracy
+
+
+@pytest.mark.parametrize(("least", "steps"), [(0.0, MOST_STEPS), (1.1, 0)])
+def test_steps_as_the_task_needs(backbone, monkeypatch, least, steps):
+    monkeypatch.setattr("mvp_ext.pruning.prune.LEAST_ERROR", least)
+    done = []
+    watch = RunOptions(on_step=lambda *told: done.append(told))
+    result = prune(backbone, digits_task(), None, BUILD, method="random", steps="auto", run=watch)
+    assert result.cost.steps == result.choice["steps"] == steps
+    assert 0.0 < result.choice["left_out_error"] < 0.5
+    assert done == [(step + 1, steps) for step in range(steps)]
+    same = prune(backbone, digits_task(), None, BUILD, method="random", steps=steps)
+    assert equal_weights(result.model, same.model)
 
 
 def test_keep_one_is_the_dense_model(backbone):
@@ -576,6 +589,11 @@ def test_unknown_method_and_negative_steps(backbone):
         make(backbone, method="magic")
     with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
         make(backbone, method="random", steps=-1)
+    for method, steps in (("random", "some"), ("ifp", "auto")):
+        with pytest.raises(
+            ValueError, match=f"expected a number, or 'auto' unless method is 'ifp', got '{steps}'"
+        ):
+            make(backbone, method=method, steps=steps)
     with pytest.raises(ValueError, match="neighbours: expected at least 1, got 0"):
         make(backbone, neighbours=0)
 

@@ -7,10 +7,12 @@ import torch
 from torch.nn import functional
 
 from mvp_ext.train.heads import (
+    ClassStatistics,
     LinearHead,
     class_mean_head,
     class_means,
     fit_temperature,
+    left_out_error,
     nearest_mean_head,
     ridge_head,
 )
@@ -118,6 +120,39 @@ def test_ridge_is_the_solution_with_the_least_leave_one_out_error(count, width, 
         return float(-(smooth * (factor * torch.stack(left_out)).log_softmax(1)).sum(1).mean())
 
     assert loss(scale) <= min(loss(0.98 * scale), loss(1.02 * scale))
+    wrong = torch.stack(left_out).argmax(1) != labels
+    assert left_out_error(features, labels, 3) == pytest.approx(float(wrong.double().mean()))
+
+
+def test_statistics_are_all_that_a_ridge_asks():
+    """The head of some of the classes, as many images of each: the ridge regression on those images."""
+    features, labels = clusters(60, 9, 5)
+    chosen = [3, 0, 4]
+    head = ClassStatistics.of(features, labels, 5).head(chosen)
+    x = torch.cat([features[labels == c] for c in chosen]).double()
+    y = torch.arange(3).repeat_interleave(12)
+    centred = torch.cat([features[labels == c] - features[labels == c].mean(0) for c in range(5)]).double()
+    means = torch.stack([features[labels == c].double().mean(0) for c in chosen])
+    # With the scatter of all five classes.
+    total = centred.T @ centred / 60 + (means - means.mean(0)).T @ (means - means.mean(0)) / 3
+    strength = 0.03 * float(torch.linalg.eigvalsh(total)[-1])
+    cross = (x - x.mean(0)).T @ (functional.one_hot(y, 3) - 1 / 3).double() / len(x)
+    weight = torch.linalg.solve(total + strength * torch.eye(9, dtype=torch.float64), cross)
+    torch.testing.assert_close(head.weight.double(), weight.T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head(features).sum(1), torch.ones(60), atol=1e-4, rtol=0)
+
+
+def test_soft_labels_take_the_labels_place():
+    features, labels = clusters()
+    plain = ridge_head(features, labels, 4)
+    same = ridge_head(features, labels, 4, functional.one_hot(labels, 4))
+    assert torch.equal(plain.weight, same.weight)
+    soft = plain(features)
+    scale = float(soft.std())
+    # What is linear in the features is found, up to the logits' scale.
+    found = ridge_head(features, labels, 4, soft / scale + 1 / 4)
+    factor = float(found.weight.norm() / plain.weight.norm())
+    torch.testing.assert_close(found.weight, factor * plain.weight, atol=1e-3, rtol=1e-3)
 
 
 def test_ridge_of_constant_features_is_the_prior():
