@@ -23,6 +23,7 @@ import contextlib
 import copy
 import json
 import random
+import statistics
 import tarfile
 import tempfile
 import time
@@ -42,6 +43,7 @@ from mvp_ext.data.tasks import Task, sample_tasks
 from mvp_ext.journal import Journal
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
+from mvp_ext.model.measure import count_parameters
 from mvp_ext.model.structure import Structure
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, pooled_task
 from mvp_ext.pruning.clusters import EXPERT_DISTILLATION, EXPERT_RATE, build_clustered_zoo
@@ -56,7 +58,7 @@ from mvp_ext.train.cost import use_clock
 from mvp_ext.train.evaluate import accuracy_of
 from mvp_ext.train.heads import ClassStatistics, ridge_head
 from mvp_ext.train.recipe import Recipe
-from mvp_ext.zoo.shared import UNIVERSAL
+from mvp_ext.zoo.shared import START, UNIVERSAL
 from mvp_ext.zoo.zoo import Zoo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -156,7 +158,7 @@ class Prepared:
 
     @cached_property
     def tasks(self) -> dict[str, list[Task]]:
-        """The zoo's, and those of known classes, of hidden ones, and of domains that nobody saw."""
+        """The zoo's; those of known classes, of which the zoo's were drawn, too; of hidden ones; of held-out domains."""
         draw, found = random.Random(self.seed), {"zoo": [], "known": [], "hidden": [], "new": []}
         for domain, classes in domains_of(self.data).items():
             if domain in HELD_OUT[self.seed % len(HELD_OUT)]:
@@ -500,7 +502,11 @@ def report(options: argparse.Namespace) -> None:
                 for split in SPLITS
             },
             "questions": _answers(journals),
-            "tasks": journals,
+            "by known share": _by_known_share(journals),
+            "latency": _latency(Prepared(WORLDS[name], min(journals), folder / "seed0", options.files)),
+            "tasks": {
+                seed: {key: _slim(rows) for key, rows in found.items()} for seed, found in journals.items()
+            },
         }
         path = ROOT / "benchmarks" / "results" / "cpu" / f"experts_{_folder_name(name)}.json"
         write_atomic(path, f"{json.dumps(result, indent=1)}\n".encode())
@@ -509,6 +515,67 @@ def report(options: argparse.Namespace) -> None:
                 print(f"{split:20}{arm:34}", "  ".join(f"J {j}: {p['text']}" for j, p in points.items()))
         for answer in result["questions"]:
             print(json.dumps(answer))
+
+
+def _slim(rows: Any) -> Any:
+    """A unit without what is said elsewhere: of each choice its shares alone."""
+    if not isinstance(rows, dict) or "default" not in rows:
+        return rows
+    kept = ("accuracy", "seconds", "flops", "steps")
+    slim: dict[str, Any] = {}
+    for arm, points in rows.items():
+        for steps, point in points.items():
+            choice = point.get("choice") or {}
+            row = {key: point[key] for key in kept if key in point}
+            row |= {
+                key: choice[key]
+                for key in ("known_share", "told_by_experts", "left_out_error")
+                if key in choice
+            }
+            slim.setdefault(arm, {})[steps] = row
+    return slim
+
+
+def _by_known_share(journals: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Default minus universal at 20 steps, of tasks of all splits, by the share of classes that the zoo knows."""
+    found = []
+    for images in IMAGES:
+        tasks = [
+            (rows["default"]["20"]["choice"]["known_share"], f"{seed} {key}", seed, rows)
+            for seed, made in journals.items()
+            for key, rows in made.items()
+            if key.split(" ")[1:2] == [str(images)]
+        ]
+        for low, high in ((0.0, 0.0), (0.01, 0.5), (0.51, 0.99), (1.0, 1.0)):
+            some = [task for task in tasks if low <= task[0] <= high]
+            scores = (
+                {(key, seed): rows[arm]["20"]["accuracy"] for _, key, seed, rows in some}
+                for arm in ("default", "universal")
+            )
+            if (difference := paired(*scores)) is not None:
+                found.append({"images": images, "from": low, "to": high, **asdict(difference)})
+    return found
+
+
+def _latency(prepared: Prepared) -> dict[str, Any] | None:
+    """Milliseconds for one image on one core, the dense and the pruned model in turn; None where the zoo is gone."""
+    zoo = prepared.zoo("clustered")
+    if (stored := zoo.shared(START)) is None:
+        return None
+    torch.set_num_threads(1)
+    size = prepared.backbone.preprocessing.size
+    models = {"dense": prepared.backbone.model.eval(), "pruned": stored.load().model}
+    image, times = torch.randn(1, 3, size, size), {name: list[float]() for name in models}
+    with torch.inference_mode():
+        for _ in range(60):
+            for name, model in models.items():
+                began = time.perf_counter()
+                model(image)
+                times[name].append(1000 * (time.perf_counter() - began))
+    return {
+        name: {"median_ms": statistics.median(taken[10:]), "parameters": count_parameters(models[name])}
+        for name, taken in times.items()
+    }
 
 
 def scores_of(

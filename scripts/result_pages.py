@@ -3,6 +3,7 @@
 Everything comes from committed files. Each folder of benchmarks/results/ is a device; docs/results/<device>/ gets
 
     study.md          from study_*.json          claims, verdicts, tables, figures
+    experts.md        from experts_*.json        experts by cluster, and what is asked of them
     comparisons.md    from compare_*.json, demo_*.json
     speed.md          from deployed_*.json, latency_*.json, runtimes_*.json, memory_*.json and each op's file
 
@@ -54,6 +55,7 @@ PAGE_TITLES = {
     "comparisons": "single runs of `mvp-ext compare` and `mvp-ext demo`",
     "speed": "latency of pruned models, and every op against what a user would write",
     "coverage": "which backbones can be cut, exactly and all the way",
+    "experts": "zoos of experts beside one universal model, where tasks differ: when the vote pays",
 }
 
 
@@ -417,6 +419,104 @@ def _ratio(peer: str, row: Row) -> str:
     return f"{row.ratios[peer]:.2f}" if peer in row.ratios else ""
 
 
+# ---- experts
+
+
+def experts_page(paths: Sequence[Path]) -> str:
+    """A world a chapter: what was asked and answered, then every arm."""
+    return "\n\n".join(("# Experts by cluster", *(part for path in paths for part in _experts(path)))) + "\n"
+
+
+def _experts(path: Path) -> Iterator[str]:
+    result = read(path)
+    made, world, latency = result["setting"], result["setting"]["world"], result["latency"]
+    seeds = ", ".join(map(str, made["seeds"]))
+    yield (
+        f"{world['model']} at {world['size']} px, scope `{world['scope']}`, keep {world['keep']:g}; training seeds "
+        f"{seeds}: each draws hidden classes and held-out domains, and makes the universal model and the experts "
+        f"anew, all in as many steps (about {world['steps']:,}). Tasks bring 10 or 50 images of a class; the zoo's "
+        f"have up to 200. `{made['command']}`, commit {made['commit']}; {machine(result['environment'])}; "
+        f"`{name_of(path)}`."
+    )
+    if latency is not None:
+        one, other = (
+            f"{row['median_ms']:.1f} ms for one image on one core, {count_text(row['parameters'])} parameters"
+            for row in (latency["pruned"], latency["dense"])
+        )
+        yield f"All pruned arms have the same shapes: {one}. The dense model: {other}."
+    yield "## Asked before the seeds were run"
+    yield (
+        "At 20 steps a task; p over tasks, corrected over the questions of superiority (Holm); not inferior: the lower "
+        "end of the 95 % interval over tasks is above −1 point."
+    )
+    yield table(
+        (
+            "tasks",
+            "images a class",
+            "question",
+            "difference",
+            "95 % interval",
+            "by seed",
+            "corrected p",
+            "holds",
+        ),
+        [_question(answer) for answer in result["questions"]],
+    )
+    yield "## Every arm"
+    yield (
+        "Accuracy in %, mean ± standard error over tasks; in brackets its difference to the universal model at equal "
+        "steps. What has fewer tasks was made under the first seed alone. *auto*: as many steps as the rule gives each "
+        "task. Seconds are a task's at 20 steps on one core of a busy machine, without what is made once."
+    )
+    for title, arms in result["arms"].items():
+        steps = list(dict.fromkeys(j for points in arms.values() for j in points))
+        yield f"### {title.capitalize()} a class"
+        yield table(
+            ("arm", *(f"J {j}" for j in steps), "s a task"),
+            [
+                (
+                    name,
+                    *(points[j]["text"] if j in points else "" for j in steps),
+                    f"{points['20']['seconds a task']:.1f}" if "20" in points else "",
+                )
+                for name, points in arms.items()
+            ],
+        )
+    yield "## By what the zoo knows"
+    yield table(
+        ("images a class", "share of the classes known", "tasks", "default − universal"),
+        [
+            (
+                str(row["images"]),
+                f"{row['low']:.0%}"
+                if row["low"] == row["high"]
+                else f"{row['low']:.0%} to {row['high']:.0%}",
+                str(row["tasks"]),
+                _points(row["difference"], row["error"]),
+            )
+            for row in result["by known share"]
+        ],
+    )
+
+
+def _question(answer: Mapping[str, Any]) -> tuple[str, ...]:
+    over = answer["over tasks"]
+    return (
+        {"known": "known classes", "hidden": "hidden classes", "new": "new domains"}[answer["split"]],
+        str(answer["images"]),
+        f"{answer['first']} {'>' if answer['kind'] == 'superior' else '≥'} {answer['second']}",
+        _points(over["difference"], over["error"]),
+        f"[{100 * over['low']:+.1f}, {100 * over['high']:+.1f}]",
+        ", ".join(f"{100 * value:+.1f}" for value in answer["by seed"].values()),
+        f"{answer['corrected p']:.2g}" if "corrected p" in answer else "",
+        "yes" if answer["holds"] else "no",
+    )
+
+
+def _points(difference: float, error: float | None) -> str:
+    return f"{100 * difference:+.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
 # ---- coverage
 
 
@@ -573,6 +673,8 @@ def render() -> dict[Path, str]:
         here = PAGES / folder.name
         for path in sorted(folder.glob("study_*.json")):
             pages[here / "study.md"] = study_page(path, here / "study.md")
+        if found := sorted(folder.glob("experts_*.json")):
+            pages[here / "experts.md"] = experts_page(found)
         compared = [*sorted(folder.glob("compare_*.json")), *sorted(folder.glob("demo_*.json"))]
         if compared:
             pages[here / "comparisons.md"] = comparisons_page(compared, here / "comparisons.md")

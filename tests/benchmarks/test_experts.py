@@ -1,0 +1,111 @@
+"""The study of experts: what its tasks share with the zoo, and its answers, from journals with known differences."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvp_ext.data.images import ImageData
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import experts  # noqa: E402
+from experts import DOMAINS, HELD_OUT, IMAGES, WORLDS, Prepared  # noqa: E402
+
+
+def images_of_all_domains() -> ImageData:
+    """Two images of each class, of as many classes as the domains have groups or files, and more."""
+    sources = list(dict.fromkeys(source for source, _ in DOMAINS.values()))
+    groups = sorted({group for _, names in DOMAINS.values() for group in names})
+    names, group_of, domains = [], [], []
+    for source in sources:
+        first = len(names)
+        for group in groups if source == "cifar100" else [""]:
+            for number in range(5 if group else 7):
+                names.append(f"{source}/{group}-{number}")
+                group_of.append(groups.index(group) + 1 if group else 0)
+        domains.append(range(first, len(names)))
+    labels = torch.arange(len(names)).repeat_interleave(2)
+    images = torch.zeros(len(labels), 8, 8, 3, dtype=torch.uint8)
+    return ImageData(
+        *("all", images, labels, images.clone(), labels.clone(), tuple(names)),
+        superclass_of_class=tuple(group_of),
+        superclass_names=("none", *(f"cifar100/{group}" for group in groups)),
+        domains=tuple(domains),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_hidden_is_in_no_task_of_the_zoo(seed: int, tmp_path: Path) -> None:
+    prepared = Prepared(WORLDS["diverse"], seed, tmp_path, tmp_path)
+    prepared.__dict__["data"] = data = images_of_all_domains()
+    tasks, domains = prepared.tasks, experts.domains_of(data)
+    zoo = {label for task in tasks["zoo"] for label in task.classes}
+    new = {label for domain in HELD_OUT[seed] for label in domains[domain]}
+    hidden = {label for task in tasks["hidden"] for label in task.classes}
+    for task in tasks["known"]:
+        # Those of which the zoo's tasks were drawn; that one was drawn is not sure.
+        assert not (hidden | new) & set(task.classes)
+    for task in tasks["hidden"]:
+        assert not zoo & set(task.classes)
+        assert not new & set(task.classes)
+    for task in tasks["new"]:
+        assert set(task.classes) <= new
+    assert not zoo & new
+    # The same classes with few images and with more, and no task twice.
+    names = [task.name for split in experts.SPLITS for task in tasks[split]]
+    assert len(names) == len(set(names)) > 40
+
+
+def journals(differences: dict[str, float], tasks: int = 12) -> dict[int, dict]:
+    """Accuracies around 0.7, the default's better by so much in each split; noise of a point."""
+    draw = torch.Generator().manual_seed(0)
+    made: dict[int, dict] = {}
+    for seed in range(3):
+        made[seed] = {"make clustered": {}}
+        for split, difference in differences.items():
+            for images in IMAGES:
+                for number in range(tasks):
+                    base = 0.7 + 0.1 * float(torch.randn((), generator=draw))
+                    better = base + difference + 0.01 * float(torch.randn((), generator=draw))
+                    arms = {
+                        arm: {"20": {"accuracy": accuracy, "choice": {"known_share": 1.0}}}
+                        for arm, accuracy in (
+                            ("default", better),
+                            ("universal", base),
+                            ("universal, head of what it knows", base + 0.01),
+                        )
+                    }
+                    made[seed][f"{split} {images} {split}-{number}"] = arms
+    return made
+
+
+def test_what_is_true_is_found() -> None:
+    answers = experts._answers(journals({"known": 0.02, "hidden": 0.0, "new": -0.015}))
+    holds = {(a["split"], a["images"], a["second"]): a["holds"] for a in answers}
+    assert len(holds) == len(experts.QUESTIONS)
+    for images in IMAGES:
+        assert holds["known", images, "universal"]
+        assert holds["hidden", images, "universal"]
+        assert not holds["new", images, "universal"]
+    for answer in answers:
+        assert answer["over tasks"]["tasks"] == 36
+        assert list(answer["by seed"]) == [0, 1, 2]
+        if answer["kind"] == "superior":
+            assert answer["corrected p"] >= answer["over tasks"]["p"]
+
+
+def test_what_is_not_true_is_not_found() -> None:
+    answers = experts._answers(journals({"known": 0.0, "hidden": -0.02, "new": 0.0}))
+    assert not any(a["holds"] for a in answers if a["kind"] == "superior")
+    assert not any(a["holds"] for a in answers if a["split"] == "hidden")
+
+
+def test_tasks_are_told_apart_by_what_the_zoo_knows() -> None:
+    (few, many) = experts._by_known_share(journals({"known": 0.02, "hidden": 0.02, "new": 0.02}))
+    assert (few["images"], few["from"], few["tasks"]) == (10, 1.0, 108)
+    assert many["difference"] == pytest.approx(0.02, abs=0.003)
