@@ -158,7 +158,7 @@ class Prepared:
 
     @cached_property
     def tasks(self) -> dict[str, list[Task]]:
-        """The zoo's; those of known classes, of which the zoo's were drawn, too; of hidden ones; of held-out domains."""
+        """The zoo's; those of known classes, of which the zoo's were drawn; of hidden ones; of held-out domains."""
         draw, found = random.Random(self.seed), {"zoo": [], "known": [], "hidden": [], "new": []}
         for domain, classes in domains_of(self.data).items():
             if domain in HELD_OUT[self.seed % len(HELD_OUT)]:

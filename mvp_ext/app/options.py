@@ -343,16 +343,17 @@ class BuildOptions:
         Schedule.final_steps
     )
     refine: Annotated[
-        bool,
+        bool | None,
         Option(
-            help="Entries refine one pruned model of all tasks, or each is pruned from the dense model.",
+            help="An entry for each task: it refines one pruned model of all, or is pruned from the dense model. "
+            "Default: experts where the tasks are of several kinds, else --refine.",
             rich_help_panel=PRUNING,
         ),
-    ] = True
+    ] = None
     clusters: Annotated[
         str | None,
         Option(
-            help="An expert for each kind of tasks instead of an entry a task: so many, or auto (an experiment).",
+            help="An expert for each kind of tasks instead of an entry a task: so many, or auto.",
             rich_help_panel=PRUNING,
         ),
     ] = None
@@ -369,6 +370,10 @@ class BuildOptions:
     @property
     def experts(self) -> int | None:
         """How many; None: from the data."""
+        if self.clusters is not None and self.refine is not None:
+            raise ValueError(
+                "--clusters makes experts of kinds of tasks, --refine and --no-refine an entry for each task"
+            )
         if self.clusters in (None, "auto"):
             return None
         if not self.clusters.isdecimal():
@@ -377,7 +382,7 @@ class BuildOptions:
 
     @property
     def with_universal(self) -> bool:
-        return not self.refine if self.universal is None else self.universal
+        return self.refine is False if self.universal is None else self.universal
 
 
 @dataclass(frozen=True)

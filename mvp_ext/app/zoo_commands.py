@@ -24,10 +24,11 @@ from mvp_ext.pruning.build import (
     build_zoo,
     planned_zoo_steps,
 )
-from mvp_ext.pruning.clusters import CLUSTERED_SHARE, build_clustered_zoo
+from mvp_ext.pruning.clusters import CLUSTERED_SHARE, build_clustered_zoo, of_several_kinds
 from mvp_ext.train import parallel
 from mvp_ext.train.cost import Cost
 from mvp_ext.zoo.remote import shown_url
+from mvp_ext.zoo.shared import CLUSTERS
 from mvp_ext.zoo.travel import merge_zoos, pull_zoo, push_zoo
 from mvp_ext.zoo.zoo import Zoo
 
@@ -80,20 +81,22 @@ def build(
             )
     if have:
         say(f"{len(have)} of {what.tasks} entries are there already")
-    experts = what.experts
-    share = CLUSTERED_SHARE if what.clusters else UNIVERSAL_SHARE if what.refine else 0.0
+    experts, of_kinds = what.experts, what.clusters is not None
+    if what.clusters is None and what.refine is None:
+        of_kinds = CLUSTERS in opened.facts() or (
+            len(opened) == 0 and of_several_kinds(backbone, drawn, settings)
+        )
+    share = CLUSTERED_SHARE if of_kinds else 0.0 if what.refine is False else UNIVERSAL_SHARE
     first, each = planned_zoo_steps(structure, settings, what.tasks, share)
     total = first + each * len(parallel.mine(range(what.tasks)))
     refined = f"one model of all tasks in {first} optimizer steps, then " if first else ""
-    entries = (
-        f"experts in {each} steps a task" if what.clusters else f"{what.tasks} entries in {each} steps each"
-    )
+    entries = f"experts in {each} steps a task" if of_kinds else f"{what.tasks} entries in {each} steps each"
     say(f"to make: {refined}{entries}")
     if what.with_universal:
         total += total if what.universal_steps is None else what.universal_steps
     with workers.begin() as maker, progress_bar("zoo", total) as progress:
-        make = build_refined_zoo if what.refine else build_zoo
-        if what.clusters:
+        make = build_zoo if what.refine is False else build_refined_zoo
+        if of_kinds:
             make = partial(build_clustered_zoo, clusters=experts)
         make(backbone, drawn, opened, settings, progress=progress, run=maker)
         if what.with_universal:

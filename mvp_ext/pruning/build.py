@@ -22,7 +22,7 @@ from mvp_ext.pruning.settings import Settings
 from mvp_ext.train import parallel
 from mvp_ext.train.backbone import Backbone, BackboneIdentity
 from mvp_ext.zoo.entry import ZooEntry
-from mvp_ext.zoo.shared import START, UNIVERSAL
+from mvp_ext.zoo.shared import CLUSTERS, START, UNIVERSAL
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
 # (what is being made, steps done, steps in all); what is there already is told once, as done.
@@ -172,6 +172,10 @@ def build_refined_zoo(
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"build_refined_zoo: share: expected a value in (0, 1), got {share}")
+    if CLUSTERS in zoo.facts():
+        raise ZooError(
+            f"build_refined_zoo: {zoo.path}: its entries are experts of kinds of tasks; use another zoo"
+        )
     backbone, settings = seen_by(zoo, model), settings or Settings.of_zoo(zoo)
     structure = bind(backbone, zoo, settings)
     steps, each = planned_zoo_steps(structure, settings, len(tasks), share)

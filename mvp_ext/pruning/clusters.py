@@ -40,6 +40,8 @@ CLUSTERED_SHARE = 0.6
 
 # Of the recipe's: what an expert is for is in its tasks' labels, and it has few steps to learn it in.
 EXPERT_DISTILLATION, EXPERT_RATE = 0.25, 2.0
+# Of a class: its mean is known well enough to tell kinds of tasks.
+_KIND_IMAGES = 32
 # Against so many draws of the same classes into other tasks: better than all is chance in one of 20.
 _DRAWS = 19
 # As long as there are more, an expert would see too few tasks to be better than the universal model.
@@ -66,7 +68,7 @@ def build_clustered_zoo(
     are there. May be interrupted and called again like ``build_zoo``.
 
     Args:
-        clusters: number of experts; None: from the data (``cluster_tasks``), none where the tasks are of one kind.
+        clusters: number of experts; None: from the data (``cluster_tasks``), one where the tasks are of one kind.
         base_keep: keep ratio of the model that experts are cut from, each by its own tasks' scores, so that each has a
             mask of its own; the universal model is then cut from it likewise. None: ``settings.keep``, one mask for
             all.
@@ -120,6 +122,18 @@ def build_clustered_zoo(
     return build_entries(jobs, structure, zoo, progress, run)
 
 
+def of_several_kinds(model: nn.Module | Backbone, tasks: Sequence[Task], settings: Settings) -> bool:
+    """Whether ``cluster_tasks`` finds more than one kind of tasks, by the dense backbone's features of a few images."""
+    backbone = Backbone.wrap(model)
+    pooled = pooled_task(tasks, "kinds", settings.seed)
+    data = replace(pooled, max_train_per_class=_KIND_IMAGES).split()
+    features = _features(backbone, backbone.model, settings, data)
+    at = {label: row for row, label in enumerate(pooled.classes)}
+    means = class_means(features, data.train_labels, data.num_classes)
+    sets = [[at[label] for label in task.classes] for task in tasks]
+    return max(cluster_tasks(means, sets, seed=settings.seed)) > 0
+
+
 def _assign(zoo: Zoo, described: _Described, clusters: int | None) -> dict[str, list[Task]]:
     """Expert → the tasks that it is made of, of those experts that the zoo lacks; who serves whom is recorded."""
     known: dict[str, Any] = zoo.facts().get(CLUSTERS) or {"made_of": {}, "tasks": {}}
@@ -128,15 +142,13 @@ def _assign(zoo: Zoo, described: _Described, clusters: int | None) -> dict[str, 
     if CLUSTERS not in zoo.facts():
         numbers = cluster_tasks(*described.vectors(late), clusters, seed=described.settings.seed)
         for task, number in zip(late, numbers, strict=True):
-            # Where all are of one kind, the universal model is their expert.
-            expert = f"expert-{number:02d}" if max(numbers) else None
+            expert = f"expert-{number:02d}"
             known["tasks"][task.name] = _served_by(task, expert)
-            if expert is not None:
-                known["made_of"].setdefault(expert, []).append(task.name)
+            known["made_of"].setdefault(expert, []).append(task.name)
         zoo.record_facts(**{CLUSTERS: known})
     elif late:
-        for task, expert in zip(late, described.nearest(zoo, late), strict=True):
-            known["tasks"][task.name] = _served_by(task, expert)
+        for task, nearest in zip(late, described.nearest(zoo, late), strict=True):
+            known["tasks"][task.name] = _served_by(task, nearest)
         zoo.record_facts(**{CLUSTERS: known})
     wanted = {name: members for name, members in known["made_of"].items() if not zoo.is_sound(name)}
     missing = sorted({name for members in wanted.values() for name in members} - given.keys())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -57,12 +56,7 @@ def _clustered(job: Job) -> tuple[nn.Module, Mask]:
         known = known_classes(zoo.class_means(job.structure.fingerprint), features, labels)
     job.targets = _said_by_experts(job, zoo, known)
     job.choice = {"known_share": known.share, "known_by_expert": known.by_entry, "told_by_experts": job.told}
-    if len(zoo) > 0:
-        return _mvp(job)
-    # Where all tasks are of one kind, the model that experts would refine is all there is.
-    start = job.start(zoo)
-    assert start is not None
-    return copy.deepcopy(start.model), start.mask
+    return _mvp(job)
 
 
 def _said_by_experts(job: Job, zoo: Zoo, known: KnownClasses) -> Tensor | None:

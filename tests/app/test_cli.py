@@ -118,6 +118,20 @@ def test_a_zoo_of_experts(home: Path, tmp_path: Path) -> None:
     assert "the zoo knows" in said.output
     said = run(f"zoo build --clusters many {zoo} {model} {BUILD}", code=2)
     assert "--clusters: expected a number or auto, got 'many'" in said.output
+    said = run(f"zoo build --clusters 2 --refine {zoo} {model} {BUILD}", code=2)
+    assert "--clusters makes experts of kinds of tasks" in said.output
+    # Once it is one, it stays one.
+    said = run(f"zoo build {zoo} {model} {BUILD}")
+    assert "2 entries" in said.output
+
+
+@pytest.mark.parametrize(("several", "first"), [(True, "expert-00"), (False, "zoo-000")])
+def test_experts_are_the_default_where_kinds_exist(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool, first: str
+) -> None:
+    monkeypatch.setattr("mvp_ext.app.zoo_commands.of_several_kinds", lambda *_: several)
+    run(f"zoo build --zoo {tmp_path}/zoo --model {home}/backbone.safetensors {BUILD}")
+    assert next(iter(Zoo(tmp_path / "zoo"))).name == first
 
 
 def test_zoo_list_show_verify(home: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from digits import digits_task, equal_weights, tiny_backbone
+from digits import digits_task, equal_weights, few_digits, tiny_backbone
 
+from mvp_ext.data.tasks import Task
 from mvp_ext.pruning.build import build_refined_zoo
-from mvp_ext.pruning.clusters import build_clustered_zoo, cluster_tasks
+from mvp_ext.pruning.clusters import build_clustered_zoo, cluster_tasks, of_several_kinds
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
@@ -76,6 +77,25 @@ def test_a_number_of_clusters_that_cannot_be():
     for clusters in (0, 3):
         with pytest.raises(ValueError, match=f"cluster_tasks: clusters: expected 1 to 2, got {clusters}"):
             cluster_tasks(torch.randn(4, 3), [[0, 1], [2, 3]], clusters)
+
+
+def test_kinds_are_told_before_anything_is_built():
+    """Digits, and digits in negative, as tasks of each or of both."""
+    data = few_digits()
+    doubled = {}
+    for split in ("train", "test"):
+        images, labels = data.split(split)
+        doubled[f"{split}_images"] = torch.cat([images, 255 - images])
+        doubled[f"{split}_labels"] = torch.cat([labels, labels + 10])
+    names = (*data.class_names, *(f"negative {name}" for name in data.class_names))
+    both = replace(data, class_names=names, **doubled)
+    sets = [(0, 1, 2), (3, 4, 5), (6, 7, 8), (10, 11, 12), (13, 14, 15), (16, 17, 18)]
+    tasks = [Task(f"t{i}", both, classes, seed=i) for i, classes in enumerate(sets)]
+    backbone = tiny_backbone()
+    assert of_several_kinds(backbone, tasks, SETTINGS)
+    mixed = [(0, 11, 2), (13, 4, 15), (6, 17, 8), (10, 1, 12), (3, 14, 5), (16, 7, 18)]
+    tasks = [Task(f"t{i}", both, classes, seed=i) for i, classes in enumerate(mixed)]
+    assert not of_several_kinds(backbone, tasks, SETTINGS)
 
 
 # ---- which classes are known
@@ -162,12 +182,16 @@ def test_a_build_goes_on_and_ends_the_same(tmp_path):
         build_clustered_zoo(tiny_backbone(), [late], zoo, SETTINGS)
 
 
-def test_tasks_of_one_kind_have_no_experts(tmp_path):
+def test_tasks_of_one_kind_have_one_expert(tmp_path):
     zoo = clustered(tmp_path / "zoo", clusters=1)
-    assert len(zoo) == 0
+    assert [entry.task["classes"] for entry in zoo] == [["0", "1", "2", "6", "7"]]
     result = prune(tiny_backbone(), digits_task((3, 4)), zoo, SETTINGS, steps=0)
     assert result.method == "clustered" == method_for(zoo)
-    assert result.choice == {"known_share": 0.0, "known_by_expert": {}, "told_by_experts": 0.0}
+    assert result.choice == {
+        "known_share": 0.0,
+        "known_by_expert": {"expert-00": 0.0},
+        "told_by_experts": 0.0,
+    }
 
 
 def test_experts_with_masks_of_their_own(tmp_path):
@@ -232,6 +256,8 @@ def test_other_zoos_are_refused(tmp_path):
     build_refined_zoo(tiny_backbone(), TASKS, refined, SETTINGS)
     with pytest.raises(ZooError, match=r"build_clustered_zoo: .*: its 3 entries are no experts"):
         build_clustered_zoo(tiny_backbone(), TASKS, refined, SETTINGS)
+    with pytest.raises(ZooError, match=r"build_refined_zoo: .*: its entries are experts"):
+        build_refined_zoo(tiny_backbone(), TASKS, clustered(tmp_path / "zoo"), SETTINGS)
     with pytest.raises(ZooError, match="prune: method 'clustered' needs a zoo of experts"):
         prune(tiny_backbone(), TASKS[0], refined, SETTINGS, method="clustered", steps=0)
     for kwargs, message in (
