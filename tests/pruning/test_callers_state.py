@@ -35,7 +35,7 @@ from mvp_ext.model.fidelity import difference
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import masked_model, prune_model, structure_for
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, build_zoo
-from mvp_ext.pruning.clusters import build_clustered_zoo
+from mvp_ext.pruning.clusters import build_clustered_zoo, of_several_kinds
 from mvp_ext.pruning.iterative import prune_iteratively
 from mvp_ext.pruning.prune import prune, seen_by
 from mvp_ext.pruning.scores import CRITERIA, score_units
@@ -144,6 +144,9 @@ CALLS: dict[str, Call] = {
     "pruning.clusters.build_clustered_zoo": Call(
         lambda g: build_clustered_zoo(g.backbone, [g.task], g.zoo, SETTINGS), True, models=RESNET
     ),
+    "pruning.clusters.of_several_kinds": Call(
+        lambda g: of_several_kinds(g.backbone, [g.task] * 3, SETTINGS), models=RESNET
+    ),
     "pruning.build.build_refined_zoo": Call(
         lambda g: build_refined_zoo(g.backbone, [g.task], g.zoo, SETTINGS), True, models=RESNET
     ),
@@ -213,6 +216,8 @@ OTHERS = {
     "model.borrowed.twin_of": "a copy of its parts",
     "model.borrowed.unwrapped": "gives a part of the model",
     "model.checkpoint.PrunedState.checkpoint": "holds the model",
+    "model.checkpoint.fill": "gives a new model its tensors",
+    "model.checkpoint.whole_state": "a look at tensors",
     "model.elsewhere.create.wrap": "a copy of its parts (tests/model/test_elsewhere.py)",
     "model.elsewhere.torchvision_models.head_of": "a look at modules",
     "model.elsewhere.torchvision_models.is_torchvision": "a look at modules",
@@ -225,8 +230,6 @@ OTHERS = {
     "model.ends.dtype_of": "a look at modules",
     "model.ends.hidden_classifiers": "a look at modules",
     "model.ends.in_channels": "a look at modules",
-    "model.checkpoint.fill": "gives a new model its tensors",
-    "model.checkpoint.whole_state": "a look at tensors",
     "model.families.chain.Units.make": "a look at modules",
     "model.families.chain.flat": "a look at modules",
     "model.families.chain.need": "a look at modules",
@@ -238,20 +241,21 @@ OTHERS = {
     "model.families.parts.need_plain": "a look at modules",
     "model.gate.verify": "what Structure.verify does",
     "model.gate.verify_once": "what Structure.verify does",
-    "model.narrow.in_their_place": "puts its modules back",
     "model.holders.check_wrappers": "a look at modules",
     "model.holders.is_held": "a look at references",
+    "model.narrow.in_their_place": "puts its modules back",
     "model.narrow.narrow": "a step of prune_model",
     "model.structure.Structure.verifier": "what Structure.verify does",
-    "pruning.iterative.kept_features": "a look at parameters",
     "pruning.build.bind": "a step of build_zoo",
     "pruning.build.build_entries": "a step of build_zoo",
     "pruning.build.make_universal": "a step of build_universal",
     "pruning.build.universal_start": "a step of build_refined_zoo",
+    "pruning.iterative.kept_features": "a look at parameters",
+    "pruning.job.Job.features_by": "extract_features of a zoo's model",
     "train.backbone.check_trainable": "a look at tensors",
     "train.backbone.classify": "the model's own classifier",
-    "train.backbone.fresh_head": "a step of set_head",
     "train.backbone.forward_features": "the model's own forward pass, in its mode",
+    "train.backbone.fresh_head": "a step of set_head",
 }
 
 
