@@ -6,7 +6,7 @@
   to open it, to find a task's 5 nearest, to vote among all; and ``prune`` of a tiny model by a zoo of as many entries.
 - ``classes``: to find the nearest among 1,000 entries of so many classes each.
 - ``models``: one training step, and the file of an entry.
-- ``workers``: entries pruned from scratch, a second; a number of workers that was not measured is not there.
+- ``workers``: entries pruned from scratch by this process, and by workers of Ray with a core each (`mvp_ext[ray]`).
 - ``driver``: to add one finished entry to a zoo, durably: what a single writer does for each.
 - ``steps``: optimizer steps that the default settings plan, for one task.
 
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from bench_neighbours import VOTERS, add_rows, make_case  # noqa: E402
 
 from mvp_ext.app.environment import command, commit, environment  # noqa: E402
+from mvp_ext.cluster.workers import ray_workers  # noqa: E402
 from mvp_ext.data.images import load_data  # noqa: E402
 from mvp_ext.data.tasks import Task, sample_tasks  # noqa: E402
 from mvp_ext.model.create import create_model  # noqa: E402
@@ -42,7 +44,13 @@ from mvp_ext.model.mask import Mask  # noqa: E402
 from mvp_ext.model.measure import count_flops  # noqa: E402
 from mvp_ext.model.preprocessing import Preprocessing  # noqa: E402
 from mvp_ext.model.surgery import prune_model  # noqa: E402
-from mvp_ext.pruning.build import UNIVERSAL_SHARE, build_zoo, planned_zoo_steps  # noqa: E402
+from mvp_ext.pruning.build import (  # noqa: E402
+    UNIVERSAL_SHARE,
+    Run,
+    build_zoo,
+    one_by_one,
+    planned_zoo_steps,
+)
 from mvp_ext.pruning.prune import prune  # noqa: E402
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions  # noqa: E402
 from mvp_ext.pruning.vote import vote_mask  # noqa: E402
@@ -54,6 +62,7 @@ from mvp_ext.zoo.entry import NewEntry  # noqa: E402
 from mvp_ext.zoo.zoo import Zoo  # noqa: E402
 
 ENTRIES, CLASSES, MODELS = (10, 100, 1000, 10_000), (2, 10, 100), ("resnet18", "resnet50")
+WORKERS = (1, 2)
 AMONG, BATCH, PIXELS, TIMES = 1000, 32, 64, 3
 SEE = Preprocessing(32, (0.3,) * 3, (0.35,) * 3)
 
@@ -116,14 +125,20 @@ def by_model(name: str, pixels: int) -> dict[str, Any]:
     }
 
 
-def by_workers(tasks: int, folder: Path) -> dict[str, Any]:
-    """In this process alone."""
+def by_workers(workers: int, tasks: int, folder: Path) -> dict[str, Any]:
+    """By this process, or by so many workers of Ray, of a core each, that have made an entry before."""
     torch.manual_seed(0)
     backbone = Backbone(create_model("test_resnet", num_classes=10), SEE)
     schedule = Schedule(share=0.5, steps_per_round=2, final_steps=10)
-    settings, zoo = Settings(0.5, schedule=schedule), Zoo(folder / "workers")
-    taken = seconds(lambda: build_zoo(backbone, digits(tasks), zoo, settings), 1)
-    return {"workers": 1, "entries": tasks, "seconds": taken}
+    settings = Settings(0.5, schedule=schedule)
+
+    def build(name: str, tasks: list[Task], run: Run) -> None:
+        build_zoo(backbone, tasks, Zoo(folder / f"{name}-{workers}"), settings, run=run)
+
+    with nullcontext(one_by_one) if workers == 1 else ray_workers(workers, cpus_per_task=1) as run:
+        build("warm", digits(tasks)[:workers], run)
+        taken = seconds(lambda: build("timed", digits(tasks), run), 1)
+    return {"workers": workers, "entries": tasks, "seconds": taken}
 
 
 def of_the_driver(folder: Path) -> dict[str, Any]:
@@ -190,7 +205,8 @@ def main() -> None:
     for name in ("test_resnet",) if dry else MODELS:
         add("models", by_model(name, PIXELS))
     with tempfile.TemporaryDirectory() as folder:
-        add("workers", by_workers(2 if dry else 8, Path(folder)))
+        for workers in (1,) if dry else WORKERS:
+            add("workers", by_workers(workers, 2 if dry else 24, Path(folder)))
         result |= {"driver": of_the_driver(Path(folder)), "steps": planned()}
     options.out.mkdir(parents=True, exist_ok=True)
     write_atomic(options.out / "scale.json", f"{json.dumps(result, indent=1)}\n".encode())
