@@ -41,6 +41,7 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 # The README's table and the list of verdicts show this study.
 SHOWN = RESULTS / "cpu" / "study_cpu.json"
 SCALE = RESULTS / "cpu" / "scale.json"
+EXPERTS = RESULTS / "cpu" / "experts_diverse.json"
 OURS, CONTROL = "mvp refined, weighted", "universal"
 README_ARMS = {
     "dense, ridge head": "dense model, a new head",
@@ -427,6 +428,39 @@ def experts_page(paths: Sequence[Path]) -> str:
     return "\n\n".join(("# Experts by cluster", *(part for path in paths for part in _experts(path)))) + "\n"
 
 
+def summary_of_experts(result: Mapping[str, Any]) -> str:
+    """The README's answers: the default against universal at equal steps, and against one that is told the same."""
+    found = {(a["split"], a["images"], a["second"]): a["over tasks"] for a in result["questions"]}
+
+    def said(split: str, images: int, second: str = CONTROL) -> str:
+        over = found[split, images, second]
+        return _points(over["difference"], over["error"])
+
+    images = sorted({images for _, images, _ in found})
+    world, seeds = result["setting"]["world"], len(result["setting"]["seeds"])
+    rows = (
+        ("classes that the zoo knows", "known", CONTROL),
+        (
+            "the same, where universal is told what it knows of them",
+            "known",
+            "universal, head of what it knows",
+        ),
+        ("classes hidden from the zoo", "hidden", CONTROL),
+        ("domains that nobody saw", "new", CONTROL),
+    )
+    return "\n\n".join(
+        (
+            "Where tasks are of several kinds (photos, paintings, drawings, textures, digits), the default is a zoo of "
+            f"experts. Experts minus universal, in points, scope `{world['scope']}`, keep {world['keep']:g}, 20 steps, "
+            f"{seeds} training seeds:",
+            table(
+                ("new task of", *(f"{count} images a class" for count in images)),
+                [(title, *(said(split, count, second) for count in images)) for title, split, second in rows],
+            ),
+        )
+    )
+
+
 def _experts(path: Path) -> Iterator[str]:
     result = read(path)
     made, world, latency = result["setting"], result["setting"]["world"], result["latency"]
@@ -685,7 +719,7 @@ def render() -> dict[Path, str]:
         for page in pages
     ]
     pages[index] = _between(index, "\n".join(listed) + "\n\n" + verdicts(study))
-    pages[readme] = _between(readme, summary(study))
+    pages[readme] = _between(readme, f"{summary(study)}\n\n{summary_of_experts(read(EXPERTS))}")
     pages[ROOT / "docs" / "scale.md"] = _between(ROOT / "docs" / "scale.md", scale(read(SCALE)))
     return pages
 

@@ -12,7 +12,7 @@ from mvp_ext.pruning.job import Job, find_neighbours, merged_model, score_target
 from mvp_ext.pruning.vote import small_model
 from mvp_ext.train.heads import ClassStatistics, left_out_error
 from mvp_ext.zoo.known import KnownClasses, known_classes
-from mvp_ext.zoo.shared import START, UNIVERSAL, is_clustered, is_refined
+from mvp_ext.zoo.shared import CLUSTERS, START, UNIVERSAL, is_clustered, is_refined
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
 # What an expert knows of its classes, in its own features: tensors beside its weights (``ClassStatistics``).
@@ -53,7 +53,10 @@ def _clustered(job: Job) -> tuple[nn.Module, Mask]:
         )
     features, labels = job.described()
     with job.cost.timed():
-        known = known_classes(zoo.class_means(job.structure.fingerprint), features, labels)
+        # A result that was added later votes, but has no images that the zoo's tasks had not.
+        experts = zoo.facts()[CLUSTERS]["made_of"]
+        means = [each for each in zoo.class_means(job.structure.fingerprint) if each.name in experts]
+        known = known_classes(means, features, labels)
     job.targets = _said_by_experts(job, zoo, known)
     job.choice = {"known_share": known.share, "known_by_expert": known.by_entry, "told_by_experts": job.told}
     return _mvp(job)

@@ -86,17 +86,17 @@ def prune(
         zoo: pruned models of earlier tasks; needed by "clustered", "refined", "mvp" and "universal". An entry of the
             task's own name never votes. It says how images are seen, unless ``model`` is a ``Backbone``.
         settings: what is cut, how much of it stays, how weights are trained. Default: those of the zoo.
-        method: "clustered" (the experts of a clustered zoo vote where it knows most of the task's classes, else its
-            universal model), "refined" (the nearest entries of a zoo that refines a universal model share their
-            weights, the nearer the more), "mvp" (equal voters: vote, merge, fine-tune), "auto" ("clustered" or
-            "refined" where the zoo is such a one, else "mvp"), "universal" (one pruned model of all tasks,
-            fine-tuned), "one_shot" (score once, cut once), "random" (control), "ifp" (iterative pruning from scratch;
-            for heads it is IHP), "dense" (nothing cut). Or a function of the ``Job`` that returns a small model and
-            its mask: it then goes the same way as the others.
-        steps: fine-tuning steps J. "auto": as many as the task needs (``steps_for``), which
-            ``choice`` of the result tells; not of "ifp". For "ifp": the steps after the last removal. Where
-            ``settings.recipe`` distils, they also learn what a head on the dense backbone's features says of the
-            images (``HeadTeacher``), for a pass of that over those that are drawn; "dense" does not.
+        method: "clustered" (the experts of a clustered zoo share their weights, the nearer the more, and say what they
+            know of the task's classes), "refined" (so do the nearest entries of a zoo that refines a universal model,
+            without a word), "mvp" (equal voters: vote, merge, fine-tune), "auto" ("clustered" or "refined" where the
+            zoo is such a one, else "mvp"), "universal" (one pruned model of all tasks, fine-tuned), "one_shot" (score
+            once, cut once), "random" (control), "ifp" (iterative pruning from scratch; for heads it is IHP), "dense"
+            (nothing cut). Or a function of the ``Job`` that returns a small model and its mask: it then goes the same
+            way as the others.
+        steps: fine-tuning steps J. "auto": as many as the task needs (``steps_for``), which ``choice`` of the result
+            tells; not of "ifp". For "ifp": the steps after the last removal. Where ``settings.recipe`` distils, they
+            also learn what a head on the dense backbone's features says of the images (``HeadTeacher``), for a pass of
+            that over those that are drawn; "dense" does not.
         vote: how many neighbours vote, and how they are found and weighted.
         run: callbacks, points of measurement, and what is at hand.
 

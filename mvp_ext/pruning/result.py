@@ -44,8 +44,9 @@ class Result:
         mean_confidence: mean of the largest probability, in [0, 1].
         class_accuracy: of each class's test images, in [0, 1]; None of a class without any.
         neighbours: (zoo entry, similarity) of the voters, nearest first; empty for other methods.
-        choice: what a method that chooses between starts says of it ("clustered": which, and the share of the task's
-            classes that the zoo knows); None of others.
+        choice: what was chosen for the task: by "clustered" the share of its classes that the zoo knows, in all and by
+            expert, and of its images that experts have told; by steps "auto" how many, and the error that asked for
+            them. None where nothing was.
         tensors: what a zoo needs to compare and to run it later: "class_means" f32 [k, F] and "temperature" f32 []
             under the dense backbone, "head_weight" f32 [k, F] and "head_bias" f32 [k] as trained, before the refit.
     """
