@@ -1,7 +1,7 @@
 """What a user gets for a task: accuracy against latency, over keep ratios, ways to prune and runtimes.
 
     python benchmarks/deployed.py --work deployed --data DATA --weights FILE --image-size 64 --mean … --std …
-    # benchmarks/results/cpu/deployed_<model>.json, docs/figures/deployed_<model>/accuracy_latency.png
+    # benchmarks/results/<machine>/deployed_<model>.json, docs/figures/deployed_<model>/accuracy_latency.png
 
 At each keep ratio a zoo is built and `compare` runs its methods on held-out tasks; what is finished is kept in the work
 folder, and the same command goes on from there. Then the dense model and the shape of each keep ratio, which all
@@ -19,6 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from results import machine_folder
 
 from mvp_ext.app.bench import DENSE, Grid, bench, checkpoint_of, pruned_copies
 from mvp_ext.app.comparison import Comparison, compare
@@ -76,7 +77,7 @@ def main() -> None:
         "accuracy": accuracy,
         "speed": bench(checkpoint_of(backbone.model, backbone.preprocessing), small, (3, side, side), grid),
     }
-    folder = options.out or ROOT / "benchmarks" / "results" / "cpu"
+    folder = options.out or machine_folder()
     figures = options.out or ROOT / "docs" / "figures" / f"deployed_{name}"
     for place in (folder, figures):
         place.mkdir(parents=True, exist_ok=True)

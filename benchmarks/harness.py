@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results import Limit, Results, Row, console, table
+from results import Limit, Results, Row, console, machine_folder, table
 from timers import CpuTimer, CudaTimer, DryTimer, Run, Timer, bandwidth_test
 from torch import Tensor
 
@@ -242,7 +242,7 @@ def check_error(ours: Tensor, peer: Tensor, exact: Tensor, slack: float) -> None
 def _parse(op: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=f"Benchmark of {op}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<device>/<op>.json")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>/<op>.json")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--seconds", type=float, help="time spent on each case")
     parser.add_argument(
@@ -260,9 +260,9 @@ def _parse(op: str) -> argparse.Namespace:
 
 
 def _device_folder(device: torch.device) -> str:
-    """ "cpu", or "NVIDIA H200" → "h200": where results of this device are kept."""
+    """``machine_folder``'s, or "NVIDIA H200" → "h200": where results of this device are kept."""
     if device.type == "cpu":
-        return "cpu"
+        return machine_folder().name
     words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
     return next((w for w in words if re.fullmatch(r"[a-z]{1,3}\d+[a-z]*", w)), "-".join(words))
 

@@ -1,6 +1,6 @@
 """Scoring, cutting, saving and loading a large model: seconds, and memory beside the model's own.
 
-    python benchmarks/large.py                    # benchmarks/results/cpu/large.json
+    python benchmarks/large.py                    # benchmarks/results/<machine>/large.json
     python benchmarks/large.py --models vit_huge_patch14_224:heads+mlp
 
 Every model is created with random weights in a process of its own. ``peak_mb`` is the most resident memory during a
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from results import machine_folder
 
 from mvp_ext.app.environment import command, commit, environment
 from mvp_ext.model.checkpoint import load_pruned, save_pruned
@@ -136,7 +137,7 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Seconds and memory of pruning large models")
     parser.add_argument("--models", nargs="+", metavar="NAME:SCOPE")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/cpu", help="a folder")
+    parser.add_argument("--out", type=Path, default=machine_folder(), help="a folder")
     parser.add_argument("--dry-run", action="store_true", help="a tiny model instead")
     options = parser.parse_args()
     options.models = options.models or (["test_vit:heads+mlp"] if options.dry_run else MODELS)

@@ -1,9 +1,9 @@
 """The one form of the ops' results, on a CPU and on a GPU: ``harness.py`` writes it, tables and pages are read from it.
 
-``benchmarks/results/<device>/<op>.json`` holds one ``Results``: the fields of that class and, for each case, those of
+``benchmarks/results/<machine>/<op>.json`` holds one ``Results``: the fields of that class and, for each case, those of
 ``Row``, by their names; a field that is None is left out.
 
-    for results in read_results(Path("benchmarks/results/cpu")):
+    for results in read_results(Path("benchmarks/results/amd-epyc")):
         print(results.op, [promise for row in results.rows for promise in row.promises() if not promise.kept])
 
     python benchmarks/results.py FOLDER      # every op's promises beside what was measured
@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,10 @@ from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+
+from mvp_ext.ops._native import cpu_name
+
+ROOT = Path(__file__).resolve().parent.parent
 
 Times = Mapping[str, float]  # p10, median, p90 (µs) and the number of rounds
 
@@ -119,6 +124,12 @@ class Results:
     def to_json(self) -> dict[str, Any]:
         content = {name: value for name, value in vars(self).items() if value is not None}
         return {**content, "rows": [row.to_json() for row in self.rows]}
+
+
+def machine_folder() -> Path:
+    """Where results of this machine's CPU are kept: "Intel(R) Xeon(R) Platinum 8488C" → …/intel-xeon-platinum-8488c."""
+    name = re.sub(r"\(\w+\)|\bCPU @.*|\b\d+-Core\b|\bProcessor\b", " ", cpu_name())
+    return ROOT / "benchmarks" / "results" / ("-".join(re.findall(r"[a-z0-9]+", name.lower())) or "cpu")
 
 
 def read_results(path: Path) -> list[Results]:

@@ -1,9 +1,9 @@
 """Whole models in every runtime × precision × batch × threads, dense and pruned in turn; random weights: speed alone.
 
     python benchmarks/runtimes.py [--budget 1200] [--only resnet18] [--threads 2] [--without compile]
-    # benchmarks/results/cpu/runtimes_<model>.json
+    # benchmarks/results/<machine>/runtimes_<model>.json
     python benchmarks/runtimes.py --memory --threads 2
-    # benchmarks/results/cpu/memory_<model>.json: the peak memory of each, and no times; other work may go on beside it
+    # benchmarks/results/<machine>/memory_<model>.json: the peak memory of each, no times; other work may go on
 
 The budget is shared by the models: one gets what those before left of it. Small batches come first, and what there is
 no time for is in the file with that reason.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from models import small_model
+from results import machine_folder
 
 from mvp_ext.app.bench import Grid, bench, bench_table, checkpoint_of, pruned_copies, reasons
 from mvp_ext.app.console import console, say
@@ -29,7 +30,6 @@ from mvp_ext.model.create import create_model
 from mvp_ext.model.preprocessing import Preprocessing
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "benchmarks" / "results" / "cpu"
 # name: scope: keep ratios, and the model's share of the time.
 MODELS = {
     "vit_tiny_patch16_224": ({"heads": (0.5,)}, 2),
@@ -88,7 +88,7 @@ def main() -> None:
         for reason in reasons(result):
             say(reason)
         if not options.dry_run or options.out:
-            folder = options.out or FOLDER
+            folder = options.out or machine_folder()
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(result, indent=1, ensure_ascii=False)
             (folder / f"{kind}_{name}.json").write_text(text + "\n", encoding="utf-8")
@@ -114,7 +114,7 @@ def _parse() -> argparse.Namespace:
         "--without", nargs="*", default=[], help="runtimes to leave out: compiling takes most of the time"
     )
     parser.add_argument("--memory", action="store_true", help="peak memory instead of times")
-    parser.add_argument("--out", type=Path, help="folder; default: benchmarks/results/cpu")
+    parser.add_argument("--out", type=Path, help="folder; default: benchmarks/results/<machine>")
     parser.add_argument("--dry-run", action="store_true", help="tiny models, once; no file without --out")
     return parser.parse_args()
 

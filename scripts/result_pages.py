@@ -386,6 +386,20 @@ def _ops(ops: Sequence[Results], folder: Path) -> Iterator[str]:
         yield from _op(result, folder)
 
 
+def promises() -> str:
+    """How many of each op's promises are kept, a column a machine."""
+    kept: dict[str, dict[str, str]] = {}
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        for result in read_results(folder):
+            made = [promise for row in result.rows for promise in row.promises()]
+            if made and not result.dry_run:
+                number = sum(promise.kept for promise in made)
+                kept.setdefault(result.op, {})[folder.name] = f"{number} of {len(made)}"
+    machines = sorted({name for found in kept.values() for name in found})
+    rows = [(op, *(found.get(name, "") for name in machines)) for op, found in sorted(kept.items())]
+    return "Promises kept:\n\n" + table(("op", *machines), rows)
+
+
 def _measured(promise: Promise) -> tuple[str, str]:
     unit = f"{promise.unit} bandwidth" if promise.kind == "share" else promise.unit
     return f"{promise.value:.3g} {unit}", f"{promise.wanted:g}"
@@ -718,7 +732,7 @@ def render() -> dict[Path, str]:
         f"- [{page.parent.name}: {page.stem}]({link(page, index)}): {PAGE_TITLES[page.stem]}"
         for page in pages
     ]
-    pages[index] = _between(index, "\n".join(listed) + "\n\n" + verdicts(study))
+    pages[index] = _between(index, "\n\n".join(("\n".join(listed), verdicts(study), promises())))
     pages[readme] = _between(readme, f"{summary(study)}\n\n{summary_of_experts(read(EXPERTS))}")
     pages[ROOT / "docs" / "scale.md"] = _between(ROOT / "docs" / "scale.md", scale(read(SCALE)))
     return pages

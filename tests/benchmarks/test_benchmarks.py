@@ -20,13 +20,13 @@ sys.path.append(str(ROOT / "benchmarks"))
 import harness  # noqa: E402
 from bench_merge import MergeCase, find_positions, moved_bytes  # noqa: E402
 from models import Cut  # noqa: E402
-from results import read_results, summary  # noqa: E402
+from results import machine_folder, read_results, summary  # noqa: E402
 
 GPU_CHECK = ROOT / "scripts" / "gpu_check.sh"
 SCRIPTS = sorted((ROOT / "benchmarks").glob("bench_*.py"))
 # They work on the CPU wherever the models are.
 NOT_ON_A_GPU = {"bench_bundles", "bench_neighbours"}
-CPU_RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+CPU_RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc"
 
 
 def run(script: Path, *options: str, cwd: Path) -> str:
@@ -135,6 +135,20 @@ def test_committed_results_are_of_this_form(script: Path) -> None:
     assert results.created.startswith("202")
     assert [row.to_json() for row in results.rows] == content["rows"]
     assert any(list(row.promises()) for row in results.rows)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "folder"),
+    [
+        ("Intel(R) Xeon(R) Processor", "intel-xeon"),
+        ("Intel(R) Xeon(R) Platinum 8488C CPU @ 2.40GHz", "intel-xeon-platinum-8488c"),
+        ("AMD EPYC 9R14 96-Core Processor", "amd-epyc-9r14"),
+        ("", "cpu"),
+    ],
+)
+def test_each_processor_has_a_folder(monkeypatch: pytest.MonkeyPatch, cpu: str, folder: str) -> None:
+    monkeypatch.setattr("results.cpu_name", lambda: cpu)
+    assert machine_folder().name == folder
 
 
 def test_a_folder_is_read_and_another_form_refused(tmp_path: Path) -> None:
