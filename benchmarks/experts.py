@@ -2,10 +2,11 @@
 
     python benchmarks/experts.py run --files DATA --out runs/experts --seeds 0 1 2    # twice, to use two cores
     python benchmarks/experts.py report --out runs/experts
-    # benchmarks/results/cpu/experts_<world>.json
+    # benchmarks/results/cpu/experts_<world>.json, and each seed's journal beside it
 
 DATA holds image folders (or tars of them), CIFAR-100's parts and weights, as named in ``WORLDS``. One unit is a task in
-one world under one training seed; what is finished is kept in a journal, and the same command goes on from there.
+one world under one training seed; what is finished is kept in a journal, and the same command goes on from there (also
+from a committed journal, unpacked to OUT/<world>/seed<seed>/journal.jsonl).
 
 A training seed draws which classes of each domain are hidden and which domains are held out, makes the base, the
 universal model and the experts anew, and draws the tasks, each with few images of a class and with more (``IMAGES``).
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gzip
 import json
 import random
 import statistics
@@ -34,10 +36,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from study.stats import Scores, holm, mean_of, paired
 from torch import nn
 
-from mvp_ext.app.environment import command, commit, environment
+from mvp_ext.app.environment import commit, environment
+from mvp_ext.app.plots import MARKERS, Theme, add_legend, new_figure, to_png
 from mvp_ext.data.images import ImageData, load_joined
 from mvp_ext.data.tasks import Task, sample_tasks
 from mvp_ext.journal import Journal
@@ -487,7 +491,7 @@ def report(options: argparse.Namespace) -> None:
                 "world": asdict(WORLDS[name]),
                 "seeds": sorted(journals),
                 "held out": {seed: HELD_OUT[seed % len(HELD_OUT)] for seed in sorted(journals)},
-                "command": command(ROOT),
+                "command": f"python benchmarks/experts.py run --seeds {' '.join(map(str, sorted(journals)))}",
                 "commit": commit(ROOT, "csrc", "mvp_ext", "benchmarks/*.py"),
             },
             "environment": environment(),
@@ -502,37 +506,25 @@ def report(options: argparse.Namespace) -> None:
             },
             "questions": _answers(journals),
             "by known share": _by_known_share(journals),
-            "latency": _latency(Prepared(WORLDS[name], min(journals), folder / "seed0", options.files)),
-            "tasks": {
-                seed: {key: _slim(rows) for key, rows in found.items()} for seed, found in journals.items()
-            },
+            "latency": _latency(
+                Prepared(WORLDS[name], min(journals), folder / f"seed{min(journals)}", options.files)
+            ),
         }
         path = ROOT / "benchmarks" / "results" / "cpu" / f"experts_{_folder_name(name)}.json"
         write_atomic(path, f"{json.dumps(result, indent=1)}\n".encode())
+        for images in IMAGES:
+            figure = to_png(partial(accuracy_against_cost, result["arms"][f"known, {images} images"]))
+            place = ROOT / "docs" / "figures" / path.stem / f"known_{images}_images.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(place, figure)
+        for seed in journals:
+            text = (folder / f"seed{seed}" / "journal.jsonl").read_bytes()
+            write_atomic(path.with_name(f"{path.stem}_seed{seed}.jsonl.gz"), gzip.compress(text, mtime=0))
         for split, table in result["arms"].items():
             for arm, points in table.items():
                 print(f"{split:20}{arm:34}", "  ".join(f"J {j}: {p['text']}" for j, p in points.items()))
         for answer in result["questions"]:
             print(json.dumps(answer))
-
-
-def _slim(rows: Any) -> Any:
-    """A unit without what is said elsewhere: of each choice its shares alone."""
-    if not isinstance(rows, dict) or "default" not in rows:
-        return rows
-    kept = ("accuracy", "seconds", "flops", "steps")
-    slim: dict[str, Any] = {}
-    for arm, points in rows.items():
-        for steps, point in points.items():
-            choice = point.get("choice") or {}
-            row = {key: point[key] for key in kept if key in point}
-            row |= {
-                key: choice[key]
-                for key in ("known_share", "told_by_experts", "left_out_error")
-                if key in choice
-            }
-            slim.setdefault(arm, {})[steps] = row
-    return slim
 
 
 def _by_known_share(journals: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -577,6 +569,26 @@ def _latency(prepared: Prepared) -> dict[str, Any] | None:
     }
 
 
+def accuracy_against_cost(arms: dict[str, dict[str, Any]], theme: Theme) -> Figure:
+    """Mean accuracy of an arm after so many steps against the seconds of a task, and the dense model's."""
+    figure, axes = new_figure(theme, 7.2, 4.0)
+    most = max(len(points) for points in arms.values())
+    shown = [name for name, points in arms.items() if len(points) > 1 or most == 1]
+    for position, (mark, name) in enumerate(zip(MARKERS, shown, strict=False)):
+        points = [(p["seconds a task"], 100 * p["accuracy"]) for j, p in arms[name].items() if j != "auto"]
+        axes.plot(
+            *zip(*points, strict=True), marker=mark, ms=5, lw=1.2, color=theme.colour(position), label=name
+        )
+    if (dense := arms.get("dense, ridge head")) is not None:
+        axes.axhline(
+            100 * dense["0"]["accuracy"], color=theme.muted, lw=1, ls="--", label="dense, ridge head"
+        )
+    axes.set_xlabel("seconds a task, one core (0 and 20 steps)")
+    axes.set_ylabel("test accuracy (%), classes that the zoo knows")
+    add_legend(axes, theme)
+    return figure
+
+
 def scores_of(
     journals: dict[int, dict[str, Any]], split: str, arm: str, steps: str, what: str = "accuracy"
 ) -> Scores:
@@ -589,12 +601,16 @@ def scores_of(
     }
 
 
+# Tasks of which a mean is shown: a journal may have a few units of arms that were dropped later.
+_FEWEST = 5
+
+
 def _table(journals: dict[int, dict[str, Any]], split: str) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for arm in ("dense, ridge head", *ARMS):
         for steps in ("0", *(str(j) for j in J if j), "auto"):
             scores = scores_of(journals, split, arm, steps)
-            if not scores:
+            if len(scores) < _FEWEST:
                 continue
             mean = mean_of(scores)
             against = paired(scores, scores_of(journals, split, "universal", steps))

@@ -437,9 +437,12 @@ def _ratio(peer: str, row: Row) -> str:
 # ---- experts
 
 
-def experts_page(paths: Sequence[Path]) -> str:
+def experts_page(paths: Sequence[Path], page: Path) -> str:
     """A world a chapter: what was asked and answered, then every arm."""
-    return "\n\n".join(("# Experts by cluster", *(part for path in paths for part in _experts(path)))) + "\n"
+    return (
+        "\n\n".join(("# Experts by cluster", *(part for path in paths for part in _experts(path, page))))
+        + "\n"
+    )
 
 
 def summary_of_experts(result: Mapping[str, Any]) -> str:
@@ -475,7 +478,7 @@ def summary_of_experts(result: Mapping[str, Any]) -> str:
     )
 
 
-def _experts(path: Path) -> Iterator[str]:
+def _experts(path: Path, page: Path) -> Iterator[str]:
     result = read(path)
     made, world, latency = result["setting"], result["setting"]["world"], result["latency"]
     seeds = ", ".join(map(str, made["seeds"]))
@@ -510,6 +513,9 @@ def _experts(path: Path) -> Iterator[str]:
         ),
         [_question(answer) for answer in result["questions"]],
     )
+    yield "## Accuracy against the cost of a task"
+    for figure in sorted((FIGURES / path.stem).glob("*.png")):
+        yield f"![{figure.stem}]({link(figure, page)})"
     yield "## Every arm"
     yield (
         "Accuracy in %, mean ± standard error over tasks; in brackets its difference to the universal model at equal "
@@ -718,7 +724,7 @@ def render() -> dict[Path, str]:
         for path in sorted(folder.glob("study_*.json")):
             pages[here / "study.md"] = study_page(path, here / "study.md")
         if found := sorted(folder.glob("experts_*.json")):
-            pages[here / "experts.md"] = experts_page(found)
+            pages[here / "experts.md"] = experts_page(found, here / "experts.md")
         compared = [*sorted(folder.glob("compare_*.json")), *sorted(folder.glob("demo_*.json"))]
         if compared:
             pages[here / "comparisons.md"] = comparisons_page(compared, here / "comparisons.md")
