@@ -486,6 +486,8 @@ def report(options: argparse.Namespace) -> None:
             }
             for path in sorted(folder.glob("seed*/journal.jsonl"))
         }
+        # One that was only begun has no tasks yet.
+        journals = {seed: found for seed, found in journals.items() if "tasks" in found}
         result = {
             "setting": {
                 "world": asdict(WORLDS[name]),
