@@ -542,9 +542,7 @@ def _experts(path: Path, page: Path) -> Iterator[str]:
         [
             (
                 str(row["images"]),
-                f"{row['low']:.0%}"
-                if row["low"] == row["high"]
-                else f"{row['low']:.0%} to {row['high']:.0%}",
+                f"{row['from']:.0%}" if row["from"] == row["to"] else f"{row['from']:.0%} to {row['to']:.0%}",
                 str(row["tasks"]),
                 _points(row["difference"], row["error"]),
             )
