@@ -572,12 +572,20 @@ def _latency(prepared: Prepared) -> dict[str, Any] | None:
 
 
 def accuracy_against_cost(arms: dict[str, dict[str, Any]], theme: Theme) -> Figure:
-    """Mean accuracy of an arm after so many steps against the seconds of a task, and the dense model's."""
+    """Mean accuracy of an arm after so many steps against the seconds of a task, and the dense model's.
+
+    Of those arms that were run on all tasks.
+    """
     figure, axes = new_figure(theme, 7.2, 4.0)
-    most = max(len(points) for points in arms.values())
-    shown = [name for name, points in arms.items() if len(points) > 1 or most == 1]
+    # Of other tasks a mean is another one.
+    tasks = arms["universal"]["20"]["tasks"]
+    shown = [name for name, points in arms.items() if len(points) > 1 and points["20"]["tasks"] == tasks]
     for position, (mark, name) in enumerate(zip(MARKERS, shown, strict=False)):
-        points = [(p["seconds a task"], 100 * p["accuracy"]) for j, p in arms[name].items() if j != "auto"]
+        points = [
+            (p["seconds a task"], 100 * p["accuracy"])
+            for j, p in arms[name].items()
+            if j != "auto" and p["tasks"] == tasks
+        ]
         axes.plot(
             *zip(*points, strict=True), marker=mark, ms=5, lw=1.2, color=theme.colour(position), label=name
         )
@@ -621,6 +629,7 @@ def _table(journals: dict[int, dict[str, Any]], split: str) -> dict[str, dict[st
                 text += f" ({against.percent})"
             costs = scores_of(journals, split, arm, steps, "seconds").values()
             table.setdefault(arm, {})[steps] = {
+                "tasks": len(scores),
                 "accuracy": mean.value,
                 "error": mean.error,
                 "minus universal": None if against is None else asdict(against),
