@@ -520,8 +520,8 @@ def _experts(path: Path, page: Path) -> Iterator[str]:
     yield (
         "Accuracy in %, mean ± standard error over tasks; in brackets its difference to the universal model at equal "
         "steps, on the tasks that both have. Some arms were run under the first seed alone. *auto*: as many steps as "
-        "the rule gives each task. Seconds are a task's at 20 steps on one core of a busy machine, without what is made "
-        "once."
+        "the rule gives each task. Seconds are a task's at 20 steps on one core of a busy machine, without what is "
+        "made once."
     )
     for title, arms in result["arms"].items():
         steps = list(dict.fromkeys(j for points in arms.values() for j in points))
