@@ -66,7 +66,17 @@ def test_dry_run(script: Path, device: str, tmp_path: Path) -> None:
         ),
         (
             "runtimes.py",
-            ("--only", "vit_tiny", "--memory", "--without", "compile", "openvino", "onnxruntime"),
+            (
+                "--only",
+                "vit_tiny",
+                "--memory",
+                "--threads",
+                "1",
+                "--without",
+                "compile",
+                "openvino",
+                "onnxruntime",
+            ),
             {"memory_vit_tiny_patch16_224.json"},
         ),
     ],

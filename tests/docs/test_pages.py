@@ -57,7 +57,7 @@ def test_another_device_gets_pages_of_its_own(tmp_path: Path, monkeypatch: pytes
     assert found.loader is not None
     script = importlib.util.module_from_spec(found)
     found.loader.exec_module(script)
-    cpu, gpu = ROOT / "benchmarks" / "results" / "cpu", tmp_path / "gpu"
+    cpu, gpu = ROOT / "benchmarks" / "results" / "amd-epyc", tmp_path / "gpu"
     gpu.mkdir()
     for name in ("pack.json", "latency_resnet18.json"):
         shutil.copy(cpu / name, gpu)
