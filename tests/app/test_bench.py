@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +135,16 @@ def test_a_budget_ends_it(models: Any) -> None:
         assert model["latency"] == []
         assert {x["why"] for x in model["left_out"]} == {"no time left of 0 seconds"}
     assert len(bench_table(result).rows) == 2
+
+
+def test_reasons_name_no_folder_of_this_machine(models: Any, monkeypatch: Any) -> None:
+    def refuse(small: Any, runtime: str, folder: Path, **_: Any) -> None:
+        raise ValueError(f"export: {folder / 'model.onnx'}: not written")
+
+    monkeypatch.setattr("mvp_ext.app.bench.prepare", refuse)
+    result = bench(*models, SHAPE, replace(QUICK, runtimes=("eager",), precisions=("float32",)))
+    found = [cell["why"] for model in result["models"].values() for cell in model["left_out"]]
+    assert set(found) == {"export: 0/model.onnx: not written", "export: 1/model.onnx: not written"}
 
 
 def test_the_slowest_are_left_out_first(models: Any, monkeypatch: Any) -> None:
