@@ -50,9 +50,9 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_parameters
 from mvp_ext.model.structure import Structure
 from mvp_ext.pruning.build import build_refined_zoo, build_universal, pooled_task
-from mvp_ext.pruning.clusters import EXPERT_DISTILLATION, EXPERT_RATE, build_clustered_zoo
+from mvp_ext.pruning.clusters import build_clustered_zoo, expert_recipe
 from mvp_ext.pruning.iterative import planned_steps
-from mvp_ext.pruning.job import Job, find_neighbours, merged_model, voted_mask
+from mvp_ext.pruning.job import Job
 from mvp_ext.pruning.methods import METHODS
 from mvp_ext.pruning.prune import RunOptions, prune
 from mvp_ext.pruning.settings import REFINED_WEIGHTING, Schedule, Settings, VoteOptions
@@ -196,14 +196,8 @@ class Prepared:
         if kind == "universal":
             build_universal(self.backbone, tasks, zoo, settings, steps=self.steps, progress=say)
         elif kind == "universal, experts' recipe":
-            recipe = settings.recipe
-            assert recipe is not None
-            recipe = replace(
-                recipe,
-                distillation=EXPERT_DISTILLATION * recipe.distillation,
-                learning_rate=EXPERT_RATE * recipe.learning_rate,
-            )
-            settings = replace(settings, recipe=recipe)
+            recipe = settings.recipe_for(self.backbone.model)
+            settings = replace(settings, recipe=expert_recipe(recipe))
             build_universal(self.backbone, tasks, zoo, settings, steps=self.steps, progress=say)
         elif kind == "refined":
             build_refined_zoo(self.backbone, tasks, zoo, settings, progress=say)
@@ -291,13 +285,6 @@ def _base(prepared: Prepared, job: Job) -> tuple[nn.Module, Mask]:
     return copy.deepcopy(start.model), start.mask
 
 
-def _voted(prepared: Prepared, job: Job) -> tuple[nn.Module, Mask]:
-    assert job.zoo is not None
-    neighbours = find_neighbours(job, job.zoo)
-    mask = voted_mask(job, neighbours)
-    return merged_model(job, job.zoo, neighbours, mask), mask
-
-
 _WEIGHTED = VoteOptions(similarity="proxy_leep", weighting=REFINED_WEIGHTING)
 
 
@@ -319,7 +306,7 @@ ARMS = {
     "default": Arm("clustered", "clustered", steps=(*J, "auto")),
     "universal": Arm("universal", "universal", steps=J),
     "universal, head of what it knows": Arm("universal", _universal_that_knows, steps=(0, 20)),
-    "experts merged, labels alone": Arm("clustered", _voted, _WEIGHTED, (0, 20)),
+    "experts merged, labels alone": Arm("clustered", "mvp", _WEIGHTED, (0, 20)),
     "base of the default": Arm("clustered", _base, None, (20,), (50,)),
     "universal, experts' recipe": Arm("universal, experts' recipe", "universal", None, (0, 20)),
     "own masks": Arm("own masks", "clustered", None, (0, 20)),
@@ -446,7 +433,15 @@ def _once(journal: Journal, key: str, work: Callable[[], Any]) -> bool:
 def _made(prepared: Prepared, kind: str) -> dict[str, Any]:
     prepared.make(kind, lambda name, done, total: None)
     zoo = prepared.zoo(kind)
-    return {"facts": zoo.facts().get("clusters"), "entries": {e.name: e.steps for e in zoo.entries()}}
+    return {
+        "facts": zoo.facts().get("clusters"),
+        "entries": {e.name: e.steps for e in zoo.entries()},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    return commit(ROOT, "csrc", "mvp_ext", "benchmarks/*.py")
 
 
 # ---- what it says
@@ -494,7 +489,7 @@ def report(options: argparse.Namespace) -> None:
                 "seeds": sorted(journals),
                 "held out": {seed: HELD_OUT[seed % len(HELD_OUT)] for seed in sorted(journals)},
                 "command": f"python benchmarks/experts.py run --seeds {' '.join(map(str, sorted(journals)))}",
-                "commit": commit(ROOT, "csrc", "mvp_ext", "benchmarks/*.py"),
+                "commit": _commit(),
             },
             "environment": environment(),
             "made": {
