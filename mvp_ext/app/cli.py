@@ -201,7 +201,10 @@ def prune(
         say(f"voters: {nearest}")
     choice = result.choice or {}
     if "known_share" in choice:
-        say(f"the zoo knows {choice['known_share']:.0%} of the task's classes")
+        say(
+            f"the zoo knows {choice['known_share']:.0%} of the task's classes; "
+            f"experts have told {choice['told_by_experts']:.0%} of its images"
+        )
     if "left_out_error" in choice:
         say(f"{choice['steps']} steps: {choice['left_out_error']:.1%} leave-one-out error before them")
     say(f"kept: {kept_text(result.mask)}")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from mvp_ext.data.tasks import Task, TaskData
-from mvp_ext.model.checkpoint import PrunedCheckpoint
 from mvp_ext.pruning.build import (
     EntryJob,
     Progress,
@@ -32,6 +31,7 @@ from mvp_ext.pruning.result import Result
 from mvp_ext.pruning.settings import Settings
 from mvp_ext.train.backbone import Backbone, extract_features
 from mvp_ext.train.heads import ClassStatistics, class_means, fit_temperature
+from mvp_ext.train.recipe import Recipe
 from mvp_ext.zoo.shared import CLUSTERS, UNIVERSAL
 from mvp_ext.zoo.zoo import Zoo, ZooError
 
@@ -98,7 +98,7 @@ def build_clustered_zoo(
     structure = bind(backbone, zoo, settings)
     first, each = planned_zoo_steps(structure, settings, len(tasks), share)
     start = universal_start(backbone, tasks, zoo, replace(settings, keep=base_keep), first, progress)
-    described = _Described(backbone, start, tasks, settings)
+    described = _Described(backbone, start.model, tasks, settings)
     experts = _assign(zoo, described, clusters)
     removing = replace(settings, schedule=replace(settings.schedule, final_steps=0))
     removal = planned_steps(structure, removing, start.mask)
@@ -107,12 +107,7 @@ def build_clustered_zoo(
         steps = max(1, round(each * len(tasks) / max(1, len(experts))))
         pooled = pooled_task(tasks, UNIVERSAL, settings.seed)
         make_universal(backbone, pooled, zoo, settings, steps, progress, start)
-    recipe = settings.recipe_for(backbone.model)
-    recipe = replace(
-        recipe,
-        distillation=EXPERT_DISTILLATION * recipe.distillation,
-        learning_rate=EXPERT_RATE * recipe.learning_rate,
-    )
+    recipe = expert_recipe(settings.recipe_for(backbone.model))
     jobs = []
     for expert, members in experts.items():
         trained = replace(settings.schedule, final_steps=max(0, each * len(members) - removal))
@@ -122,16 +117,20 @@ def build_clustered_zoo(
     return build_entries(jobs, structure, zoo, progress, run)
 
 
+def expert_recipe(recipe: Recipe) -> Recipe:
+    """How an expert is trained, where the universal model is by ``recipe``."""
+    return replace(
+        recipe,
+        distillation=EXPERT_DISTILLATION * recipe.distillation,
+        learning_rate=EXPERT_RATE * recipe.learning_rate,
+    )
+
+
 def of_several_kinds(model: nn.Module | Backbone, tasks: Sequence[Task], settings: Settings) -> bool:
     """Whether ``cluster_tasks`` finds more than one kind of tasks, by the dense backbone's features of a few images."""
     backbone = Backbone.wrap(model)
-    pooled = pooled_task(tasks, "kinds", settings.seed)
-    data = replace(pooled, max_train_per_class=_KIND_IMAGES).split()
-    features = _features(backbone, backbone.model, settings, data)
-    at = {label: row for row, label in enumerate(pooled.classes)}
-    means = class_means(features, data.train_labels, data.num_classes)
-    sets = [[at[label] for label in task.classes] for task in tasks]
-    return max(cluster_tasks(means, sets, seed=settings.seed)) > 0
+    described = _Described(backbone, backbone.model, tasks, settings, _KIND_IMAGES)
+    return max(cluster_tasks(*described.vectors(tasks), seed=settings.seed)) > 0
 
 
 def _assign(zoo: Zoo, described: _Described, clusters: int | None) -> dict[str, list[Task]]:
@@ -166,12 +165,13 @@ def _served_by(task: Task, expert: str | None) -> dict[str, Any]:
 
 @dataclass
 class _Described:
-    """The tasks by the features of the model that their experts refine; its pass is made if somebody asks."""
+    """The tasks by the features of a model, of so many images of a class; its pass is made if somebody asks."""
 
     backbone: Backbone
-    start: PrunedCheckpoint
+    model: nn.Module
     tasks: Sequence[Task]
     settings: Settings
+    images: int | None = None
 
     def vectors(self, tasks: Sequence[Task]) -> tuple[Tensor, list[list[int]]]:
         """As ``cluster_tasks`` takes them."""
@@ -190,12 +190,13 @@ class _Described:
 
     @cached_property
     def _classes(self) -> Task:
-        return pooled_task(self.tasks, "all", self.settings.seed)
+        pooled = pooled_task(self.tasks, "all", self.settings.seed)
+        return pooled if self.images is None else replace(pooled, max_train_per_class=self.images)
 
     @cached_property
     def _means(self) -> Tensor:
         data = self._classes.split()
-        features = _features(self.backbone, self.start.model, self.settings, data)
+        features = _features(self.backbone, self.model, self.settings, data)
         return class_means(features, data.train_labels, data.num_classes)
 
 

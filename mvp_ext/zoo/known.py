@@ -64,7 +64,8 @@ def known_classes(known: Sequence[ClassMeans], features: Tensor, labels: Tensor)
     for c in distance.argsort(stable=True).tolist():
         first = int(same[nearest[c]].int().argmax())
         is_known[c] &= first not in used
-        used |= {first} if is_known[c] else set()
+        if is_known[c]:
+            used.add(first)
     has: dict[str, dict[int, int]] = {}
     for entry, of_entry in zip(known, own.split([len(entry.means) for entry in known], 1), strict=True):
         least, number = of_entry.min(1)

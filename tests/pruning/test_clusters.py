@@ -13,7 +13,7 @@ from mvp_ext.data.tasks import Task
 from mvp_ext.pruning.build import build_refined_zoo
 from mvp_ext.pruning.clusters import build_clustered_zoo, cluster_tasks, of_several_kinds
 from mvp_ext.pruning.methods import method_for
-from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.prune import MOST_STEPS, prune
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 from mvp_ext.train.backbone import extract_features
 from mvp_ext.train.heads import ClassStatistics
@@ -237,6 +237,38 @@ def test_an_expert_says_what_it_knows_of_the_classes(tmp_path, monkeypatch):
     # Where nothing is known the labels are all there is.
     assert prune(backbone, digits_task((4, 9)), zoo, SETTINGS, steps=0).choice["known_share"] == 0.0
     assert fitted[-1] is None
+
+
+def test_an_expert_of_classes_that_only_look_alike_is_not_heard(tmp_path, monkeypatch):
+    zoo, task = clustered(tmp_path / "zoo"), TASKS[2]
+    heard = prune(tiny_backbone(), task, zoo, SETTINGS, steps=0)
+    assert heard.choice["told_by_experts"] == 1.0
+
+    def mistaken(*args):
+        known = known_classes(*args)
+        (name, (first, second)), *_ = known.found.items()
+        return known._replace(
+            found={name: {first: known.found[name][second], second: known.found[name][first]}}
+        )
+
+    monkeypatch.setattr("mvp_ext.pruning.methods.known_classes", mistaken)
+    result = prune(tiny_backbone(), task, zoo, SETTINGS, steps=0)
+    assert (result.choice["known_share"], result.choice["told_by_experts"]) == (1.0, 0.0)
+
+
+def test_who_was_told_needs_no_steps_and_results_tell_nobody(tmp_path, monkeypatch):
+    # However few errors there are.
+    monkeypatch.setattr("mvp_ext.pruning.prune.LEAST_ERROR", 0.0)
+    zoo, backbone = clustered(tmp_path / "zoo"), tiny_backbone()
+    result = prune(backbone, TASKS[2], zoo, SETTINGS, steps="auto")
+    assert (result.choice["told_by_experts"], result.cost.steps) == (1.0, 0)
+    new = prune(backbone, digits_task((3, 9), "new"), zoo, SETTINGS, steps="auto")
+    assert (new.choice["told_by_experts"], new.cost.steps) == (0.0, MOST_STEPS)
+    # It votes from now on, but knows no more than a task brings.
+    zoo.add(new)
+    again = prune(backbone, digits_task((3, 9), "again"), zoo, SETTINGS, steps=0)
+    assert "new" in dict(again.neighbours)
+    assert again.choice["known_by_expert"] == {"expert-00": 0.0, "expert-01": 0.0}
 
 
 @pytest.mark.parametrize(("weighting", "voters"), [(1e-4, 1), (100.0, 2)])
