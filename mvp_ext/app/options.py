@@ -314,7 +314,7 @@ class MethodOptions:
     ] = "auto"
     steps: Annotated[
         str, Option(help="Fine-tuning steps, or auto: as many as the task needs.", rich_help_panel=PRUNING)
-    ] = "60"
+    ] = "auto"
 
     @property
     def number_of_steps(self) -> int | Literal["auto"]:

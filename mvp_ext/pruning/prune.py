@@ -73,7 +73,7 @@ def prune(
     settings: Settings | None = None,
     *,
     method: str | Method = "auto",
-    steps: int | Literal["auto"] = 60,
+    steps: int | Literal["auto"] = "auto",
     vote: VoteOptions | None = None,
     run: RunOptions | None = None,
 ) -> Result:
@@ -94,9 +94,9 @@ def prune(
             (nothing cut). Or a function of the ``Job`` that returns a small model and its mask: it then goes the same
             way as the others.
         steps: fine-tuning steps J. "auto": as many as the task needs (``steps_for``), which ``choice`` of the result
-            tells; not of "ifp". For "ifp": the steps after the last removal. Where ``settings.recipe`` distils, they
-            also learn what a head on the dense backbone's features says of the images (``HeadTeacher``), for a pass of
-            that over those that are drawn; "dense" does not.
+            tells. For "ifp": the steps after the last removal, by "auto" the schedule's ``final_steps``. Where
+            ``settings.recipe`` distils, they also learn what a head on the dense backbone's features says of the
+            images (``HeadTeacher``), for a pass of that over those that are drawn; "dense" does not.
         vote: how many neighbours vote, and how they are found and weighted.
         run: callbacks, points of measurement, and what is at hand.
 
@@ -105,10 +105,8 @@ def prune(
             whose like cannot be trained for tasks (``Backbone.check``).
         ZooError: no zoo, an empty one, or one of another backbone. UnsupportedModelError: a model that cannot be cut.
     """
-    if isinstance(steps, str) and (steps != "auto" or method == "ifp"):
-        raise ValueError(f"prune: steps: expected a number, or 'auto' unless method is 'ifp', got {steps!r}")
-    if not isinstance(steps, str) and steps < 0:
-        raise ValueError(f"prune: steps: expected at least 0, got {steps}")
+    if steps != "auto" and (isinstance(steps, str) or steps < 0):
+        raise ValueError(f"prune: steps: expected 'auto' or at least 0, got {steps!r}")
     if isinstance(method, str) and method not in ("auto", *METHOD_NAMES):
         raise ValueError(f"prune: method: expected one of auto, {', '.join(METHOD_NAMES)}, got {method!r}")
     if method == "auto":
@@ -130,7 +128,7 @@ def prune(
         settings=settings,
         recipe=recipe,
         zoo=zoo,
-        steps=None if isinstance(steps, str) else steps,
+        steps=None if steps == "auto" else steps,
         vote=(vote or VoteOptions()).for_method(name),
         task_name=task.name,
         cost=cost,
@@ -265,8 +263,9 @@ def _head_teacher(job: Job, mask: Mask, steps: int) -> HeadTeacher | None:
 
 
 def _prune_iteratively(job: Job, history: _History, run: RunOptions) -> tuple[nn.Module, Mask]:
-    assert job.steps is not None
-    settings = replace(job.settings, schedule=replace(job.settings.schedule, final_steps=job.steps))
+    settings = job.settings
+    if job.steps is not None:
+        settings = replace(settings, schedule=replace(settings.schedule, final_steps=job.steps))
     total = planned_steps(job.structure, settings, None if run.start is None else run.start.mask)
 
     def stepped(model: nn.Module, done: int) -> None:

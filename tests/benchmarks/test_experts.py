@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from mvp_ext.app.options import MethodOptions, NeighbourOptions
 from mvp_ext.data.images import ImageData
+from mvp_ext.pruning.methods import method_for
+from mvp_ext.pruning.prune import prune
+from mvp_ext.pruning.settings import VoteOptions
+from mvp_ext.zoo.zoo import Zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -59,6 +65,21 @@ def test_what_is_hidden_is_in_no_task_of_the_zoo(seed: int, tmp_path: Path) -> N
     # The same classes with few images and with more, and no task twice.
     names = [task.name for split in experts.SPLITS for task in tasks[split]]
     assert len(names) == len(set(names)) > 40
+
+
+def test_what_is_measured_as_the_default_is_what_a_call_without_choices_does(monkeypatch) -> None:
+    default = {name: each.default for name, each in inspect.signature(prune).parameters.items()}
+    arm = experts.ARMS["default"]
+    assert default["method"] == "auto"
+    assert default["steps"] in arm.steps
+    assert default["vote"] is None
+    assert arm.vote is None
+    monkeypatch.setattr("mvp_ext.pruning.methods.is_clustered", lambda zoo: True)
+    assert method_for(Zoo.__new__(Zoo)) == arm.method
+    # The command has no defaults of its own.
+    assert MethodOptions().method == default["method"]
+    assert MethodOptions().number_of_steps == default["steps"]
+    assert NeighbourOptions().vote() == VoteOptions()
 
 
 def journals(differences: dict[str, float], tasks: int = 12) -> dict[int, dict]:

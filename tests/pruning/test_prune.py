@@ -587,15 +587,17 @@ def test_unknown_method_and_negative_steps(backbone):
         ValueError, match=r"expected one of auto, clustered, refined, mvp, .*, ifp, got 'magic'"
     ):
         make(backbone, method="magic")
-    with pytest.raises(ValueError, match="steps: expected at least 0, got -1"):
-        make(backbone, method="random", steps=-1)
-    for method, steps in (("random", "some"), ("ifp", "auto")):
-        with pytest.raises(
-            ValueError, match=f"expected a number, or 'auto' unless method is 'ifp', got '{steps}'"
-        ):
-            make(backbone, method=method, steps=steps)
+    for steps in (-1, "some"):
+        with pytest.raises(ValueError, match=f"steps: expected 'auto' or at least 0, got {steps!r}"):
+            make(backbone, method="random", steps=steps)
     with pytest.raises(ValueError, match="neighbours: expected at least 1, got 0"):
         make(backbone, neighbours=0)
+
+
+def test_auto_is_the_schedules_own_number_after_iterative_pruning(backbone):
+    auto, told = (make(backbone, method="ifp", steps=steps) for steps in ("auto", SCHEDULE.final_steps))
+    assert auto.cost.steps == told.cost.steps > SCHEDULE.final_steps
+    assert auto.accuracy == told.accuracy
 
 
 def test_a_task_of_one_class(backbone):
