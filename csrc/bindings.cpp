@@ -67,6 +67,48 @@ bool same_kind(py::handle tensor, py::handle other, py::handle index, int64_t di
   return std::equal(a.shape, a.shape + a.ndim, b.shape);
 }
 
+// Whether a plain tensor is what its memory says: memory that was not freed (null, and what is added to
+// null), and no sign that only torch knows of.
+bool is_there(py::handle source, const mvp::TensorView& view) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  if (reinterpret_cast<uintptr_t>(view.data) >> 40 == 0) return false;
+  const py::object negative =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(source.ptr(), is_neg));
+  if (!negative) throw py::error_already_set();
+  return negative.ptr() == Py_False;
+}
+
+bool is_dense(const mvp::TensorView& view) {
+  int64_t step = 1;
+  for (int d = view.ndim - 1; d >= 0; step *= view.shape[d--])
+    if (view.shape[d] != 1 && view.stride[d] != step) return false;
+  return true;
+}
+
+// The number of outputs that pruned_linear keeps; −1 where its arguments are not plain, dense CPU tensors
+// that fit each other.
+int64_t plain_linear(py::handle x, py::handle weight, py::handle bias, py::handle out_index,
+                     py::handle in_index, int64_t out_block, int64_t in_block) {
+  const auto read = [](py::handle source, mvp::TensorView& view) {
+    return mvp::read_plain(source, view) && is_there(source, view);
+  };
+  mvp::TensorView x_, weight_, bias_;
+  if (!read(x, x_) || !read(weight, weight_) || x_.ndim == 0 || weight_.ndim != 2) return -1;
+  if (!mvp::is_floating(x_.dtype) || x_.dtype != weight_.dtype || !is_dense(x_)) return -1;
+  if (weight_.stride[0] != 1 && weight_.stride[1] != 1) return -1;
+  if (!bias.is_none() && !(read(bias, bias_) && bias_.dtype == x_.dtype && bias_.ndim == 1 &&
+                           bias_.shape[0] == weight_.shape[0]))
+    return -1;
+  const auto count = [&](py::handle index, int64_t block, int64_t size) -> int64_t {
+    mvp::TensorView list;
+    if (index.is_none()) return size;
+    if (!read(index, list) || list.ndim != 1 || block < 1 || size % block != 0) return -1;
+    return list.dtype == mvp::DType::i64 || list.dtype == mvp::DType::i32 ? list.shape[0] * block : -1;
+  };
+  const int64_t inputs = count(in_index, in_block, weight_.shape[1]);
+  return x_.shape[x_.ndim - 1] == inputs ? count(out_index, out_block, weight_.shape[0]) : -1;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -87,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
   mvp::def_cuda_ops(m);
 #endif
 
+  m.def("plain_linear", &plain_linear);
   m.def("same_kind", &same_kind);
   m.def("check_arguments", &mvp::check_arguments);
   m.def("build_info", [isa] {

@@ -156,13 +156,17 @@ inline void check_arguments(const std::string& op, const pybind11::tuple& argume
   }
 }
 
-// Whether `source` is a torch.Tensor itself (no subclass), strided, on the CPU and of a known dtype; then
-// `view` is what it is. False also where torch has no exchange API.
+// Whether `source` is a torch.Tensor or a Parameter (no other subclass), strided, on the CPU and of a known
+// dtype; then `view` is what it is. False also where torch has no exchange API.
 inline bool read_plain(pybind11::handle source, TensorView& view) {
-  static const pybind11::handle type =
-      pybind11::object(pybind11::module_::import("torch").attr("Tensor")).release();
+  static const auto type = [](const char* module, const char* name) {
+    return pybind11::object(pybind11::module_::import(module).attr(name)).release().ptr();
+  };
+  static const PyObject* const tensor_type = type("torch", "Tensor");
+  static const PyObject* const parameter_type = type("torch.nn", "Parameter");
   const dlpack::ExchangeApi* const api = exchange_api();
-  if (api == nullptr || pybind11::type::handle_of(source).ptr() != type.ptr()) return false;
+  const PyObject* const found = pybind11::type::handle_of(source).ptr();
+  if (api == nullptr || (found != tensor_type && found != parameter_type)) return false;
   dlpack::Tensor tensor;
   if (api->read(source.ptr(), &tensor) != 0) {
     PyErr_Clear();

@@ -32,6 +32,8 @@ constexpr char kOp[] = "pruned_linear";
 // With more rows of x, packing a panel costs less than it saves (measured at 384 to 1536 inputs, kept 0.5 to
 // 1, on both AVX2 and AVX-512).
 constexpr int64_t kDotRows = 4;
+// With more, reading the weight once for each tile costs more than packing it.
+constexpr int64_t kDirectRows = 2 * kRows;
 // 512 rows of x make packing a panel about 1/50 of the work on it; they need not stay in L2.
 constexpr int64_t kBlockRows = 512;
 // Below this many multiply-adds the work is done before a second thread has started (~3 µs).
@@ -175,84 +177,146 @@ void run_dot(const Problem<T>& p, int threads) {
   whole ? run(std::false_type{}) : run(std::true_type{});
 }
 
-// Rows [first, first + count) of x as f32 [K][count]. Writes kLanes - count floats past its end. `Unit`: what
-// x and the weight are made of; T, or float where pairs of T are moved as 32 bits.
+// Rows of x in 32-bit units, as the outer-product tiles read them: x itself, or rows copied into a buffer
+// where x is of another type, or where rows are so far apart that they fall on the same few sets of a cache.
 template <typename Unit, typename T>
-void pack_x(const Problem<T>& p, int64_t first, int64_t count, float* to) {
-  const Unit* all = reinterpret_cast<const Unit*>(p.x);
-  for (int64_t k = 0; k < p.inputs; k += kLanes) {
-    const int64_t n = std::min<int64_t>(kLanes, p.inputs - k);
-    Vec rows[kLanes] = {};
-    for (int64_t r = 0; r < count; ++r) rows[r] = load(all + (first + r) * p.inputs + k, n);
-    transpose(rows);
-    for (int64_t i = 0; i < n; ++i) store(to + (k + i) * count, rows[i]);
+class TileRows {
+ public:
+  TileRows(const Problem<T>& p, int64_t most) : p_(p) {
+    if constexpr (std::is_same_v<Unit, float>) {
+      if (p.inputs * sizeof(Unit) % kSameSets) return;
+    }
+    stride_ = (p.inputs / kLanes + 2) * kLanes;
+    buffer_.reset(new float[most * stride_]);
   }
+
+  int64_t stride() const { return stride_; }
+
+  // Rows [first, first + count); what was given before is no longer there.
+  const float* get(int64_t first, int64_t count) {
+    const Unit* from = reinterpret_cast<const Unit*>(p_.x) + first * p_.inputs;
+    if (!buffer_) {
+      if constexpr (std::is_same_v<Unit, float>) return from;
+    }
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t k = 0; k < p_.inputs; k += kLanes)
+        store(buffer_.get() + m * stride_ + k, load(from + m * p_.inputs + k, p_.inputs - k));
+    return buffer_.get();
+  }
+
+ private:
+  static constexpr int64_t kSameSets = 2048;
+  const Problem<T>& p_;
+  int64_t stride_ = p_.inputs;
+  std::unique_ptr<float[]> buffer_;
+};
+
+// Kept inputs that are packed and multiplied together: those of chunks [chunk, …) from `input` on; the last
+// one of a list only says where they end.
+struct Slice {
+  int64_t chunk, input;
+};
+
+template <typename T>
+std::vector<Slice> find_slices(const Problem<T>& p) {
+  const int64_t most = p.rows <= kFewRows ? kFewRowsSumBlock : kSumBlock;
+  const int64_t chunks = static_cast<int64_t>(p.chunks.size());
+  std::vector<Slice> slices{{0, 0}};
+  if (p.input_stride == 1) {
+    for (int64_t c = 0; c < chunks; ++c)
+      if (p.chunks[c].first + p.chunks[c].count - slices.back().input > most)
+        slices.push_back({c, p.chunks[c].first});
+  } else {
+    for (int64_t k = most; k < p.inputs; k += most) slices.push_back({0, k});
+  }
+  slices.push_back({chunks, p.inputs});
+  return slices;
 }
 
-// The kept inputs of outputs [first, first + kWidth) as f32 [K][kWidth]; past the last output: the last one
-// again.
+// Some columns of kLanes rows, transposed, to [chunk.count][width].
+template <typename Unit>
+inline void pack_chunk(const Unit* const (&rows)[kLanes], const Chunk& chunk, float* to, int64_t width) {
+  Vec block[kLanes];
+  for (int i = 0; i < kLanes; ++i) block[i] = load(rows[i] + chunk.base);
+  transpose(block);
+  for (int i = 0; i < kLanes; ++i) store(to + i * width, block[i]);
+}
+
+// The same where not all columns of the chunk are kept, or the weight has no more of them.
 template <typename Unit, typename T>
-void pack_panel(const Problem<T>& p, int64_t first, float* panel) {
+__attribute__((noinline)) void pack_part(const Problem<T>& p, const Unit* const (&rows)[kLanes],
+                                         const Chunk& chunk, float* to, int64_t width) {
+  Vec block[kLanes];
+  for (int i = 0; i < kLanes; ++i) block[i] = load(rows[i] + chunk.base, p.columns - chunk.base);
+  transpose(block);
+  for (int64_t i = 0; i < chunk.count; ++i)
+    store(to + i * width, block[p.input[chunk.first + i] - chunk.base]);
+}
+
+// A slice of the kept inputs of outputs [first, first + vecs · kLanes) as f32 [k][vecs · kLanes]; past the
+// last output: the last one again.
+template <typename Unit, typename T>
+void pack_panel(const Problem<T>& p, int64_t first, int64_t vecs, Slice begin, Slice end, float* panel) {
   const Unit* weight = reinterpret_cast<const Unit*>(p.weight);
-  int64_t output[kWidth];
-  for (int i = 0; i < kWidth; ++i) output[i] = p.output[std::min(first + i, p.outputs - 1)];
-  for (int v = 0; v < kVecs; ++v) {
-    const int64_t* outputs = output + v * kLanes;
+  const int64_t width = vecs * kLanes;
+  for (int64_t v = 0; v < vecs; ++v) {
+    int64_t outputs[kLanes];
+    for (int i = 0; i < kLanes; ++i) outputs[i] = p.output[std::min(first + v * kLanes + i, p.outputs - 1)];
     float* to = panel + v * kLanes;
     if (p.input_stride == 1) {
-      for (const Chunk& chunk : p.chunks) {
-        Vec rows[kLanes];
-        for (int i = 0; i < kLanes; ++i)
-          rows[i] = load(weight + outputs[i] * p.output_stride + chunk.base, p.columns - chunk.base);
-        transpose(rows);
-        if (chunk.count == kLanes) {
-          for (int i = 0; i < kLanes; ++i) store(to + (chunk.first + i) * kWidth, rows[i]);
-        } else {
-          for (int64_t i = 0; i < chunk.count; ++i)
-            store(to + (chunk.first + i) * kWidth, rows[p.input[chunk.first + i] - chunk.base]);
-        }
+      const Unit* rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) rows[i] = weight + outputs[i] * p.output_stride;
+      for (int64_t c = begin.chunk; c < end.chunk; ++c) {
+        const Chunk& chunk = p.chunks[c];
+        float* at = to + (chunk.first - begin.input) * width;
+        chunk.count == kLanes ? pack_chunk(rows, chunk, at, width) : pack_part(p, rows, chunk, at, width);
       }
     } else {
       const bool run = is_run(outputs, kLanes);
-      for (int64_t k = 0; k < p.inputs; ++k) {
+      for (int64_t k = begin.input; k < end.input; ++k, to += width) {
         const Unit* row = weight + p.input[k] * p.input_stride;
         Unit part[kLanes];
         if (!run)
           for (int i = 0; i < kLanes; ++i) part[i] = row[outputs[i]];
-        store(to + k * kWidth, load(run ? row + outputs[0] : part));
+        store(to, load(run ? row + outputs[0] : part));
       }
     }
   }
 }
 
+// `choose(rows, vecs)`: the tile of that size.
 template <typename Unit, typename T, typename ChooseTile>
 void run_packed(const Problem<T>& p, ChooseTile choose, int threads) {
   const int64_t panels = (p.outputs + kWidth - 1) / kWidth;
   const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
   const int64_t block_rows = (p.rows + blocks - 1) / blocks;
+  const std::vector<Slice> slices = find_slices(p);
 #pragma omp parallel num_threads(threads)
   {
-    const std::unique_ptr<float[]> x(new float[block_rows * p.inputs + kLanes]);
-    const std::unique_ptr<float[]> panel(new float[p.inputs * kWidth]);
+    TileRows<Unit, T> tile_rows(p, block_rows);
+    const std::unique_ptr<float[]> panel(new float[kSumBlock * kWidth]), sums(new float[block_rows * kWidth]);
+    const float* x = nullptr;
     int64_t current = -1;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < blocks * panels; ++item) {
       const int64_t block = item / panels, first = item % panels * kWidth;
       const int64_t start = block * block_rows, rows = std::min(block_rows, p.rows - start);
+      if (block != current) x = tile_rows.get(start, rows);
+      current = block;
+      const int64_t count = std::min<int64_t>(kWidth, p.outputs - first);
+      const int64_t vecs = (count + kLanes - 1) / kLanes, width = vecs * kLanes;
       // Tiles of nearly equal height: a rest of one row would cost almost as much as a full tile.
       const int64_t tiles = (rows + kRows - 1) / kRows;
-      const auto begin = [&](int64_t t) { return t * rows / tiles; };
-      if (block != current)
-        for (int64_t t = 0; t < tiles; ++t)
-          pack_x<Unit>(p, start + begin(t), begin(t + 1) - begin(t), x.get() + begin(t) * p.inputs);
-      current = block;
-      pack_panel<Unit>(p, first, panel.get());
-      const int64_t count = std::min<int64_t>(kWidth, p.outputs - first);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t height = begin(t + 1) - begin(t);
-        float sums[kRows * kWidth];
-        choose(height)(x.get() + begin(t) * p.inputs, panel.get(), nullptr, p.inputs, sums);
-        for (int64_t r = 0; r < height; ++r) finish(p, sums + r * kWidth, start + begin(t) + r, first, count);
+      for (size_t s = 0; s + 1 < slices.size(); ++s) {
+        const int64_t input = slices[s].input, inputs = slices[s + 1].input - input;
+        pack_panel<Unit>(p, first, vecs, slices[s], slices[s + 1], panel.get());
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t m = t * rows / tiles, height = (t + 1) * rows / tiles - m;
+          choose(height, vecs)(x + m * tile_rows.stride() + input, tile_rows.stride(), panel.get(), nullptr,
+                               inputs, s > 0, sums.get() + m * width);
+          if (s + 2 < slices.size()) continue;
+          for (int64_t r = m; r < m + height; ++r) finish(p, sums.get() + r * width, start + r, first, count);
+        }
       }
     }
   }
@@ -260,8 +324,10 @@ void run_packed(const Problem<T>& p, ChooseTile choose, int threads) {
 
 template <typename T>
 void run_packed(const Problem<T>& p, int threads) {
-  const auto choose = [](int64_t rows) {
-    return choose_tile<float, kVecs>(rows, std::make_index_sequence<kRows>());
+  const auto choose = [](int64_t rows, int64_t vecs) {
+    constexpr auto kEach = std::make_index_sequence<kRows>();
+    if (vecs == 1) return choose_tile<float, 1>(rows, kEach);
+    return vecs == 2 ? choose_tile<float, 2>(rows, kEach) : choose_tile<float, kVecs>(rows, kEach);
   };
   run_packed<T>(p, choose, threads);
 }
@@ -284,8 +350,10 @@ bool pair_inputs(Problem<Bf16>& p) {
 
 void run_packed(Problem<Bf16>& p, int threads) {
   if (!have_pairs() || !pair_inputs(p)) return run_packed<Bf16>(std::as_const(p), threads);
-  const auto choose = [](int64_t rows) {
-    return choose_pair_tile<kVecs>(rows, std::make_index_sequence<kRows>());
+  const auto choose = [](int64_t rows, int64_t vecs) {
+    constexpr auto kEach = std::make_index_sequence<kRows>();
+    if (vecs == 1) return choose_pair_tile<1>(rows, kEach);
+    return vecs == 2 ? choose_pair_tile<2>(rows, kEach) : choose_pair_tile<kVecs>(rows, kEach);
   };
   run_packed<float>(p, choose, threads);
 }
@@ -293,24 +361,30 @@ void run_packed(Problem<Bf16>& p, int threads) {
 
 template <typename T>
 void run_direct(const Problem<T>& p, int threads) {
+  constexpr auto kEach = std::make_index_sequence<kRows>();
   const bool wide = p.rows <= kWideRows && p.outputs >= kWideVecs * kLanes;
   const int64_t width = (wide ? kWideVecs : kVecs) * kLanes;
-  const OuterTile<T> tile = wide ? choose_tile<T, kWideVecs>(p.rows, std::make_index_sequence<kWideRows>())
-                                 : choose_tile<T, kVecs>(p.rows, std::make_index_sequence<kRows>());
-  std::vector<float> x(p.rows * p.inputs + kLanes);
-  pack_x<T>(p, 0, p.rows, x.data());
+  TileRows<T, T> tile_rows(p, p.rows);
+  const float* x = tile_rows.get(0, p.rows);
   std::vector<int64_t> offset(p.inputs);
   for (int64_t k = 0; k < p.inputs; ++k) offset[k] = p.input[k] * p.input_stride;
-  const int64_t panels = (p.outputs + width - 1) / width;
+  const int64_t panels = (p.outputs + width - 1) / width, tiles = (p.rows + kRows - 1) / kRows;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < panels; ++i) {
     // The last panel starts early enough to be a full one; what it repeats is not written.
     const int64_t first = i * width, start = std::min(first, p.outputs - width);
-    float sums[kRows * kWidth > kWideRows * kWideVecs * kLanes ? kRows * kWidth
-                                                               : kWideRows * kWideVecs * kLanes];
-    tile(x.data(), p.weight + p.output[start], offset.data(), p.inputs, sums);
-    for (int64_t r = 0; r < p.rows; ++r)
-      finish(p, sums + r * width + (first - start), r, first, std::min(width, p.outputs - first));
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t begin = t * p.rows / tiles, height = (t + 1) * p.rows / tiles - begin;
+      const OuterTile<T> tile = wide
+                                    ? choose_tile<T, kWideVecs>(height, std::make_index_sequence<kWideRows>())
+                                    : choose_tile<T, kVecs>(height, kEach);
+      float sums[std::max(kRows * kWidth, kWideRows * kWideVecs * kLanes)];
+      for (int64_t k = 0; k < p.inputs; k += kSumBlock)
+        tile(x + begin * tile_rows.stride() + k, tile_rows.stride(), p.weight + p.output[start],
+             offset.data() + k, std::min(kSumBlock, p.inputs - k), k > 0, sums);
+      for (int64_t r = 0; r < height; ++r)
+        finish(p, sums + r * width + (first - start), begin + r, first, std::min(width, p.outputs - first));
+    }
   }
 }
 
@@ -320,8 +394,8 @@ template <typename T>
 Path choose_path(const Problem<T>& p) {
   if (p.inputs == 0) return Path::packed;  // which looks at no weight: it may have no address
   if (p.input_stride == 1) return p.rows <= kDotRows && p.columns >= kLanes ? Path::dot : Path::packed;
-  return is_run(p.output.data(), p.outputs) && p.rows <= kRows && p.outputs >= kWidth ? Path::direct
-                                                                                      : Path::packed;
+  const bool direct = p.rows <= kDirectRows && p.outputs >= kWidth && is_run(p.output.data(), p.outputs);
+  return direct ? Path::direct : Path::packed;
 }
 
 template <typename T>

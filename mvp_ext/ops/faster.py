@@ -30,19 +30,34 @@ from mvp_ext.storage import user_cache, write_atomic
 
 # An op and its class of shapes, without the number of threads; JSON values
 Key = tuple[str | int | bool, ...]
-# Calls of each way after the first, which pays for what is made once; no more than so many seconds of each.
-_ROUNDS, _SECONDS = 15, 2e-3
+# Calls of each way after the first, which pays for what is made once; no more than so many seconds of each, but
+# enough of them that one slow moment of the machine does not decide.
+_LEAST_ROUNDS, _ROUNDS, _SECONDS = 3, 15, 2e-3
 # What is not clearly slower stays: the first way of those given.
 _CLEARLY = 0.97
 
 # (key, number of threads) → way
 _chosen: dict[tuple[Key, int], str] = {}
+# The same by exact sizes, of calls that take less time than it takes to tell their class; forgotten when many.
+_exactly: dict[tuple[Any, ...], str] = {}
+_MOST_EXACTLY = 4096
 _lock = threading.Lock()
 
 
 def known_way(key: Key) -> str | None:
     """What this process has decided; None where it has not."""
     return _chosen.get((key, torch.get_num_threads()))
+
+
+def known_exactly(sizes: tuple[Any, ...]) -> str | None:
+    """What ``remember_exactly`` was told of these sizes and this number of threads, in this process."""
+    return _exactly.get((torch.get_num_threads(), *sizes))
+
+
+def remember_exactly(sizes: tuple[Any, ...], way: str) -> None:
+    if len(_exactly) >= _MOST_EXACTLY:
+        _exactly.clear()
+    _exactly[(torch.get_num_threads(), *sizes)] = way
 
 
 def size_class(size: int) -> int:
@@ -82,6 +97,7 @@ def kept_ways() -> dict[str, Any]:
 def forget() -> None:
     """Decide anew in this process, by what is kept and by ``MVP_FASTER`` as it is now."""
     _chosen.clear()
+    _exactly.clear()
 
 
 def _measured(key: Key, ways: Mapping[str, Callable[[], object]], log: bool) -> str:
@@ -107,7 +123,7 @@ def _times(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         first = {name: _timed(call) for name, call in ways.items()}
         again = {name: _timed(call) for name, call in ways.items()}
         best = {name: min(first[name], again[name]) for name in ways}
-        rounds = max(1, min(_ROUNDS, int(_SECONDS / max(best.values()))))
+        rounds = max(_LEAST_ROUNDS, min(_ROUNDS, int(_SECONDS / max(best.values()))))
         for _ in range(rounds):
             for name, call in ways.items():
                 best[name] = min(best[name], _timed(call))

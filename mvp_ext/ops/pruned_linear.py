@@ -25,7 +25,7 @@ from mvp_ext.ops.checks import (
     check_shape,
     check_tensor,
 )
-from mvp_ext.ops.define import define, derivative_by
+from mvp_ext.ops.define import define, derivative_by, dispatch_is_observed
 from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda
 from mvp_ext.ops.pack import pack_op
 from mvp_ext.ops.pruned_linear_plan import (
@@ -84,6 +84,10 @@ def pruned_linear(
     its product, the part is cut and the library multiplies (in float32 by torch's setting for TF32).
     """
     op = "pruned_linear"
+    if residual is None and activation is None:
+        y = _plain(x, weight, bias, out_index, in_index, out_block, in_block)
+        if y is not None:
+            return y
     check_tensor(op, "x", x, dtypes=FLOATS)
     if activation not in (None, "gelu"):
         raise ValueError(f'{op}: activation: expected None or "gelu", got {activation!r}')
@@ -118,6 +122,38 @@ def pruned_linear(
             else _PrunedLinearGelu.apply(*arguments[:-1])[0]
         )
     return pruned_linear_op(*arguments, activation == "gelu")
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+) -> Tensor | None:
+    """The result of a call that needs nothing but the numbers, on the CPU; None of any other, and of a wrong one.
+
+    A small product takes less time than all checks: here one native call makes them, and explains nothing.
+    """
+    if type(out_block) is not int or type(in_block) is not int or dispatch_is_observed():
+        return None
+    arguments = (x, weight, bias, out_index, in_index, out_block, in_block)
+    outputs = native().plain_linear(*arguments)
+    # The CUDA emulator's tensors are plain ones, too.
+    if (
+        outputs < 0
+        or on_cuda(x)
+        or torch.is_autocast_enabled("cpu")
+        or derivative_by(x, weight, bias) is not None
+    ):
+        return None
+    if cpu_way(*arguments, None, _run_cpu_kernel, _run_library) == "library":
+        return _run_library(*arguments, None)
+    out = x.new_empty((*x.shape[:-1], outputs))
+    native().pruned_linear_cpu(*arguments, None, out, torch.get_num_threads())
+    return out
 
 
 def _autocast_linear(

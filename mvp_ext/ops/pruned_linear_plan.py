@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mvp_ext.ops._native import build_info
 from mvp_ext.ops.device import is_emulated
-from mvp_ext.ops.faster import Key, decide, known_way, size_class
+from mvp_ext.ops.faster import Key, decide, known_exactly, known_way, remember_exactly, size_class
 
 # Rows of x, outputs and inputs of a tile: Small, Medium and Large of csrc/cuda/pruned_linear.cu, and Hopper's.
 TILINGS = ((16, 32, 128), (64, 64, 64), (128, 128, 32), (128, 128, 64))
@@ -67,6 +67,30 @@ def cpu_way(
         return "library"
     if _forced is not None:
         return "kernel" if isinstance(_forced, Plan) else _forced
+    sizes = (
+        *("pruned_linear", x.dtype, x.shape, weight.shape, weight.stride(), out_block, in_block),
+        None if out_index is None else out_index.shape[0],
+        None if in_index is None else in_index.shape[0],
+        residual is None,
+    )
+    if (known := known_exactly(sizes)) is None:
+        known = _cpu_way(x, weight, bias, out_index, in_index, out_block, in_block, residual, kernel, library)
+        remember_exactly(sizes, known)
+    return known
+
+
+def _cpu_way(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    out_block: int,
+    in_block: int,
+    residual: Tensor | None,
+    kernel: Way,
+    library: Way,
+) -> str:
     row_major = weight.stride(1) == 1
     # Two by two kept inputs lie side by side, as the machine's dot product of bfloat16 wants them.
     pairs = row_major and (in_index is None or in_block % 2 == 0) and weight.stride(0) % 2 == 0
