@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "mvp/amx.h"
 #include "mvp/ops.h"
 #include "tensor_caster.h"
 #ifdef MVP_WITH_CUDA
@@ -144,6 +145,7 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["cpu_bf16_pairs"] = false;
 #endif
+    info["cpu_amx"] = info["cpu_bf16_pairs"].cast<bool>() && mvp::have_amx();
 #ifdef MVP_WITH_HOPPER
     info["hopper"] = true;
 #else

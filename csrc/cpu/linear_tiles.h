@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "mvp/simd.h"
@@ -103,6 +104,22 @@ OuterTile<T> choose_tile(int64_t rows, std::index_sequence<R...>) {
   return tiles[rows - 1];
 }
 
+// What fills the tiles of packed panels, by a thread: how many rows of x and vectors of outputs they have at
+// most, and how many inputs of a panel pass at once.
+struct FloatTiles {
+  static constexpr int64_t kTileRows = kRows, kTileVecs = kVecs, kMostInputs = kSumBlock;
+  static int64_t inputs(int64_t rows) { return rows <= kFewRows ? kFewRowsSumBlock : kSumBlock; }
+
+  void fill(int64_t rows, int64_t vecs, const float* x, int64_t stride, const float* panel, int64_t inputs,
+            bool add, float* sums) const {
+    constexpr auto kEach = std::make_index_sequence<kRows>();
+    const auto tile = vecs == 1   ? choose_tile<float, 1>(rows, kEach)
+                      : vecs == 2 ? choose_tile<float, 2>(rows, kEach)
+                                  : choose_tile<float, kVecs>(rows, kEach);
+    tile(x, stride, panel, nullptr, inputs, add, sums);
+  }
+};
+
 #if defined(__AVX512F__)
 #define MVP_HAVE_PAIRS 1
 // The same for inputs that come as pairs of bf16 in 32 bits, with the machine's dot product of pairs: twice
@@ -128,6 +145,116 @@ OuterTile<float> choose_pair_tile(int64_t rows, std::index_sequence<R...>) {
   static constexpr OuterTile<float> tiles[] = {&pair_tile<R + 1, V>...};
   return tiles[rows - 1];
 }
+
+struct PairTiles : FloatTiles {
+  void fill(int64_t rows, int64_t vecs, const float* x, int64_t stride, const float* panel, int64_t inputs,
+            bool add, float* sums) const {
+    constexpr auto kEach = std::make_index_sequence<kRows>();
+    const auto tile = vecs == 1   ? choose_pair_tile<1>(rows, kEach)
+                      : vecs == 2 ? choose_pair_tile<2>(rows, kEach)
+                                  : choose_pair_tile<kVecs>(rows, kEach);
+    tile(x, stride, panel, nullptr, inputs, add, sums);
+  }
+};
+
+// 16 × 16 results from 16 rows of x, 16 pairs each, and 16 pairs of 16 outputs in an instruction; two by two
+// of them at once. Ask have_amx() first. Inputs that are left over are PairTiles'.
+class AmxTiles {
+ public:
+  static constexpr int64_t kTileRows = 32, kTileVecs = 2, kMostInputs = 256;
+  static int64_t inputs(int64_t rows) { return rows <= kFewRows ? kFewRowsSumBlock : kMostInputs; }
+
+  AmxTiles() = default;
+  AmxTiles(const AmxTiles&) = delete;
+  ~AmxTiles() {
+    if (rows_ > 0) release();
+  }
+
+  void fill(int64_t rows, int64_t vecs, const float* x, int64_t stride, const float* panel, int64_t inputs,
+            bool add, float* sums) {
+    const int64_t whole = inputs / 16 * 16, width = vecs * kLanes;
+    if (whole > 0) {
+      if (rows != rows_) configure(rows);
+      if (rows <= 16)
+        vecs == 1 ? multiply<1, 1>(x, stride, panel, whole, add, sums)
+                  : multiply<1, 2>(x, stride, panel, whole, add, sums);
+      else
+        vecs == 1 ? multiply<2, 1>(x, stride, panel, whole, add, sums)
+                  : multiply<2, 2>(x, stride, panel, whole, add, sums);
+    }
+    if (whole == inputs && inputs > 0) return;
+    for (int64_t r = 0; r < rows; r += kRows)
+      rest_.fill(std::min<int64_t>(kRows, rows - r), vecs, x + r * stride + whole, stride,
+                 panel + whole * width, inputs - whole, add || whole > 0, sums + r * width);
+  }
+
+ private:
+  __attribute__((target("amx-tile"))) static void release() { _tile_release(); }
+
+  // Tiles 0 to 3 are sums, 4 and 5 rows of x, 6 and 7 the panel; the second of rows has what the first
+  // leaves.
+  __attribute__((target("amx-tile"))) void configure(int64_t rows) {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    const auto set = [&](int tile, int64_t tile_rows) {
+      config.rows[tile] = static_cast<uint8_t>(tile_rows);
+      config.bytes[tile] = tile_rows > 0 ? 64 : 0;
+    };
+    const int64_t first = std::min<int64_t>(16, rows), second = rows - first;
+    for (int tile : {0, 1, 4}) set(tile, first);
+    for (int tile : {2, 3, 5}) set(tile, second);
+    for (int tile : {6, 7}) set(tile, 16);
+    // Of the configuration the intrinsic names 8 bytes only: the others would never be written.
+    asm volatile("" : : "r"(&config) : "memory");
+    _tile_loadconfig(&config);
+    rows_ = rows;
+  }
+
+  template <int A, int B>
+  __attribute__((target("amx-tile,amx-bf16"))) static void multiply(const float* x, int64_t stride,
+                                                                    const float* w, int64_t inputs, bool add,
+                                                                    float* sums) {
+    constexpr int64_t width = B * 16;
+    constexpr int row = width * sizeof(float);
+    const int64_t x_row = stride * static_cast<int64_t>(sizeof(float));
+    float* const lower = sums + 16 * width;
+    if (add) {
+      _tile_loadd(0, sums, row);
+      if constexpr (B == 2) _tile_loadd(1, sums + 16, row);
+      if constexpr (A == 2) _tile_loadd(2, lower, row);
+      if constexpr (A == 2 && B == 2) _tile_loadd(3, lower + 16, row);
+    } else {
+      _tile_zero(0);
+      if constexpr (B == 2) _tile_zero(1);
+      if constexpr (A == 2) _tile_zero(2);
+      if constexpr (A == 2 && B == 2) _tile_zero(3);
+    }
+    for (int64_t k = 0; k < inputs; k += 16) {
+      _tile_loadd(4, x + k, x_row);
+      _tile_loadd(6, w + k * width, row);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (B == 2) {
+        _tile_loadd(7, w + k * width + 16, row);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (A == 2) {
+        _tile_loadd(5, x + 16 * stride + k, x_row);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      if constexpr (A == 2 && B == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, row);
+    if constexpr (B == 2) _tile_stored(1, sums + 16, row);
+    if constexpr (A == 2) _tile_stored(2, lower, row);
+    if constexpr (A == 2 && B == 2) _tile_stored(3, lower + 16, row);
+  }
+
+  PairTiles rest_;
+  int64_t rows_ = 0;
+};
 #endif
 
 }  // namespace

@@ -9,18 +9,20 @@
 //
 // direct: M small, W input-major (a transposed view). Outer products; each kept input is one contiguous row.
 //
-// packed: the rest. The panel of W for 32 outputs is packed to f32 [K][32], kept rows transposed in
-// registers, and multiplied with up to kBlockRows rows of x before the next one is packed: 1–5 % of the time
-// from M = 200 on. Where the machine multiplies pairs of bf16, pairs stay as they are.
+// packed: the rest. A panel of W, of as many outputs as a tile is wide, is packed slice by slice of the kept
+// inputs to f32 [k][outputs], kept rows transposed in registers, and each slice is multiplied with up to
+// kBlockRows rows of x, which are read where they lie, before the next one is packed. Where the machine
+// multiplies pairs of bf16, pairs stay as they are; where it has AMX, in tiles of 16 × 16 results.
 //
-// Threads: contiguous ranges of (block of x rows, group of outputs). Accumulator: f32, in an order that does
-// not depend on the number of threads. Bytes: the kept rows of W once for every block of x rows; x once for
-// every 32 outputs (from L2); out once.
+// Threads: contiguous ranges of (block of x rows, panel). Accumulator: f32, in an order that does not depend
+// on the number of threads. Bytes: the kept rows of W once for every block of x rows; x once for every panel
+// (from L2); out once.
 #include <algorithm>
 #include <memory>
 #include <utility>
 
 #include "linear_tiles.h"
+#include "mvp/amx.h"
 #include "mvp/arguments.h"
 #include "mvp/ops.h"
 #include "mvp/simd.h"
@@ -34,7 +36,7 @@ constexpr char kOp[] = "pruned_linear";
 constexpr int64_t kDotRows = 4;
 // With more, reading the weight once for each tile costs more than packing it.
 constexpr int64_t kDirectRows = 2 * kRows;
-// 512 rows of x make packing a panel about 1/50 of the work on it; they need not stay in L2.
+// 512 rows of x make packing a panel about 1/50 of the work on it.
 constexpr int64_t kBlockRows = 512;
 // Below this many multiply-adds the work is done before a second thread has started (~3 µs).
 constexpr int64_t kThreadWork = 1 << 16;
@@ -218,8 +220,7 @@ struct Slice {
 };
 
 template <typename T>
-std::vector<Slice> find_slices(const Problem<T>& p) {
-  const int64_t most = p.rows <= kFewRows ? kFewRowsSumBlock : kSumBlock;
+std::vector<Slice> find_slices(const Problem<T>& p, int64_t most) {
   const int64_t chunks = static_cast<int64_t>(p.chunks.size());
   std::vector<Slice> slices{{0, 0}};
   if (p.input_stride == 1) {
@@ -253,6 +254,15 @@ __attribute__((noinline)) void pack_part(const Problem<T>& p, const Unit* const 
     store(to + i * width, block[p.input[chunk.first + i] - chunk.base]);
 }
 
+// Some outputs of an input's row; `run`: whether they follow each other.
+template <typename T>
+inline Vec load_outputs(const T* row, const int64_t (&outputs)[kLanes], bool run) {
+  if (run) return load(row + outputs[0]);
+  T part[kLanes];
+  for (int i = 0; i < kLanes; ++i) part[i] = row[outputs[i]];
+  return load(part);
+}
+
 // A slice of the kept inputs of outputs [first, first + vecs · kLanes) as f32 [k][vecs · kLanes]; past the
 // last output: the last one again.
 template <typename Unit, typename T>
@@ -274,46 +284,52 @@ void pack_panel(const Problem<T>& p, int64_t first, int64_t vecs, Slice begin, S
     } else {
       const bool run = is_run(outputs, kLanes);
       for (int64_t k = begin.input; k < end.input; ++k, to += width) {
-        const Unit* row = weight + p.input[k] * p.input_stride;
-        Unit part[kLanes];
-        if (!run)
-          for (int i = 0; i < kLanes; ++i) part[i] = row[outputs[i]];
-        store(to, load(run ? row + outputs[0] : part));
+        if constexpr (std::is_same_v<Unit, T>) {
+          store(to, load_outputs(weight + p.input[k] * p.input_stride, outputs, run));
+        } else {
+          const auto half = [&](int64_t i) {
+            return bit_cast<Bits>(load_outputs(p.weight + p.input[i] * p.input_stride, outputs, run));
+          };
+          // A bfloat16 is the upper half of its float.
+          store(to, bit_cast<Vec>((half(2 * k) >> 16) | half(2 * k + 1)));
+        }
       }
     }
   }
 }
 
-// `choose(rows, vecs)`: the tile of that size.
-template <typename Unit, typename T, typename ChooseTile>
-void run_packed(const Problem<T>& p, ChooseTile choose, int threads) {
-  const int64_t panels = (p.outputs + kWidth - 1) / kWidth;
+template <typename Unit, typename Tiles, typename T>
+void multiply_packed(const Problem<T>& p, int threads) {
+  constexpr int64_t kPanel = Tiles::kTileVecs * kLanes;
+  const int64_t panels = (p.outputs + kPanel - 1) / kPanel;
   const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
   const int64_t block_rows = (p.rows + blocks - 1) / blocks;
-  const std::vector<Slice> slices = find_slices(p);
+  const std::vector<Slice> slices = find_slices(p, Tiles::inputs(p.rows));
 #pragma omp parallel num_threads(threads)
   {
+    Tiles filler;
     TileRows<Unit, T> tile_rows(p, block_rows);
-    const std::unique_ptr<float[]> panel(new float[kSumBlock * kWidth]), sums(new float[block_rows * kWidth]);
+    const std::unique_ptr<float[]> panel(new float[Tiles::kMostInputs * kPanel]);
+    const std::unique_ptr<float[]> sums(new float[block_rows * kPanel]);
     const float* x = nullptr;
     int64_t current = -1;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < blocks * panels; ++item) {
-      const int64_t block = item / panels, first = item % panels * kWidth;
+      const int64_t block = item / panels, first = item % panels * kPanel;
       const int64_t start = block * block_rows, rows = std::min(block_rows, p.rows - start);
       if (block != current) x = tile_rows.get(start, rows);
       current = block;
-      const int64_t count = std::min<int64_t>(kWidth, p.outputs - first);
+      const int64_t count = std::min<int64_t>(kPanel, p.outputs - first);
       const int64_t vecs = (count + kLanes - 1) / kLanes, width = vecs * kLanes;
       // Tiles of nearly equal height: a rest of one row would cost almost as much as a full tile.
-      const int64_t tiles = (rows + kRows - 1) / kRows;
+      const int64_t tiles = (rows + Tiles::kTileRows - 1) / Tiles::kTileRows;
       for (size_t s = 0; s + 1 < slices.size(); ++s) {
         const int64_t input = slices[s].input, inputs = slices[s + 1].input - input;
         pack_panel<Unit>(p, first, vecs, slices[s], slices[s + 1], panel.get());
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t m = t * rows / tiles, height = (t + 1) * rows / tiles - m;
-          choose(height, vecs)(x + m * tile_rows.stride() + input, tile_rows.stride(), panel.get(), nullptr,
-                               inputs, s > 0, sums.get() + m * width);
+          filler.fill(height, vecs, x + m * tile_rows.stride() + input, tile_rows.stride(), panel.get(),
+                      inputs, s > 0, sums.get() + m * width);
           if (s + 2 < slices.size()) continue;
           for (int64_t r = m; r < m + height; ++r) finish(p, sums.get() + r * width, start + r, first, count);
         }
@@ -324,18 +340,19 @@ void run_packed(const Problem<T>& p, ChooseTile choose, int threads) {
 
 template <typename T>
 void run_packed(const Problem<T>& p, int threads) {
-  const auto choose = [](int64_t rows, int64_t vecs) {
-    constexpr auto kEach = std::make_index_sequence<kRows>();
-    if (vecs == 1) return choose_tile<float, 1>(rows, kEach);
-    return vecs == 2 ? choose_tile<float, 2>(rows, kEach) : choose_tile<float, kVecs>(rows, kEach);
-  };
-  run_packed<T>(p, choose, threads);
+  multiply_packed<T, FloatTiles>(p, threads);
 }
 
 #if defined(MVP_HAVE_PAIRS)
-// Inputs 2i and 2i + 1 as one: true if the kept inputs and the weight's layout let them.
+// Kept inputs 2i and 2i + 1 as one: true if the weight's layout lets them. Where inputs are rows of it, they
+// are brought together when they are packed, and `input` lists both.
 bool pair_inputs(Problem<Bf16>& p) {
-  bool fits = p.input_stride == 1 && p.inputs % 2 == 0 && p.columns % 2 == 0 && p.output_stride % 2 == 0;
+  if (p.inputs % 2 != 0) return false;
+  if (p.input_stride != 1) {
+    p.inputs /= 2;
+    return true;
+  }
+  bool fits = p.columns % 2 == 0 && p.output_stride % 2 == 0;
   for (int64_t k = 0; fits && k < p.inputs; k += 2)
     fits = p.input[k] % 2 == 0 && p.input[k + 1] == p.input[k] + 1;
   if (!fits) return false;
@@ -350,12 +367,7 @@ bool pair_inputs(Problem<Bf16>& p) {
 
 void run_packed(Problem<Bf16>& p, int threads) {
   if (!have_pairs() || !pair_inputs(p)) return run_packed<Bf16>(std::as_const(p), threads);
-  const auto choose = [](int64_t rows, int64_t vecs) {
-    constexpr auto kEach = std::make_index_sequence<kRows>();
-    if (vecs == 1) return choose_pair_tile<1>(rows, kEach);
-    return vecs == 2 ? choose_pair_tile<2>(rows, kEach) : choose_pair_tile<kVecs>(rows, kEach);
-  };
-  run_packed<float>(p, choose, threads);
+  have_amx() ? multiply_packed<float, AmxTiles>(p, threads) : multiply_packed<float, PairTiles>(p, threads);
 }
 #endif
 
@@ -394,7 +406,8 @@ template <typename T>
 Path choose_path(const Problem<T>& p) {
   if (p.inputs == 0) return Path::packed;  // which looks at no weight: it may have no address
   if (p.input_stride == 1) return p.rows <= kDotRows && p.columns >= kLanes ? Path::dot : Path::packed;
-  const bool direct = p.rows <= kDirectRows && p.outputs >= kWidth && is_run(p.output.data(), p.outputs);
+  const int64_t most = std::is_same_v<T, Bf16> && kLanes == 16 && have_amx() ? kDotRows : kDirectRows;
+  const bool direct = p.rows <= most && p.outputs >= kWidth && is_run(p.output.data(), p.outputs);
   return direct ? Path::direct : Path::packed;
 }
 

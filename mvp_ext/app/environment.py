@@ -102,7 +102,8 @@ def _native_module() -> dict[str, str]:
         "cpu instruction set": (
             f"{isa}" if isa == detected else f"{isa} (MVP_CPU_ISA; the CPU has {detected})"
         )
-        + (", pairs of bfloat16" if info["cpu_bf16_pairs"] else ""),
+        + (", pairs of bfloat16" if info["cpu_bf16_pairs"] else "")
+        + (", AMX" if info["cpu_amx"] else ""),
         "cuda kernels": f"built for {info['cuda_archs']}" + (", with wgmma" if info["hopper"] else "")
         if info["cuda"]
         else "not built (no CUDA compiler, or switched off)",

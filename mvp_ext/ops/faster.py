@@ -1,7 +1,7 @@
 """Which of two ways to the same result is faster on this machine: tried where it runs, once for each class of shapes.
 
 A rule that was measured on one vendor's processor is wrong on another's. So the first call of a class (an op, a dtype,
-a number of threads, sizes up to a factor of two) runs both ways in turn, for a few milliseconds; what was faster is
+a number of threads, sizes up to a factor of two) runs both ways in turn, a few times; what was faster is
 used from then on, and kept in the user's cache for this processor, torch and version of the package.
 
 ``MVP_FASTER`` says otherwise: "kernel" or "library" is taken wherever it can be, "rule" is the fixed rule of the op,
@@ -32,7 +32,7 @@ from mvp_ext.storage import user_cache, write_atomic
 Key = tuple[str | int | bool, ...]
 # Calls of each way after the first, which pays for what is made once; no more than so many seconds of each, but
 # enough of them that one slow moment of the machine does not decide.
-_LEAST_ROUNDS, _ROUNDS, _SECONDS = 3, 15, 2e-3
+_LEAST_ROUNDS, _ROUNDS, _SECONDS = 5, 15, 2e-2
 # What is not clearly slower stays: the first way of those given.
 _CLEARLY = 0.97
 

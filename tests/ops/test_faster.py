@@ -46,9 +46,9 @@ def test_the_faster_way_is_taken_from_then_on(kernel, library, expected):
     tried, calls = ways(kernel, library)
     assert known_way(("op", 1)) is None
     assert decide(("op", 1), tried, "rule") == expected == known_way(("op", 1))
-    # In turn, and for a few milliseconds.
+    # In turn, and for tens of milliseconds.
     assert calls[:4] == ["kernel", "library"] * 2
-    assert len(calls) < 20
+    assert len(calls) < 40
     torch.set_num_threads(2)
     assert known_way(("op", 1)) is None
 

@@ -1,5 +1,7 @@
 """pruned_linear against its reference: every path of the kernel, layouts, dtypes, gradients, errors."""
 
+import itertools
+
 import pytest
 import torch
 from backends import move, on_gpu
@@ -84,6 +86,28 @@ def test_every_tile_height(layout):
         check(arguments, {})
 
 
+@pytest.mark.parametrize("layout", ["row-major", "input-major"])
+def test_every_tile_of_pairs(layout):
+    """Of bfloat16: rows, pairs of inputs and outputs around the tiles' sizes, and what is left over beside them."""
+    for rows, inputs, outputs in itertools.product(
+        (5, 16, 17, 31, 33, 70, 200), (2, 30, 32, 66, 130, 520), (7, 16, 33, 70)
+    ):
+        arguments = to(torch.bfloat16, draw(rows, 2 * outputs, inputs, kept=(layout == "row-major", False)))
+        if layout == "input-major":
+            arguments[1] = input_major(arguments[1])
+        check(arguments, {})
+
+
+@pytest.mark.parametrize("inputs", [64, 128, 129, 512, 1024])
+@pytest.mark.parametrize("rows", [9, 64, 65, 130])
+def test_slices_of_inputs_and_rows_that_lie_a_power_of_two_apart(rows, inputs):
+    for kept in ((True, False), (False, True)):
+        arguments = list(draw(rows, 98, inputs if kept[0] else 2 * inputs, kept=kept))
+        check(arguments, {})
+        arguments[1] = input_major(arguments[1])
+        check(arguments, {})
+
+
 @pytest.mark.parametrize("keep", [0.02, 0.1, 0.9, 1.0])
 @pytest.mark.parametrize("rows", [1, 5, 20])
 def test_keep_ratios(rows, keep):
@@ -121,6 +145,27 @@ def test_views(rows):
     wide_r = torch.randn(48, 2 * rows).t()[::2]
     check([x, w, b, *indices], {"residual": wide_r})
     check([x, w, b, None, in_index], {"residual": wide_r})
+
+
+def test_the_short_way_through_a_plain_call_changes_nothing():
+    x, w, b, out_index, in_index = draw(9, 48, 56)
+    wanted = pruned_linear(x, w, b, out_index, in_index)
+    parameter, bias = torch.nn.Parameter(w), torch.nn.Parameter(b)
+    with torch.no_grad():
+        assert torch.equal(pruned_linear(x, parameter, bias, out_index, in_index), wanted)
+    tied = pruned_linear(x, parameter, bias, out_index, in_index)
+    assert tied.requires_grad
+    assert torch.equal(tied, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pruned_linear(x, w, b, out_index, in_index).dtype is torch.bfloat16
+    # A sign that is a bit which only torch knows.
+    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negative.is_neg()
+    assert torch.equal(pruned_linear(negative, w, b, out_index, in_index), wanted)
+    freed = torch.cat([x, x])[9:]
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="x: expected a tensor with memory"):
+        pruned_linear(freed, w, b, out_index, in_index)
 
 
 def test_leading_dimensions():
