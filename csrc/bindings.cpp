@@ -86,28 +86,49 @@ bool is_dense(const mvp::TensorView& view) {
   return true;
 }
 
-// The number of outputs that pruned_linear keeps; −1 where its arguments are not plain, dense CPU tensors
-// that fit each other.
-int64_t plain_linear(py::handle x, py::handle weight, py::handle bias, py::handle out_index,
-                     py::handle in_index, int64_t out_block, int64_t in_block) {
-  const auto read = [](py::handle source, mvp::TensorView& view) {
-    return mvp::read_plain(source, view) && is_there(source, view);
-  };
+bool read_whole(py::handle source, mvp::TensorView& view) {
+  return mvp::read_plain(source, view) && is_there(source, view);
+}
+
+// How many of `size` an index list of blocks keeps; −1 where it is not a plain one that fits.
+int64_t count_kept(py::handle index, int64_t block, int64_t size) {
+  mvp::TensorView list;
+  if (index.is_none()) return size;
+  if (!read_whole(index, list) || list.ndim != 1 || block < 1 || size % block != 0) return -1;
+  return list.dtype == mvp::DType::i64 || list.dtype == mvp::DType::i32 ? list.shape[0] * block : -1;
+}
+
+// The number of outputs that pruned_linear (weights of 2 dimensions) or pruned_conv2d (of 4, here with at
+// least one image, channel and filter) keeps; −1 where the arguments are not plain, dense CPU tensors that
+// fit.
+int64_t plain_outputs(py::handle x, py::handle weight, py::handle bias, py::handle out_index,
+                      py::handle in_index, int64_t out_block, int64_t in_block, int dims) {
   mvp::TensorView x_, weight_, bias_;
-  if (!read(x, x_) || !read(weight, weight_) || x_.ndim == 0 || weight_.ndim != 2) return -1;
-  if (!mvp::is_floating(x_.dtype) || x_.dtype != weight_.dtype || !is_dense(x_)) return -1;
-  if (weight_.stride[0] != 1 && weight_.stride[1] != 1) return -1;
-  if (!bias.is_none() && !(read(bias, bias_) && bias_.dtype == x_.dtype && bias_.ndim == 1 &&
+  if (!read_whole(x, x_) || !read_whole(weight, weight_) || weight_.ndim != dims) return -1;
+  if (!mvp::is_floating(x_.dtype) || x_.dtype != weight_.dtype) return -1;
+  if (!bias.is_none() && !(read_whole(bias, bias_) && bias_.dtype == x_.dtype && bias_.ndim == 1 &&
                            bias_.shape[0] == weight_.shape[0]))
     return -1;
-  const auto count = [&](py::handle index, int64_t block, int64_t size) -> int64_t {
-    mvp::TensorView list;
-    if (index.is_none()) return size;
-    if (!read(index, list) || list.ndim != 1 || block < 1 || size % block != 0) return -1;
-    return list.dtype == mvp::DType::i64 || list.dtype == mvp::DType::i32 ? list.shape[0] * block : -1;
-  };
-  const int64_t inputs = count(in_index, in_block, weight_.shape[1]);
-  return x_.shape[x_.ndim - 1] == inputs ? count(out_index, out_block, weight_.shape[0]) : -1;
+  int channels = 1;
+  if (dims == 2) {
+    if (x_.ndim == 0 || !is_dense(x_) || (weight_.stride[0] != 1 && weight_.stride[1] != 1)) return -1;
+    channels = x_.ndim - 1;
+  } else if (x_.ndim != 4 || x_.numel() == 0 || !is_dense(weight_)) {
+    return -1;
+  }
+  if (x_.shape[channels] != count_kept(in_index, in_block, weight_.shape[1])) return -1;
+  const int64_t outputs = count_kept(out_index, out_block, weight_.shape[0]);
+  return dims == 4 && outputs == 0 ? -1 : outputs;
+}
+
+int64_t plain_linear(py::handle x, py::handle weight, py::handle bias, py::handle out_index,
+                     py::handle in_index, int64_t out_block, int64_t in_block) {
+  return plain_outputs(x, weight, bias, out_index, in_index, out_block, in_block, 2);
+}
+
+int64_t plain_conv2d(py::handle x, py::handle weight, py::handle bias, py::handle out_index,
+                     py::handle in_index) {
+  return plain_outputs(x, weight, bias, out_index, in_index, 1, 1, 4);
 }
 
 }  // namespace
@@ -130,6 +151,7 @@ PYBIND11_MODULE(_C, m) {
   mvp::def_cuda_ops(m);
 #endif
 
+  m.def("plain_conv2d", &plain_conv2d);
   m.def("plain_linear", &plain_linear);
   m.def("same_kind", &same_kind);
   m.def("check_arguments", &mvp::check_arguments);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mvp_ext.ops._native import native
 from mvp_ext.ops.blocks import select
 from mvp_ext.ops.checks import (
     FLOATS,
@@ -19,7 +20,8 @@ from mvp_ext.ops.checks import (
     check_tensor,
     renamed,
 )
-from mvp_ext.ops.define import check_memory, derivative_by, functorch_is_active
+from mvp_ext.ops.define import check_memory, derivative_by, dispatch_is_observed, functorch_is_active
+from mvp_ext.ops.device import on_cuda
 from mvp_ext.ops.pack import is_channels_last, pack_op
 
 
@@ -52,6 +54,9 @@ def pruned_conv2d(
     small beside the activations.
     """
     op = "pruned_conv2d"
+    y = _plain(x, weight, bias, out_index, in_index, stride, padding, dilation)
+    if y is not None:
+        return y
     check_tensor(op, "x", x, ndim=4, dtypes=FLOATS)
     mixed = autocast_is_on(x) and x.dtype is not torch.float64  # then conv2d itself casts
     dtypes = FLOATS if mixed else (x.dtype,)
@@ -93,6 +98,44 @@ def pruned_conv2d(
         y = x.new_zeros((x.shape[0], kept_filters, *size)) + x[:0].sum() + weight[:0].sum()
         return (y if bias is None else y + bias[:, None, None]).to(dtype)
     return F.conv2d(x, _cut(weight, out_index, in_index), bias, stride, padding, dilation)
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] | str,
+    dilation: int | tuple[int, int],
+) -> Tensor | None:
+    """The result of a call that needs nothing but the numbers, on the CPU; None of any other, and of a wrong one.
+
+    After a convolution the caches hold none of the checks' code, and they take several times as long: here one native
+    call makes them, and explains nothing.
+    """
+    if type(stride) is not int or type(padding) is not int or type(dilation) is not int:
+        return None
+    if dispatch_is_observed():
+        return None
+    outputs = native().plain_conv2d(x, weight, bias, out_index, in_index)
+    # The CUDA emulator's tensors are plain ones, too.
+    if outputs < 0 or on_cuda(x) or torch.is_autocast_enabled("cpu"):
+        return None
+    if derivative_by(x, weight, bias) is not None:
+        return None
+    try:
+        if in_index is not None:
+            part = weight.new_empty((outputs, x.shape[1], *weight.shape[2:]))
+            native().pack_cpu([weight], [out_index], [in_index], [part], torch.get_num_threads())
+        else:
+            part = weight if out_index is None else weight.index_select(0, out_index)
+        if bias is not None and out_index is not None:
+            bias = bias.index_select(0, out_index)
+        return F.conv2d(x, part, bias, stride, padding, dilation)
+    except (IndexError, RuntimeError, ValueError):
+        return None
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
