@@ -7,7 +7,7 @@ Everything comes from committed files. Each folder of benchmarks/results/ is a d
     comparisons.md    from compare_*.json, demo_*.json
     speed.md          from deployed_*.json, latency_*.json, runtimes_*.json, memory_*.json and each op's file
 
-and docs/scale.md its tables from results/cpu/scale.json.
+and docs/scale.md its tables from results/cpu/scale.json and images.json.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 # The README's table and the list of verdicts show this study.
 SHOWN = RESULTS / "cpu" / "study_cpu.json"
 SCALE = RESULTS / "cpu" / "scale.json"
+IMAGES = RESULTS / "cpu" / "images.json"
 EXPERTS = RESULTS / "cpu" / "experts_diverse.json"
 OURS, CONTROL = "mvp refined, weighted", "universal"
 README_ARMS = {
@@ -691,6 +692,31 @@ def scale(result: Mapping[str, Any]) -> str:
     )
 
 
+def images(result: Mapping[str, Any]) -> str:
+    """Batches from a folder of more images than memory holds."""
+    made, titles = result["setting"], {"cache": "`--cache on`", "torchvision": "ImageFolder and DataLoader"}
+    rows = [
+        (
+            f"{titles[name]}, {time}",
+            seconds_text(run["first_batch_seconds"]),
+            f"{run['images_per_second']:,.0f}",
+            f"{run['peak_mb']:,} MB"
+            + (f", and {run['worker_peak_mb']} a worker" if run["worker_peak_mb"] else ""),
+        )
+        for name in titles
+        for time, run in zip(("the first time", "again"), result["runs"][name], strict=True)
+    ]
+    return "\n\n".join(
+        (
+            "## More images than memory",
+            f"Shuffled, mirrored, normalised batches of {made['batch']} from a folder of {made['images']:,} JPEGs, at "
+            f"{made['size']} pixels ({made['decoded_mb'] / 1024:.0f} GB as bytes): `{made['command']}`, commit "
+            f"{made['commit']} ({machine(result['environment'])}; `{name_of(IMAGES)}`).",
+            table(("", "to the first batch", "images a second after it", "resident memory"), rows),
+        )
+    )
+
+
 def _many(
     steps: Mapping[str, Any], driver: Mapping[str, Any], tasks: int, processes: int
 ) -> tuple[str, str, str]:
@@ -742,7 +768,8 @@ def render() -> dict[Path, str]:
     ]
     pages[index] = _between(index, "\n\n".join(("\n".join(listed), verdicts(study), promises())))
     pages[readme] = _between(readme, f"{summary(study)}\n\n{summary_of_experts(read(EXPERTS))}")
-    pages[ROOT / "docs" / "scale.md"] = _between(ROOT / "docs" / "scale.md", scale(read(SCALE)))
+    measured = f"{scale(read(SCALE))}\n\n{images(read(IMAGES))}"
+    pages[ROOT / "docs" / "scale.md"] = _between(ROOT / "docs" / "scale.md", measured)
     return pages
 
 

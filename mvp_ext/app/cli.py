@@ -238,8 +238,8 @@ def compare(
     schedule: options.ScheduleOptions,
     voters: options.NeighbourOptions,
     what: options.CompareOptions,
+    workers: options.WorkerOptions,
     run: options.ExecutionOptions,
-    out: options.Out = Path("runs/compare"),
     zoo: options.ZooPath = Path("zoo"),
 ) -> None:
     """Compare methods on held-out tasks at equal shapes and head refit; write results.json and report.html.
@@ -247,7 +247,7 @@ def compare(
     The tasks are drawn so that none has the class set of an entry. Run again with the same OUT it goes on where it was.
     """
     device = run.begin()
-    check_folder("--out", out)
+    check_folder("--out", what.out)
     opened = Zoo(zoo, create=False)
     backbone = model.backbone(device, seen=opened.preprocessing)
     settings = schedule.applied(cut.settings(opened, backbone, run.seed), what.final_steps)
@@ -260,18 +260,19 @@ def compare(
     arms = arms_of(opened, compared)
     steps = len(drawn) * sum(compared.all_steps(arm, structure) for arm in arms)
     say(f"to do: {len(arms)} methods on {len(drawn)} tasks, {steps} optimizer steps")
-    with progress_bar("compare", steps) as progress:
+    with workers.begin() as together, progress_bar("compare", steps) as progress:
         results = run_comparison(
             backbone,
             drawn,
             opened,
             compared,
             title=f"{backbone.architecture} on {images.name}: pruned models for new tasks",
-            journal=out / "runs.jsonl",
+            journal=what.out / "runs.jsonl",
             progress=progress,
+            workers=together,
         )
     results["command"] = command()
-    _write(results, out)
+    _write(results, what.out)
 
 
 @app.command()

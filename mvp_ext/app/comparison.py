@@ -19,6 +19,7 @@ from torch import nn
 
 from mvp_ext.app.environment import environment
 from mvp_ext.app.results import FORMAT
+from mvp_ext.cluster.workers import Workers
 from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
 from mvp_ext.journal import Journal
@@ -96,6 +97,19 @@ class Comparison:
         return replace(self.settings, keep=keep, recipe=recipe, seed=self.settings.seed + position)
 
 
+@dataclass(frozen=True, eq=False)
+class ArmJob:
+    """One arm on one task, to be run here or in another process; ``name`` is what progress is told of it."""
+
+    backbone: Backbone
+    task: Task
+    zoo: Zoo
+    method: str
+    options: Comparison
+    position: int
+    name: str
+
+
 def arms_of(zoo: Zoo, options: Comparison, unrefined: Zoo | None = None) -> tuple[str, ...]:
     """The methods that are compared: those asked for, or what suits the zoo and the controls."""
     suits = (method_for(zoo), *(("mvp",) if unrefined is not None else ()))
@@ -113,6 +127,7 @@ def compare(
     notes: Sequence[str] = (),
     journal: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Run every arm on every task and measure the models; the format of the result is that of ``results.py``.
 
@@ -123,6 +138,8 @@ def compare(
         unrefined: a zoo of entries that were pruned one by one, where ``zoo`` refines one model: the voters of "mvp",
             and whose masks can overlap. It is one more arm by default.
         journal: a file that keeps each finished run; runs that it already has, of the same options, are not repeated.
+        workers: of ``ray_workers``, who see the zoos' folders too: several runs at once. Seconds are then those of so
+            many side by side.
 
     Raises:
         ValueError: no task, no arm. ZooError: the zoo has no entry, or is of another backbone.
@@ -141,27 +158,26 @@ def compare(
         _identity(backbone, structure, options),
         voters=[e for z in (zoo, unrefined) if z is not None for e in z.entries(structure.fingerprint)],
     )
-    arms: list[dict[str, Any]] = [{"name": NAMES[method], "tasks": []} for method in methods]
-    dense = []
+    waiting = []
     for position, task in enumerate(tasks):
-        for arm, method in zip(arms, methods, strict=True):
-            what = f"{task.name}, {arm['name']}"
-            run = done.get(task, method)
-            if run is None:
-                asked = voters.get(method, zoo)
-                run = done.put(
-                    task, method, _run(backbone, task, asked, method, options, position, what, progress)
-                )
-            elif progress is not None:
+        for method in (*methods, "dense"):
+            name = task.name if method == "dense" else f"{task.name}, {NAMES[method]}"
+            job = ArmJob(backbone, task, voters.get(method, zoo), method, options, position, name)
+            if done.get(task, method) is None:
+                waiting.append(job)
+            elif method != "dense" and progress is not None:
                 steps = options.all_steps(method, structure)
-                progress(what, steps, steps)
-            arm["tasks"].append(run)
-        run = done.get(task, "dense")
-        if run is None:
-            run = done.put(
-                task, "dense", _run(backbone, task, zoo, "dense", options, position, task.name, None)
-            )
-        dense.append(run["accuracy"])
+                progress(name, steps, steps)
+    made = ((job, run_arm(job, progress)) for job in waiting)
+    for job, run in made if workers is None else workers.map(run_arm, waiting, progress):
+        done.put(job.task, job.method, run)
+        if workers is not None and job.method != "dense" and progress is not None:
+            steps = options.all_steps(job.method, structure)
+            progress(job.name, steps, steps)
+    arms: list[dict[str, Any]] = [
+        {"name": NAMES[method], "tasks": [done.get(task, method) for task in tasks]} for method in methods
+    ]
+    dense = [run["accuracy"] for task in tasks if (run := done.get(task, "dense")) is not None]
     models = _measure(backbone, structure, arms, options, tasks[0])
     return {
         "format": FORMAT,
@@ -264,43 +280,36 @@ class FinishedRuns:
         key = self._key(task, method)
         return self._journal.result(key) if key in self._journal else None
 
-    def put(self, task: Task, method: str, run: dict[str, Any]) -> dict[str, Any]:
+    def put(self, task: Task, method: str, run: dict[str, Any]) -> None:
         self._journal.append(self._key(task, method), run)
-        return run
 
     def _key(self, task: Task, method: str) -> str:
         return f"{task.fingerprint} {task.name} {method}" + (f" {self._voters}" if method in NEED_ZOO else "")
 
 
-def _run(
-    backbone: Backbone,
-    task: Task,
-    zoo: Zoo,
-    method: str,
-    options: Comparison,
-    position: int,
-    what: str,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """One arm on one task, as JSON values. The dense model only gets a ridge head: it is the reference, not an arm."""
-    dense = method == "dense"
-    structure = find_structure(backbone.model, options.settings.scope)
+def run_arm(job: ArmJob, progress: Progress | None) -> dict[str, Any]:
+    """As JSON values. The dense model only gets a ridge head: it is the reference, not an arm."""
+    dense, options, model = job.method == "dense", job.options, job.backbone.model
     result = prune(
-        backbone,
-        task,
-        zoo,
-        options.settings_of(method, position, backbone.model),
-        method=method,
-        steps=0 if dense else options.last_steps(method),
+        job.backbone,
+        job.task,
+        job.zoo,
+        options.settings_of(job.method, job.position, model),
+        method=job.method,
+        steps=0 if dense else options.last_steps(job.method),
         vote=options.vote,
         run=RunOptions(
-            evaluate_at=() if dense else options.evaluate_at(method, structure),
-            on_step=None if progress is None else lambda done, total: progress(what, done, total),
+            evaluate_at=()
+            if dense
+            else options.evaluate_at(job.method, find_structure(model, options.settings.scope)),
+            on_step=None
+            if dense or progress is None
+            else lambda done, total: progress(job.name, done, total),
         ),
     )
     summary = result.summary()
     return {
-        "task": task.name,
+        "task": job.task.name,
         "accuracy": result.accuracy,
         "trained_accuracy": result.trained_accuracy,
         "expected_calibration_error": result.expected_calibration_error,

@@ -25,9 +25,8 @@ from typer import Option
 
 from mvp_ext.app.comparison import NAMES, Comparison
 from mvp_ext.app.console import console
-from mvp_ext.cluster.workers import ray_workers
+from mvp_ext.cluster.workers import Workers, ray_workers
 from mvp_ext.model.preprocessing import Preprocessing
-from mvp_ext.pruning.build import Run, one_by_one
 from mvp_ext.pruning.methods import METHOD_NAMES
 from mvp_ext.pruning.scores import CRITERIA
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
@@ -392,7 +391,7 @@ class WorkerOptions:
     workers: Annotated[
         int,
         Option(
-            help="Entries that are made at once, by workers of Ray on this machine.",
+            help="How many tasks are computed at once, by workers of Ray on this machine.",
             rich_help_panel=RUN,
             min=1,
         ),
@@ -418,15 +417,15 @@ class WorkerOptions:
         float, Option(help="GPUs of each worker's task, or a share of one.", rich_help_panel=RUN, min=0.0)
     ] = 0.0
 
-    def begin(self) -> AbstractContextManager[Run]:
-        """What makes the entries, for a while. ValueError where the options contradict each other."""
+    def begin(self) -> AbstractContextManager[Workers | None]:
+        """The workers, for a while; None of this process alone. ValueError where the options contradict each other."""
         if self.workers == 1 and self.ray is None:
             if self.cpus_per_task is not None or self.gpus_per_task:
                 raise ValueError(
                     "--cpus-per-task and --gpus-per-task are of workers: expected --workers N or --ray ADDRESS, got "
                     "neither"
                 )
-            return nullcontext(one_by_one)
+            return nullcontext()
         if _processes() > 1:
             raise ValueError(
                 "torchrun: expected its processes alone, got --workers or --ray, too: make the universal model with "
@@ -462,6 +461,7 @@ class CompareOptions:
         list[str] | None, Option(help="Learning rate of one method, like mvp=0.02 (repeatable).")
     ] = None
     seconds: Annotated[float, Option(help="Time for each latency.")] = Comparison.seconds
+    out: Out = Path("runs/compare")
 
     def comparison(self, settings: Settings, vote: VoteOptions) -> Comparison:
         return Comparison(

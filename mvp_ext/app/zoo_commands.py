@@ -22,6 +22,7 @@ from mvp_ext.pruning.build import (
     build_refined_zoo,
     build_universal,
     build_zoo,
+    one_by_one,
     planned_zoo_steps,
 )
 from mvp_ext.pruning.clusters import CLUSTERED_SHARE, build_clustered_zoo, of_several_kinds
@@ -98,7 +99,7 @@ def build(
         make = build_zoo if what.refine is False else build_refined_zoo
         if of_kinds:
             make = partial(build_clustered_zoo, clusters=experts)
-        make(backbone, drawn, opened, settings, progress=progress, run=maker)
+        make(backbone, drawn, opened, settings, progress=progress, run=maker or one_by_one)
         if what.with_universal:
             build_universal(backbone, drawn, opened, settings, steps=what.universal_steps, progress=progress)
     cost = zoo_cost(opened)

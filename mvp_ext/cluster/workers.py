@@ -1,4 +1,4 @@
-"""Entries of a zoo as tasks of Ray: workers compute, and the process that builds the zoo alone writes it.
+"""Entries of a zoo, and runs of a comparison, as tasks of Ray: workers compute, and one process alone writes.
 
 So no lock and no database crosses a network, and a worker, or a whole machine, may die at any moment: Ray runs its task
 again somewhere else. Images and models go to each machine once. Ray is the extra ``ray``, imported where it is used.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from mvp_ext._version import __version__
 from mvp_ext.data.images import ImageData
 from mvp_ext.data.tasks import Task
 from mvp_ext.model.checkpoint import PrunedCheckpoint
-from mvp_ext.pruning.build import EntryJob, Progress, Run, make_entry
+from mvp_ext.pruning.build import EntryJob, Progress, make_entry
 from mvp_ext.pruning.result import Result
 from mvp_ext.train.backbone import Backbone
 
@@ -35,6 +35,10 @@ RETRIES = 10
 LOOK_SECONDS, REPORT_SECONDS = 0.5, 0.2
 
 
+# A dataclass with a backbone, a task, a name, and perhaps a start, as ``EntryJob`` is.
+Job = TypeVar("Job", bound=Any)
+
+
 @contextmanager
 def ray_workers(
     count: int | None = None,
@@ -42,11 +46,11 @@ def ray_workers(
     address: str | None = None,
     cpus_per_task: int | None = None,
     gpus_per_task: float = 0.0,
-) -> Iterator[Run]:
+) -> Iterator[Workers]:
     """Workers that make entries of a zoo at the same time: ``with ray_workers(4) as run: build_zoo(…, run=run)``.
 
-    Each entry is the one that a single process makes with as many threads as ``cpus_per_task``. What a task raises is
-    an error that names it, once all other tasks are done and kept.
+    Each entry is the one that a single process makes with as many threads as ``cpus_per_task``; so is each run of
+    ``compare(…, workers=run)``. What a task raises is an error that names it, once all others are done and kept.
 
     Args:
         count: start a Ray with so many workers on this machine, and end it afterwards.
@@ -81,8 +85,7 @@ def ray_workers(
         _start(ray, None if count is None else count * cpus, address)
     try:
         _look_for_room(ray, {"CPU": cpus, "GPU": gpus_per_task}, wait=count is None)
-        workers = _Workers(cpus, gpus_per_task)
-        yield workers.run
+        yield Workers(cpus, gpus_per_task)
     finally:
         if ours:
             ray.shutdown()
@@ -123,26 +126,39 @@ def _look_for_room(ray: Any, needed: dict[str, float], *, wait: bool) -> None:
 
 
 @dataclass(frozen=True)
-class _Workers:
-    """What each task gets."""
+class Workers:
+    """What each task gets. Called with the jobs of entries they are a ``Run``."""
 
     cpus: int
     gpus: float
 
-    def run(self, jobs: Iterable[EntryJob], progress: Progress | None = None) -> Iterator[Result]:
-        """As ``Run``."""
+    def __call__(self, jobs: Iterable[EntryJob], progress: Progress | None = None) -> Iterator[Result]:
+        for job, result in self.map(_entry, jobs, progress):
+            if progress is not None:
+                progress(job.name, result.cost.steps, result.cost.steps)
+            yield replace(result, task=job.task)
+
+    def map(
+        self,
+        function: Callable[[Job, Progress | None], Any],
+        jobs: Iterable[Job],
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[Job, Any]]:
+        """Each job with what ``function(job, progress)`` made of it in a worker, in the order in which they end."""
         ray = _need_ray()
         store = _Store(ray)
         news = None if progress is None else _queue_here(ray)
         options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": RETRIES}
         make = ray.remote(_make)
-        waiting: dict[Any, EntryJob] = {}
+        waiting: dict[Any, Job] = {}
         for job in jobs:
-            ref = make.options(name=job.task.name, **options).remote(
-                store.put(job.task.data, _packed),
-                store.put(job.backbone, _on_cpu),
-                store.put(job.start),
-                {"describe": job.describe, "settings": job.settings, **_without_images(job.task)},
+            values = {field.name: getattr(job, field.name) for field in fields(job)}
+            task, backbone, start = values.pop("task"), values.pop("backbone"), values.pop("start", None)
+            ref = make.options(name=job.name, **options).remote(
+                store.put(task.data, _packed),
+                store.put(backbone, _on_cpu),
+                None if start is None else store.put(start),
+                {"function": function, "kind": type(job), "values": values, "task": _without_images(task)},
                 {"news": news, "threads": self.cpus, "gpu": self.gpus > 0, "versions": _versions()},
             )
             waiting[ref] = job
@@ -151,18 +167,16 @@ class _Workers:
             while waiting:
                 done, _ = ray.wait(list(waiting), timeout=LOOK_SECONDS)
                 if progress is not None:
-                    _tell(news, progress, {job.task.name for job in waiting.values()})
+                    _tell(news, progress, {job.name for job in waiting.values()})
                 for ref in done:
                     job = waiting.pop(ref)
                     try:
                         result = ray.get(ref)
                     except ray.exceptions.RayError as error:
                         # What the task itself raised, if it came to that.
-                        failed[job.task.name] = getattr(error, "cause", None) or error
+                        failed[job.name] = getattr(error, "cause", None) or error
                         continue
-                    if progress is not None:
-                        progress(job.task.name, result.cost.steps, result.cost.steps)
-                    yield replace(result, task=job.task)
+                    yield job, result
         finally:
             for ref in waiting:
                 ray.cancel(ref, force=True)
@@ -223,22 +237,24 @@ def _make(
     images: dict[str, Any],
     backbone: Backbone,
     start: PrunedCheckpoint | None,
-    job: dict[str, Any],
+    what: dict[str, Any],
     how: dict[str, Any],
-) -> Result:
-    """One entry, in a worker. Its task stays where the images are."""
+) -> Any:
+    """One job, in a worker."""
     if how["versions"] != _versions():
         raise RuntimeError(
             f"{platform.node()} has {_versions()}, the process that builds the zoo {how['versions']}; install the same"
         )
     torch.set_num_threads(how["threads"])
-    device = "cuda" if how["gpu"] else "cpu"
-    describe, settings = job.pop("describe"), job.pop("settings")
-    task = Task(data=_unpacked(images), **job)
-    result = make_entry(
-        EntryJob(backbone.to(device), task, settings, start, describe),
-        None if how["news"] is None else _reporter(how["news"]),
-    )
+    values = what["values"] if start is None else {**what["values"], "start": start}
+    task = Task(data=_unpacked(images), **what["task"])
+    job = what["kind"](backbone=backbone.to("cuda" if how["gpu"] else "cpu"), task=task, **values)
+    return what["function"](job, None if how["news"] is None else _reporter(how["news"]))
+
+
+def _entry(job: EntryJob, progress: Progress | None) -> Result:
+    """Its task stays where the images are."""
+    result = make_entry(job, progress)
     tensors = {name: tensor.cpu() for name, tensor in result.tensors.items()}
     return replace(result, task=None, model=result.model.cpu(), tensors=tensors)  # type: ignore[arg-type]
 

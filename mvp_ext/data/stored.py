@@ -40,6 +40,17 @@ class Part(NamedTuple):
             return Part, (self.pixels,)
         return _opened, (self.path, self.pixels.shape, len(self.mapping))
 
+    def announce(self, places: np.ndarray) -> None:
+        """Have the system read the images at these places all at once, and not each when it is touched: a disk is many
+        times as fast."""
+        if self.mapping is None:
+            return
+        start, size = len(self.mapping) - self.pixels.nbytes, self.pixels.nbytes // len(self.pixels)
+        for place in places.tolist():
+            begin = start + place * size
+            page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self.mapping.madvise(mmap.MADV_WILLNEED, page, begin + size - page)
+
 
 def _opened(path: str, shape: tuple[int, ...], size: int) -> Part:
     """What another process has open. The file's name says what is in it: one of that name and size is the same."""
@@ -92,6 +103,7 @@ class StoredImages:
         for part, end in zip(self._parts, self._ends, strict=True):
             places = rows - (end - len(part.pixels))
             here = (places >= 0) & (places < len(part.pixels))
+            part.announce(places[here])
             if here.all():
                 # "clip" writes straight into ``out``; nothing is out of range.
                 np.take(part.pixels, places, axis=0, out=found, mode="clip")

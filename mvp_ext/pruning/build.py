@@ -50,6 +50,10 @@ class EntryJob:
     start: PrunedCheckpoint | None = None
     describe: Callable[[EntryJob, Result], dict[str, Tensor]] | None = None
 
+    @property
+    def name(self) -> str:
+        return self.task.name
+
 
 # Makes entries and yields the result of each when it is finished, in whatever order.
 Run = Callable[[Iterable[EntryJob], Progress | None], Iterator[Result]]
@@ -63,7 +67,7 @@ def make_entry(job: EntryJob, progress: Progress | None = None) -> Result:
         settings=replace(job.settings, seed=job.settings.seed + job.task.seed),
         method="ifp",
         steps=job.settings.schedule.final_steps,
-        run=RunOptions(on_step=_named(progress, job.task.name), start=job.start),
+        run=RunOptions(on_step=_named(progress, job.name), start=job.start),
     )
     if job.describe is not None:
         result.tensors |= job.describe(job, result)

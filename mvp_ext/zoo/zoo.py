@@ -22,6 +22,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +92,10 @@ class Zoo:
             adopt(self._layout, self._index, version)
         if backbone is not None:
             self.bind(backbone)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens it where it lies."""
+        return partial(Zoo, create=False), (os.path.abspath(self.path),)
 
     def _version(self) -> int:
         """Of the index, which is made again where it is damaged, or gone while models are there."""

@@ -15,7 +15,6 @@ from digits import few_digits, tiny_backbone
 from typer.testing import CliRunner
 
 from mvp_ext.app import data_options, options
-from mvp_ext.pruning.build import one_by_one
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
 
 
@@ -87,7 +86,7 @@ def test_workers_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="--workers 2 --ray auto: expected one of them"):
         options.WorkerOptions(workers=2, ray="auto").begin()
     with options.WorkerOptions().begin() as run:
-        assert run is one_by_one
+        assert run is None
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(ImportError, match=r"workers need Ray: pip install 'mvp_ext\[ray\]'"),

@@ -19,10 +19,12 @@ from digits import digits_task, few_digits, tiny_backbone
 from equal_zoos import assert_equal_zoos
 
 import mvp_ext
+from mvp_ext.app.comparison import Comparison, compare
+from mvp_ext.cluster.workers import Workers
 from mvp_ext.data.cache import clear_cache
 from mvp_ext.data.images import load_data
 from mvp_ext.data.tasks import Task
-from mvp_ext.pruning.build import Run, build_zoo
+from mvp_ext.pruning.build import build_zoo
 from mvp_ext.pruning.clusters import build_clustered_zoo
 from mvp_ext.pruning.settings import Schedule, Settings
 from mvp_ext.train.recipe import Recipe
@@ -113,12 +115,12 @@ def machines(_environment: None) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def workers(machines: Any) -> Iterator[Run]:
+def workers(machines: Any) -> Iterator[Workers]:
     with mvp_ext.ray_workers(address=machines.address) as run:
         yield run
 
 
-def test_two_workers_build_what_one_process_does(workers: Run, tmp_path: Path) -> None:
+def test_two_workers_build_what_one_process_does(workers: Workers, tmp_path: Path) -> None:
     """Experts: they have all that an entry can have, a start and features of that."""
     alone, together = Zoo(tmp_path / "alone"), Zoo(tmp_path / "together")
     build_clustered_zoo(tiny_backbone(), tasks(), alone, SETTINGS, clusters=2)
@@ -143,7 +145,37 @@ def test_two_workers_build_what_one_process_does(workers: Run, tmp_path: Path) -
     assert build_clustered_zoo(tiny_backbone(), tasks(), together, SETTINGS, clusters=2, run=workers) == []
 
 
-def test_a_task_that_fails_is_named_and_the_others_are_kept(workers: Run, tmp_path: Path) -> None:
+def test_a_comparison_with_workers_has_the_numbers_of_one_process(workers: Workers, tmp_path: Path) -> None:
+    zoo, backbone, asked = Zoo(tmp_path / "zoo"), tiny_backbone(), tasks("ab")
+    build_zoo(backbone, tasks("cd"), zoo, SETTINGS)
+    options = Comparison(SETTINGS, steps=2, arms=("mvp", "random"), batches=(1,), seconds=0.0)
+    told: dict[str, list[tuple[int, int]]] = {}
+    alone, together = (
+        compare(backbone, asked, zoo, options, journal=tmp_path / name, workers=those, progress=progress)
+        for name, those, progress in (
+            ("alone.jsonl", None, None),
+            ("together.jsonl", workers, lambda what, *steps: told.setdefault(what, []).append(steps)),
+        )
+    )
+
+    def numbers(result: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {**run, "cost": {key: value for key, value in run["cost"].items() if "seconds" not in key}}
+            for arm in result["arms"]
+            for run in arm["tasks"]
+        ]
+
+    assert numbers(alone) == numbers(together)
+    assert alone["dense_accuracy"] == together["dense_accuracy"]
+    assert told["a, MVP"][-1] == told["b, random sub-network"][-1] == (2, 2)
+    # What is finished is not computed again: these workers would refuse.
+    again = compare(
+        backbone, asked, zoo, options, journal=tmp_path / "together.jsonl", workers=Workers(99, 0.0)
+    )
+    assert numbers(again) == numbers(together)
+
+
+def test_a_task_that_fails_is_named_and_the_others_are_kept(workers: Workers, tmp_path: Path) -> None:
     """Images in a file that this process has open, and that no other finds."""
     from PIL import Image
 
@@ -161,7 +193,7 @@ def test_a_task_that_fails_is_named_and_the_others_are_kept(workers: Run, tmp_pa
     assert [entry.name for entry in zoo] == ["a", "b"]
 
 
-def test_a_machine_that_dies_costs_its_task_alone(machines: Any, workers: Run, tmp_path: Path) -> None:
+def test_a_machine_that_dies_costs_its_task_alone(machines: Any, workers: Workers, tmp_path: Path) -> None:
     longer = replace(SETTINGS, schedule=replace(SETTINGS.schedule, final_steps=30))
     alone, together = Zoo(tmp_path / "alone"), Zoo(tmp_path / "together")
     build_zoo(tiny_backbone(), tasks("abc"), alone, longer)

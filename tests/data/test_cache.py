@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -94,6 +95,33 @@ def test_stored_images_are_indexed_like_a_tensor():
     # What comes out is the caller's own.
     stored[0].zero_()
     assert torch.equal(stored[0], whole[0])
+
+
+def test_the_system_is_told_at_once_which_pages_a_batch_needs(photos, monkeypatch):
+    images = load_data(photos, cache=True).train_images
+    assert isinstance(images, StoredImages)
+    asked: list[tuple[int, int]] = []
+
+    class Mapping:
+        def __init__(self, real: mmap.mmap) -> None:
+            self.real = real
+
+        def __len__(self) -> int:
+            return len(self.real)
+
+        def madvise(self, advice: int, *where: int) -> None:
+            self.real.madvise(advice, *where)
+            if advice == mmap.MADV_WILLNEED:
+                asked.append((where[0], where[0] + where[1]))
+
+    (part,) = images._parts
+    spied = StoredImages([part._replace(mapping=Mapping(part.mapping))], images._rows)
+    index = torch.tensor([3, 0, 3])
+    assert torch.equal(spied[index], images[index])
+    start, size = len(part.mapping) - part.pixels.nbytes, part.pixels[0].nbytes
+    for row, (begin, end) in zip(images._rows[index].tolist(), asked, strict=True):
+        assert begin % mmap.PAGESIZE == 0
+        assert begin <= start + row * size < end == start + (row + 1) * size
 
 
 def test_another_process_is_sent_the_path(photos):
