@@ -131,6 +131,27 @@ int64_t plain_conv2d(py::handle x, py::handle weight, py::handle bias, py::handl
   return plain_outputs(x, weight, bias, out_index, in_index, 1, 1, 4);
 }
 
+// The shapes of pack's results, None where the tensors and their lists are not plain, contiguous and alike,
+// or do not fit. What the kernel itself checks (the lists' values) is left to it.
+py::object plain_slices(const py::list& tensors, const py::list& rows, const py::list& cols) {
+  const size_t count = tensors.size();
+  if (count == 0 || rows.size() != count || cols.size() != count) return py::none();
+  py::list shapes(count);
+  for (size_t p = 0; p < count; ++p) {
+    mvp::TensorView tensor;
+    const py::handle r = rows[p], c = cols[p];
+    if (!read_whole(tensors[p], tensor) || tensor.ndim == 0 || !is_dense(tensor)) return py::none();
+    if (tensor.ndim == 1 && !c.is_none()) return py::none();
+    const int64_t kept[2] = {count_kept(r, 1, tensor.shape[0]),
+                             tensor.ndim > 1 ? count_kept(c, 1, tensor.shape[1]) : 0};
+    if (kept[0] < 0 || kept[1] < 0) return py::none();
+    py::tuple shape(tensor.ndim);
+    for (int d = 0; d < tensor.ndim; ++d) shape[d] = d < 2 ? kept[d] : tensor.shape[d];
+    shapes[p] = shape;
+  }
+  return shapes;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -153,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("plain_conv2d", &plain_conv2d);
   m.def("plain_linear", &plain_linear);
+  m.def("plain_slices", &plain_slices);
   m.def("same_kind", &same_kind);
   m.def("check_arguments", &mvp::check_arguments);
   m.def("build_info", [isa] {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mvp_ext.ops._native import native
 from mvp_ext.ops.checks import INDICES, check_tensor
-from mvp_ext.ops.define import define
+from mvp_ext.ops.define import define, dispatch_is_observed
 from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda
 
 _MOVABLE = frozenset(
@@ -38,6 +38,13 @@ def pack(tensors: Sequence[Tensor], rows: Indices, cols: Indices) -> list[Tensor
             range ends the kernel with a CUDA error, as in torch.
     """
     tensors, rows, cols = list(tensors), list(rows), list(cols)
+    # Small tensors take less time than their checks: one native call makes them, and explains nothing.
+    shapes = None if dispatch_is_observed() else native().plain_slices(tensors, rows, cols)
+    # The CUDA emulator's tensors are plain ones, too.
+    if shapes is not None and not on_cuda(tensors[0]):
+        packed = [tensor.new_empty(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
+        native().pack_cpu(tensors, rows, cols, packed, torch.get_num_threads())
+        return packed
     check_slices("pack", "tensors", tensors, rows, cols)
     if not tensors:
         return []  # nothing that the dispatcher could choose a device by
