@@ -56,10 +56,12 @@ def main() -> None:
             for scope, keeps in scopes.items()
             for kept, model in pruned_copies(dense, keeps, scope=scope, align=ALIGN).items()
         }
+        # Memory takes a process a cell.
+        few = options.dry_run and options.memory
         grid = Grid(
             tuple(runtime for runtime in RUNTIMES if runtime not in options.without),
-            PRECISIONS,
-            (1, 2) if options.dry_run else (1, 32),
+            PRECISIONS[:1] if few else PRECISIONS,
+            (1,) if few else (1, 2) if options.dry_run else (1, 32),
             (1,) if options.dry_run else tuple(options.threads),
             seconds=0.0 if options.dry_run or options.memory else options.seconds,
             memory=options.memory,
