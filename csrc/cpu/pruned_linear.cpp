@@ -34,7 +34,7 @@ constexpr char kOp[] = "pruned_linear";
 // With more rows of x, packing a panel costs less than it saves (measured at 384 to 1536 inputs, kept 0.5 to
 // 1, on both AVX2 and AVX-512).
 constexpr int64_t kDotRows = 4;
-// With more, reading the weight once for each tile costs more than packing it.
+// Each tile of rows reads the weight again: two at most.
 constexpr int64_t kDirectRows = 2 * kRows;
 // 512 rows of x make packing a panel about 1/50 of the work on it.
 constexpr int64_t kBlockRows = 512;
@@ -406,6 +406,7 @@ template <typename T>
 Path choose_path(const Problem<T>& p) {
   if (p.inputs == 0) return Path::packed;  // which looks at no weight: it may have no address
   if (p.input_stride == 1) return p.rows <= kDotRows && p.columns >= kLanes ? Path::dot : Path::packed;
+  // AMX makes more of packed panels.
   const int64_t most = std::is_same_v<T, Bf16> && kLanes == 16 && have_amx() ? kDotRows : kDirectRows;
   const bool direct = p.rows <= most && p.outputs >= kWidth && is_run(p.output.data(), p.outputs);
   return direct ? Path::direct : Path::packed;

@@ -158,6 +158,12 @@ def compare(
         _identity(backbone, structure, options),
         voters=[e for z in (zoo, unrefined) if z is not None for e in z.entries(structure.fingerprint)],
     )
+
+    def tell_finished(job: ArmJob) -> None:
+        if progress is not None and job.method != "dense":
+            steps = options.all_steps(job.method, structure)
+            progress(job.name, steps, steps)
+
     waiting = []
     for position, task in enumerate(tasks):
         for method in (*methods, "dense"):
@@ -165,19 +171,16 @@ def compare(
             job = ArmJob(backbone, task, voters.get(method, zoo), method, options, position, name)
             if done.get(task, method) is None:
                 waiting.append(job)
-            elif method != "dense" and progress is not None:
-                steps = options.all_steps(method, structure)
-                progress(name, steps, steps)
+            else:
+                tell_finished(job)
     made = ((job, run_arm(job, progress)) for job in waiting)
     for job, run in made if workers is None else workers.map(run_arm, waiting, progress):
         done.put(job.task, job.method, run)
-        if workers is not None and job.method != "dense" and progress is not None:
-            steps = options.all_steps(job.method, structure)
-            progress(job.name, steps, steps)
+        tell_finished(job)
     arms: list[dict[str, Any]] = [
-        {"name": NAMES[method], "tasks": [done.get(task, method) for task in tasks]} for method in methods
+        {"name": NAMES[method], "tasks": [done.result(task, method) for task in tasks]} for method in methods
     ]
-    dense = [run["accuracy"] for task in tasks if (run := done.get(task, "dense")) is not None]
+    dense = [done.result(task, "dense")["accuracy"] for task in tasks]
     models = _measure(backbone, structure, arms, options, tasks[0])
     return {
         "format": FORMAT,
@@ -277,8 +280,12 @@ class FinishedRuns:
 
     def get(self, task: Task, method: str) -> dict[str, Any] | None:
         """The run of this method on exactly this task (its images, not only its name)."""
-        key = self._key(task, method)
-        return self._journal.result(key) if key in self._journal else None
+        return self.result(task, method) if self._key(task, method) in self._journal else None
+
+    def result(self, task: Task, method: str) -> dict[str, Any]:
+        """As ``get``; KeyError where it is not finished."""
+        found: dict[str, Any] = self._journal.result(self._key(task, method))
+        return found
 
     def put(self, task: Task, method: str, run: dict[str, Any]) -> None:
         self._journal.append(self._key(task, method), run)

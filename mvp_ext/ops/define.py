@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from mvp_ext.ops._native import native
+from mvp_ext.ops.device import on_cuda
 
 _library = torch.library.Library("mvp_ext", "DEF")
 
@@ -151,6 +152,12 @@ def derivative_by(*tensors: Tensor | None) -> Literal["function", "formula"] | N
             ):
                 return "formula" if transformed else "function"
     return None
+
+
+def is_only_computed(x: Tensor, *others: Tensor | None) -> bool:
+    """Of plain CPU tensors, in a call that nobody observes: whether nobody casts or derives what is computed from them,
+    or has the CUDA emulator do it, whose tensors are plain ones, too."""
+    return not on_cuda(x) and not torch.is_autocast_enabled("cpu") and derivative_by(x, *others) is None
 
 
 def _is_only_mapped() -> bool:

@@ -1,8 +1,8 @@
 """Which of two ways to the same result is faster on this machine: tried where it runs, once for each class of shapes.
 
 A rule that was measured on one vendor's processor is wrong on another's. So the first call of a class (an op, a dtype,
-a number of threads, sizes up to a factor of two) runs both ways in turn, a few times; what was faster is
-used from then on, and kept in the user's cache for this processor, torch and version of the package.
+a number of threads, sizes up to a factor of two) runs both ways in turn, a few times; what was faster is used from then
+on, and kept in the user's cache for this processor, torch and version of the package.
 
 ``MVP_FASTER`` says otherwise: "kernel" or "library" is taken wherever it can be, "rule" is the fixed rule of the op,
 "log" tells on stderr what is measured.

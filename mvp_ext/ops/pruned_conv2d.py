@@ -20,8 +20,13 @@ from mvp_ext.ops.checks import (
     check_tensor,
     renamed,
 )
-from mvp_ext.ops.define import check_memory, derivative_by, dispatch_is_observed, functorch_is_active
-from mvp_ext.ops.device import on_cuda
+from mvp_ext.ops.define import (
+    check_memory,
+    derivative_by,
+    dispatch_is_observed,
+    functorch_is_active,
+    is_only_computed,
+)
 from mvp_ext.ops.pack import is_channels_last, pack_op
 
 
@@ -120,10 +125,7 @@ def _plain(
     if dispatch_is_observed():
         return None
     outputs = native().plain_conv2d(x, weight, bias, out_index, in_index)
-    # The CUDA emulator's tensors are plain ones, too.
-    if outputs < 0 or on_cuda(x) or torch.is_autocast_enabled("cpu"):
-        return None
-    if derivative_by(x, weight, bias) is not None:
+    if outputs < 0 or not is_only_computed(x, weight, bias):
         return None
     try:
         if in_index is not None:

@@ -25,7 +25,7 @@ from mvp_ext.ops.checks import (
     check_shape,
     check_tensor,
 )
-from mvp_ext.ops.define import define, derivative_by, dispatch_is_observed
+from mvp_ext.ops.define import define, derivative_by, dispatch_is_observed, is_only_computed
 from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda
 from mvp_ext.ops.pack import pack_op
 from mvp_ext.ops.pruned_linear_plan import (
@@ -141,13 +141,7 @@ def _plain(
         return None
     arguments = (x, weight, bias, out_index, in_index, out_block, in_block)
     outputs = native().plain_linear(*arguments)
-    # The CUDA emulator's tensors are plain ones, too.
-    if (
-        outputs < 0
-        or on_cuda(x)
-        or torch.is_autocast_enabled("cpu")
-        or derivative_by(x, weight, bias) is not None
-    ):
+    if outputs < 0 or not is_only_computed(x, weight, bias):
         return None
     if cpu_way(*arguments, None, _run_cpu_kernel, _run_library) == "library":
         return _run_library(*arguments, None)

@@ -74,31 +74,35 @@ def cpu_way(
         residual is None,
     )
     if (known := known_exactly(sizes)) is None:
-        known = _cpu_way(x, weight, bias, out_index, in_index, out_block, in_block, residual, kernel, library)
+        key = _class_of(x, weight, out_index, in_index, out_block, in_block, residual)
+        known = known_way(key)
+        if known is None:
+            arguments = (x, weight, bias, out_index, in_index, out_block, in_block, residual)
+            ways = {"kernel": partial(kernel, *arguments), "library": partial(library, *arguments)}
+            rule = _rule(x.dtype, x.numel() // (x.shape[-1] or 1))
+            # The rule's way is taken where the other is not clearly faster.
+            known = decide(key, {rule: ways.pop(rule), **ways}, rule)
         remember_exactly(sizes, known)
     return known
 
 
-def _cpu_way(
+def _class_of(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     out_index: Tensor | None,
     in_index: Tensor | None,
     out_block: int,
     in_block: int,
     residual: Tensor | None,
-    kernel: Way,
-    library: Way,
-) -> str:
+) -> Key:
+    """The class of calls for which one measurement decides."""
     row_major = weight.stride(1) == 1
     # Two by two kept inputs lie side by side, as the machine's dot product of bfloat16 wants them.
     pairs = row_major and (in_index is None or in_block % 2 == 0) and weight.stride(0) % 2 == 0
-    rows = x.numel() // (x.shape[-1] or 1)
-    key: Key = (
+    return (
         "pruned_linear",
         str(x.dtype),
-        size_class(rows),
+        size_class(x.numel() // (x.shape[-1] or 1)),
         size_class(output_count(weight, out_index, out_block)),
         size_class(x.shape[-1]),
         size_class(weight.shape[0]),
@@ -109,17 +113,12 @@ def _cpu_way(
         0 if in_index is None else size_class(in_block),
         residual is not None,
     )
-    if (known := known_way(key)) is not None:
-        return known
-    arguments = (x, weight, bias, out_index, in_index, out_block, in_block, residual)
-    ways = {"kernel": partial(kernel, *arguments), "library": partial(library, *arguments)}
-    rule = _rule(x.dtype, rows)
-    # The rule's way is taken where the other is not clearly faster.
-    return decide(key, {rule: ways.pop(rule), **ways}, rule)
 
 
 def _rule(dtype: torch.dtype, rows: int) -> str:
-    """What is safe on every vendor's machine: few rows are bound by reading the weight, which the kernel does once."""
+    """Few rows are bound by reading the weight, which the kernel does once. Up to so many it keeps up with the library
+    where it was measured; with more, the time is the product's alone, which the library knows best.
+    """
     return "kernel" if rows <= (256 if dtype is torch.float32 else 64) else "library"
 
 
