@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mvp_ext.ops import faster, pruned_linear
 from mvp_ext.ops.faster import decide, forget, kept_ways, known_way, size_class
+from mvp_ext.ops.pruned_linear_plan import cpu_way
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,6 +153,28 @@ def test_both_ways_compute_the_same(monkeypatch, way, shape, dtype):
         torch.testing.assert_close(got.double(), expected, **tolerance)
         again = pruned_linear(x, weight, bias, rows, columns, **kwargs)
         assert torch.equal(got, again)
+
+
+def test_a_decision_is_remembered_until_it_is_forgotten(monkeypatch):
+    taken: list[str] = []
+
+    def spy(name: str):
+        def run(x, weight, *others):
+            taken.append(name)
+            return F.linear(x, weight)
+
+        return run
+
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    arguments = (x, weight, None, None, None, 1, 1, None, spy("kernel"), spy("library"))
+    for way in ("kernel", "library"):
+        monkeypatch.setenv("MVP_FASTER", way)
+        forget()
+        assert cpu_way(*arguments) == way
+        # Whatever the environment says later.
+        monkeypatch.setenv("MVP_FASTER", "rule")
+        assert cpu_way(*arguments) == way
+    assert not taken
 
 
 def test_a_call_out_of_range_is_an_error_before_anything_is_decided():
