@@ -314,7 +314,7 @@ ARMS = {
     "one-shot Taylor": Arm(None, "one_shot", None, (20,), (50,)),
     "random": Arm(None, "random", None, (20,), (50,)),
 }
-# Dear, and no question is about them.
+# Dear, and no question is about them: in the first world alone.
 FIRST_SEED = (
     *("universal, experts' recipe", "own masks", "refined"),
     *("one-shot Taylor", "random"),
@@ -322,9 +322,10 @@ FIRST_SEED = (
 SPLITS = ("known", "hidden", "new")
 
 
-def arms_of(seed: int) -> dict[str, Arm]:
-    """Those that are run under a training seed."""
-    return {name: arm for name, arm in ARMS.items() if seed == 0 or name not in FIRST_SEED}
+def arms_of(prepared: Prepared) -> dict[str, Arm]:
+    """Those that are run in a world under a training seed."""
+    first = (prepared.world, prepared.seed) == (WORLDS["diverse"], 0)
+    return {name: arm for name, arm in ARMS.items() if first or name not in FIRST_SEED}
 
 
 def run_task(prepared: Prepared, task: Task, images: int) -> dict[str, Any]:
@@ -339,7 +340,7 @@ def run_task(prepared: Prepared, task: Task, images: int) -> dict[str, Any]:
     }
     # Every arm's class means are of the dense model's pass; its seconds are nobody's.
     known = RunOptions(features=(train, 0.0))
-    for name, arm in arms_of(prepared.seed).items():
+    for name, arm in arms_of(prepared).items():
         if images not in arm.images:
             continue
         method = arm.method if isinstance(arm.method, str) else partial(arm.method, prepared)
@@ -387,7 +388,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _kinds(prepared: Prepared) -> list[str]:
-    return list(dict.fromkeys(arm.zoo for arm in arms_of(prepared.seed).values() if arm.zoo))
+    return list(dict.fromkeys(arm.zoo for arm in arms_of(prepared).values() if arm.zoo))
 
 
 def _all_made(prepared: Prepared, journal: Journal) -> bool:

@@ -138,8 +138,8 @@ def test_two_workers_build_what_one_process_does(workers: Workers, tmp_path: Pat
     assert_equal_zoos(alone, together)
     for name in ("expert-00", "expert-01"):
         steps = together[name].steps
-        # Once from the worker, and at the end.
-        assert told[name][0][0] < steps
+        # Once from the worker, however late that is heard of, and at the end.
+        assert len(told[name]) >= 2
         assert told[name][-1] == (steps, steps)
     # It is all there.
     assert build_clustered_zoo(tiny_backbone(), tasks(), together, SETTINGS, clusters=2, run=workers) == []
