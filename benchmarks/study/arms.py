@@ -208,14 +208,19 @@ def _fresh(mask_of: MaskOf) -> Start:
 
     def start(run: Run, job: Job) -> tuple[nn.Module, Mask]:
         small, mask = _pretrained(mask_of)(run, job)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(job.settings.seed)
-            for module in small.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()  # type: ignore[operator]
+        reset_weights(small, job.settings.seed)
         return small, mask
 
     return start
+
+
+def reset_weights(model: nn.Module, seed: int) -> None:
+    """Every layer's as it draws them itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
 
 
 def _universal(run: Run, job: Job) -> tuple[nn.Module, Mask]:

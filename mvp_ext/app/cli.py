@@ -25,7 +25,7 @@ from mvp_ext.app.export_command import export_file
 from mvp_ext.app.outputs import check_folder, check_output
 from mvp_ext.app.predict import ask, open_model, publish
 from mvp_ext.app.progress import progress_bar
-from mvp_ext.app.report import save_report, summary_table
+from mvp_ext.app.report import said_by_experts, save_report, summary_table
 from mvp_ext.app.results import (
     class_accuracy_text,
     count_text,
@@ -431,4 +431,6 @@ def _write(results: dict[str, Any], out: Path) -> None:
     save_results(results, out / "results.json")
     page = save_report(results, out / "report.html", figures=out / "figures")
     console.print(summary_table(results))
+    for sentence in said_by_experts(results):
+        say(sentence)
     say(f"{page} (open it in a browser), {out / 'results.json'}, {out / 'figures'}")

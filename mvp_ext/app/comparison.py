@@ -326,6 +326,7 @@ def run_arm(job: ArmJob, progress: Progress | None) -> dict[str, Any]:
         "cost": summary["cost"],
         "kept": summary["kept"],
         "neighbours": summary["neighbours"],
+        "choice": summary["choice"],
     }
 
 

@@ -108,6 +108,8 @@ def run_demo(size: DemoSize, out: Path, *, device: torch.device | str = "cpu") -
             title="Meta-Vote Pruning on handwritten digits",
             notes=(
                 "The backbone was pre-trained on the same ten classes; no class here is new to it.",
+                "All tasks are draws of the same ten digits: the zoo refines one model. Experts, which `zoo build` "
+                "makes where tasks are of several kinds, have nothing to be experts of here.",
                 "The tasks are few and small, so standard errors are rough.",
             ),
             journal=out / "runs.jsonl",

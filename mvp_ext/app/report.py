@@ -6,6 +6,7 @@ reader's light or dark setting.
 
 from __future__ import annotations
 
+import math
 import os
 from base64 import b64encode
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def render_report(results: Results) -> str:
     }
     sections = [figure(titles[name], draw, captions[name]) for name, draw in drawn.items()]
     body = f"""<p class="lead">{_lead(results, arms)}</p>
-{bullets("Findings", findings(results, arms))}
+{bullets("Findings", [*findings(results, arms), *said_by_experts(results)])}
 <div class="wide">{summary_table(results).html()}</div>
 <p class="note">Accuracy: mean ± standard error over {max(arm.tasks for arm in arms)} tasks. Differences are
 paired, task by task. A multiply-add counts as two FLOPs.{_dense_note(results)}</p>
@@ -199,6 +200,26 @@ def findings(results: Results, arms: Sequence[ArmSummary]) -> list[str]:
             ratio = f"{times:.3g} times" if times > 1 else f"1/{1 / times:.3g} of"
             verdict += f", which costs {ratio} its FLOPs a task"
         sentences.append(verdict[0].upper() + verdict[1:] + ".")
+    return sentences
+
+
+def said_by_experts(results: Results) -> list[str]:
+    """Of each arm that asked a zoo of experts: what they knew of the tasks, and what came of it."""
+    sentences = []
+    for arm in results["arms"]:
+        choices = [
+            choice for task in arm["tasks"] if (choice := task.get("choice")) and "known_share" in choice
+        ]
+        if choices:
+            known, told = (
+                math.fsum(choice[key] for choice in choices) / len(choices)
+                for key in ("known_share", "told_by_experts")
+            )
+            heard = sum(choice["told_by_experts"] > 0 for choice in choices)
+            sentences.append(
+                f"{arm['name']}: the zoo knows {known:.0%} of a task's classes on average; experts told {told:.0%} "
+                f"of the training images, on {heard} of {len(choices)} tasks."
+            )
     return sentences
 
 

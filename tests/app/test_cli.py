@@ -249,6 +249,7 @@ def test_demo_is_the_whole_job(tmp_path: Path, monkeypatch: Any) -> None:
     assert {("refined", "zoo"), ("mvp", "unrefined-zoo"), ("universal", "zoo")} < asked
     page = (tmp_path / "report.html").read_text()
     assert "flatters voting" in page
+    assert "Experts, which `zoo build` makes where tasks are of several kinds" in page
     assert "chance" in page
     assert "another size or seed" in run(f"demo --quick --seed 1 --out {tmp_path}", code=2).stderr
 

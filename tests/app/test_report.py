@@ -240,6 +240,21 @@ def test_what_is_no_results(change: dict[str, Any], message: str) -> None:
         report.render_report(made_results() | change)
 
 
+def test_what_experts_told_is_said() -> None:
+    """On two of four tasks; an arm that heard none says nothing."""
+    made = made_results()
+    shares = ((1.0, 1.0), (0.5, 0.6), (0.5, 0.0), (0.0, 0.0))
+    for task, (known, told) in zip(made["arms"][0]["tasks"], shares, strict=True):
+        task["choice"] = {"known_share": known, "known_by_expert": {}, "told_by_experts": told}
+    made["arms"][1]["tasks"][0]["choice"] = {"left_out_error": 0.1, "steps": 40}
+    (sentence,) = report.said_by_experts(made)
+    assert sentence.startswith("MVP: ")
+    assert "50% of a task's classes" in sentence
+    assert "told 40% of the training images, on 2 of 4 tasks" in sentence
+    assert "on 2 of 4 tasks" in report.render_report(made)
+    assert report.said_by_experts(made_results()) == []
+
+
 def test_a_file_that_is_no_results(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match="is not a results file"):

@@ -19,16 +19,16 @@ from mvp_ext.zoo.zoo import Zoo
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import experts  # noqa: E402
-from experts import DOMAINS, HELD_OUT, IMAGES, WORLDS, Prepared  # noqa: E402
+from experts import report, worlds  # noqa: E402
+from experts.arms import ARMS, IMAGES, SPLITS  # noqa: E402
+from experts.worlds import DOMAINS, HELD_OUT, SOURCES, WORLDS, Prepared  # noqa: E402
 
 
 def images_of_all_domains() -> ImageData:
     """Two images of each class, of as many classes as the domains have groups or files, and more."""
-    sources = list(dict.fromkeys(source for source, _ in DOMAINS.values()))
     groups = sorted({group for _, names in DOMAINS.values() for group in names})
     names, group_of, domains = [], [], []
-    for source in sources:
+    for source in SOURCES:
         first = len(names)
         for group in groups if source == "cifar100" else [""]:
             for number in range(5 if group else 7):
@@ -49,7 +49,7 @@ def images_of_all_domains() -> ImageData:
 def test_what_is_hidden_is_in_no_task_of_the_zoo(seed: int, tmp_path: Path) -> None:
     prepared = Prepared(WORLDS["diverse"], seed, tmp_path, tmp_path)
     prepared.__dict__["data"] = data = images_of_all_domains()
-    tasks, domains = prepared.tasks, experts.domains_of(data)
+    tasks, domains = prepared.tasks, worlds.domains_of(data)
     zoo = {label for task in tasks["zoo"] for label in task.classes}
     new = {label for domain in HELD_OUT[seed] for label in domains[domain]}
     hidden = {label for task in tasks["hidden"] for label in task.classes}
@@ -63,13 +63,13 @@ def test_what_is_hidden_is_in_no_task_of_the_zoo(seed: int, tmp_path: Path) -> N
         assert set(task.classes) <= new
     assert not zoo & new
     # The same classes with few images and with more, and no task twice.
-    names = [task.name for split in experts.SPLITS for task in tasks[split]]
+    names = [task.name for split in SPLITS for task in tasks[split]]
     assert len(names) == len(set(names)) > 40
 
 
 def test_what_is_measured_as_the_default_is_what_a_call_without_choices_does(monkeypatch) -> None:
     default = {name: each.default for name, each in inspect.signature(prune).parameters.items()}
-    arm = experts.ARMS["default"]
+    arm = ARMS["default"]
     assert default["method"] == "auto"
     assert default["steps"] in arm.steps
     assert default["vote"] is None
@@ -106,9 +106,9 @@ def journals(differences: dict[str, float], tasks: int = 12) -> dict[int, dict]:
 
 
 def test_what_is_true_is_found() -> None:
-    answers = experts._answers(journals({"known": 0.02, "hidden": 0.0, "new": -0.015}))
+    answers = report._answers(journals({"known": 0.02, "hidden": 0.0, "new": -0.015}))
     holds = {(a["split"], a["images"], a["second"]): a["holds"] for a in answers}
-    assert len(holds) == len(experts.QUESTIONS)
+    assert len(holds) == len(report.QUESTIONS)
     for images in IMAGES:
         assert holds["known", images, "universal"]
         assert holds["hidden", images, "universal"]
@@ -121,12 +121,12 @@ def test_what_is_true_is_found() -> None:
 
 
 def test_what_is_not_true_is_not_found() -> None:
-    answers = experts._answers(journals({"known": 0.0, "hidden": -0.02, "new": 0.0}))
+    answers = report._answers(journals({"known": 0.0, "hidden": -0.02, "new": 0.0}))
     assert not any(a["holds"] for a in answers if a["kind"] == "superior")
     assert not any(a["holds"] for a in answers if a["split"] == "hidden")
 
 
 def test_tasks_are_told_apart_by_what_the_zoo_knows() -> None:
-    (few, many) = experts._by_known_share(journals({"known": 0.02, "hidden": 0.02, "new": 0.02}))
+    (few, many) = report._by_known_share(journals({"known": 0.02, "hidden": 0.02, "new": 0.02}))
     assert (few["images"], few["from"], few["tasks"]) == (10, 1.0, 108)
     assert many["difference"] == pytest.approx(0.02, abs=0.003)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from digits import digits_task, equal_weights, few_digits, tiny_backbone
 
+from mvp_ext.app.comparison import Comparison, compare
 from mvp_ext.data.tasks import Task
 from mvp_ext.pruning.build import build_refined_zoo
 from mvp_ext.pruning.clusters import build_clustered_zoo, cluster_tasks, of_several_kinds
@@ -164,6 +165,15 @@ def test_experts_refine_one_model_of_all_tasks(tmp_path):
     }
     assert zoo.verify() == []
     assert start.extra["result"]["cost"]["steps"] == refined.shared(START).extra["result"]["cost"]["steps"]
+
+
+def test_a_comparison_says_what_experts_told(tmp_path):
+    zoo = clustered(tmp_path / "zoo")
+    options = Comparison(SETTINGS, steps=1, arms=("clustered", "random"), seconds=0.0)
+    result = compare(tiny_backbone(), [digits_task((0, 1, 6), "new", seed=5)], zoo, options)
+    ours, random = (arm["tasks"][0]["choice"] for arm in result["arms"])
+    assert ours["known_share"] > 0
+    assert random is None
 
 
 def test_a_build_goes_on_and_ends_the_same(tmp_path):

@@ -1,0 +1,155 @@
+"""What is compared, on one task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from study.arms import torch_pruning_scores
+from torch import nn
+
+from mvp_ext.data.tasks import Task
+from mvp_ext.model.mask import Mask
+from mvp_ext.pruning.job import Job
+from mvp_ext.pruning.methods import METHODS
+from mvp_ext.pruning.prune import RunOptions, prune
+from mvp_ext.pruning.settings import REFINED_WEIGHTING, VoteOptions
+from mvp_ext.pruning.vote import small_model
+from mvp_ext.train.backbone import extract_features
+from mvp_ext.train.evaluate import accuracy_of
+from mvp_ext.train.heads import ridge_head
+
+from .worlds import WORLDS, Prepared
+
+
+def _universal_that_knows(prepared: Prepared, job: Job) -> tuple[nn.Module, Mask]:
+    """The universal model with the same kind of head as the experts', and told which classes it knows."""
+    small, mask = METHODS["universal"](job)
+    names, model, statistics = prepared.known_to_universal
+    labels = job.data.train_labels
+    known = {c: names.index(name) for c, name in enumerate(job.data.class_names) if name in names}
+    if len(known) >= 2:
+        classes = torch.tensor(list(known))
+        index = torch.isin(labels, classes).nonzero().flatten()
+        targets = nn.functional.one_hot(labels, job.data.num_classes).float()
+        targets[index[:, None], classes] = statistics.head(list(known.values()))(
+            job.features_by(model, index)
+        )
+        job.targets = targets
+    return small, mask
+
+
+def _base(prepared: Prepared, job: Job) -> tuple[nn.Module, Mask]:
+    start = job.start(prepared.zoo("clustered"))
+    assert start is not None
+    return copy.deepcopy(start.model), start.mask
+
+
+def _torch_pruning(prepared: Prepared, job: Job) -> tuple[nn.Module, Mask]:
+    """Cut once by Torch-Pruning's own importance."""
+    mask = Mask.from_scores(job.structure, torch_pruning_scores(job), job.settings.keep, job.settings.align)
+    with job.cost.timed():
+        return small_model(job.backbone, job.structure, mask), mask
+
+
+# Of a class, in a task.
+IMAGES = (10, 50)
+J = (0, 20, 40)
+SPLITS = ("known", "hidden", "new")
+# Arms of a part are a unit of their own, of the first world's first seed; those of no part are run everywhere.
+CONTROLS, LONGER, PEERS = "controls", "longer", "peers"
+# The backbone's, where it was trained on the task's classes: what nobody needs a vote for.
+DENSE, OWN_HEAD = "dense, ridge head", "dense, its own head"
+_WEIGHTED = VoteOptions(similarity="proxy_leep", weighting=REFINED_WEIGHTING)
+_MANY = IMAGES[-1:]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``zoo``: what is made once for it; ``steps``: at which J it is run, and with how many ``images`` of a class.
+
+    ``method`` is of ``prune``, or takes what is prepared and a job.
+    """
+
+    zoo: str | None
+    method: Any
+    vote: VoteOptions | None = None
+    steps: tuple[Any, ...] = (20,)
+    images: tuple[int, ...] = IMAGES
+    part: str = ""
+
+
+ARMS = {
+    "default": Arm("clustered", "clustered", steps=(*J, "auto")),
+    "universal": Arm("universal", "universal", steps=J),
+    "universal, head of what it knows": Arm("universal", _universal_that_knows, steps=(0, 20)),
+    "experts merged, labels alone": Arm("clustered", "mvp", _WEIGHTED, (0, 20)),
+    "base of the default": Arm("clustered", _base, None, (20,), _MANY),
+    "universal, experts' recipe": Arm(
+        "universal, experts' recipe", "universal", None, (0, 20), part=CONTROLS
+    ),
+    "own masks": Arm("own masks", "clustered", None, (0, 20), part=CONTROLS),
+    "refined": Arm("refined", "refined", _WEIGHTED, (20,), _MANY, CONTROLS),
+    "one-shot Taylor": Arm(None, "one_shot", None, (20,), _MANY, CONTROLS),
+    "random": Arm(None, "random", None, (20,), _MANY, CONTROLS),
+    "default, 4 × the zoo's steps": Arm("clustered, 4 ×", "clustered", None, (0, 20), part=LONGER),
+    "universal, 4 × the zoo's steps": Arm("universal, 4 ×", "universal", None, (0, 20), part=LONGER),
+    "universal, from random weights": Arm("from random weights", "universal", None, (0, 20), part=LONGER),
+    "Torch-Pruning": Arm(None, _torch_pruning, None, (20,), _MANY, PEERS),
+    "iterative, from the dense model": Arm(None, "ifp", None, (20,), _MANY, PEERS),
+    "dense, fine-tuned": Arm(None, "dense", None, (20,), _MANY, PEERS),
+}
+
+
+def parts_of(prepared: Prepared) -> tuple[str, ...]:
+    """Those that are run in a world under a training seed."""
+    first = (prepared.world, prepared.seed) == (WORLDS["diverse"], 0)
+    return tuple(dict.fromkeys(arm.part for arm in ARMS.values() if first or not arm.part))
+
+
+def arms_of(part: str, images: int) -> dict[str, Arm]:
+    return {name: arm for name, arm in ARMS.items() if arm.part == part and images in arm.images}
+
+
+def run_task(prepared: Prepared, task: Task, images: int, arms: Mapping[str, Arm]) -> dict[str, Any]:
+    """Accuracy and cost of each arm, and of heads on the dense model."""
+    task = replace(task, max_train_per_class=images)
+    backbone, data = prepared.backbone, task.split()
+    train = extract_features(backbone.model, data.train_images, backbone.preprocessing)
+    test = extract_features(backbone.model, data.test_images, backbone.preprocessing)
+    head = ridge_head(train, data.train_labels, data.num_classes)
+    rows: dict[str, Any] = {DENSE: {"0": {"accuracy": accuracy_of(head(test), data.test_labels)}}}
+    if (own := prepared.own_head(task)) is not None:
+        rows[OWN_HEAD] = {"0": {"accuracy": accuracy_of(own(test), data.test_labels)}}
+    # Every arm's class means are of the dense model's pass; its seconds are nobody's.
+    known = RunOptions(features=(train, 0.0))
+    for name, arm in arms.items():
+        method = arm.method if isinstance(arm.method, str) else partial(arm.method, prepared)
+        if not isinstance(method, str):
+            method.__name__ = name  # type: ignore[attr-defined]
+        for steps in arm.steps:
+            if steps == J[-1] and (prepared.seed, images) != (0, IMAGES[-1]):
+                continue
+            result = prune(
+                backbone,
+                task,
+                None if arm.zoo is None else prepared.zoo(arm.zoo),
+                replace(prepared.settings, seed=prepared.seed),
+                method=method,
+                steps=steps,
+                vote=arm.vote,
+                run=known,
+            )
+            rows.setdefault(name, {})[str(steps)] = {
+                "accuracy": result.accuracy,
+                "seconds": result.cost.seconds,
+                "flops": result.cost.flops,
+                "steps": result.cost.steps,
+                "choice": result.choice,
+                "neighbours": result.neighbours[:3],
+            }
+    return rows

@@ -1,0 +1,243 @@
+"""What the journals say: questions and answers, tables, figures."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from study.stats import Scores, holm, mean_of, paired
+
+from mvp_ext.app.environment import environment
+from mvp_ext.app.plots import MARKERS, Theme, add_legend, new_figure, to_png
+from mvp_ext.model.measure import count_parameters
+from mvp_ext.storage import write_atomic
+from mvp_ext.zoo.shared import START
+
+from .arms import ARMS, DENSE, IMAGES, OWN_HEAD, SPLITS, J
+from .runner import ROOT, code, folder_name, journal_at, results_of
+from .worlds import HELD_OUT, WORLDS, Prepared
+
+
+@dataclass(frozen=True)
+class Question:
+    """``first`` − ``second`` at equal J: above 0 ("superior"), or not below −1 point ("not inferior")."""
+
+    kind: str
+    split: str
+    images: int
+    second: str
+    first: str = "default"
+    steps: str = "20"
+
+
+QUESTIONS = tuple(
+    Question(kind, split, images, second)
+    for images in IMAGES
+    for kind, split, second in (
+        ("superior", "known", "universal"),
+        ("superior", "known", "universal, head of what it knows"),
+        ("not inferior", "hidden", "universal"),
+        ("not inferior", "new", "universal"),
+    )
+)
+MARGIN = 0.01
+
+
+def report(options: argparse.Namespace) -> None:
+    for name in options.worlds:
+        folder = options.out / folder_name(name)
+        journals = {
+            int(path.parent.name.removeprefix("seed")): results_of(journal_at(name, path))
+            for path in sorted(folder.glob("seed*/journal.jsonl"))
+        }
+        # One that was only begun has no tasks yet.
+        journals = {seed: found for seed, found in journals.items() if "tasks" in found}
+        result = {
+            "setting": {
+                "world": asdict(WORLDS[name]),
+                "seeds": sorted(journals),
+                "held out": {seed: HELD_OUT[seed % len(HELD_OUT)] for seed in sorted(journals)},
+                "command": f"python benchmarks/experts run --seeds {' '.join(map(str, sorted(journals)))}",
+                "commit": code(),
+            },
+            "environment": environment(),
+            "made": {
+                seed: {k: v for k, v in found.items() if k.startswith("make")}
+                for seed, found in journals.items()
+            },
+            "arms": {
+                f"{split}, {images} images": _table(journals, f"{split} {images}")
+                for images in IMAGES
+                for split in SPLITS
+            },
+            "questions": _answers(journals),
+            "by known share": _by_known_share(journals),
+            "latency": _latency(
+                Prepared(WORLDS[name], min(journals), folder / f"seed{min(journals)}", options.files)
+            ),
+        }
+        path = ROOT / "benchmarks" / "results" / "cpu" / f"experts_{folder_name(name)}.json"
+        write_atomic(path, f"{json.dumps(result, indent=1)}\n".encode())
+        for images in IMAGES:
+            figure = to_png(partial(accuracy_against_cost, result["arms"][f"known, {images} images"]))
+            place = ROOT / "docs" / "figures" / path.stem / f"known_{images}_images.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(place, figure)
+        for seed in journals:
+            text = (folder / f"seed{seed}" / "journal.jsonl").read_bytes()
+            write_atomic(path.with_name(f"{path.stem}_seed{seed}.jsonl.gz"), gzip.compress(text, mtime=0))
+        for split, table in result["arms"].items():
+            for arm, points in table.items():
+                print(f"{split:20}{arm:34}", "  ".join(f"J {j}: {p['text']}" for j, p in points.items()))
+        for answer in result["questions"]:
+            print(json.dumps(answer))
+
+
+def _by_known_share(journals: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Default minus universal at 20 steps, of tasks of all splits, by the share of classes that the zoo knows."""
+    found = []
+    for images in IMAGES:
+        tasks = [
+            (rows["default"]["20"]["choice"]["known_share"], f"{seed} {key}", seed, rows)
+            for seed, made in journals.items()
+            for key, rows in made.items()
+            if key.split(" ")[1:2] == [str(images)]
+        ]
+        for low, high in ((0.0, 0.0), (0.01, 0.5), (0.51, 0.99), (1.0, 1.0)):
+            some = [task for task in tasks if low <= task[0] <= high]
+            scores = (
+                {(key, seed): rows[arm]["20"]["accuracy"] for _, key, seed, rows in some}
+                for arm in ("default", "universal")
+            )
+            if (difference := paired(*scores)) is not None:
+                found.append({"images": images, "from": low, "to": high, **asdict(difference)})
+    return found
+
+
+def _latency(prepared: Prepared) -> dict[str, Any] | None:
+    """Milliseconds for one image on one core, the dense and the pruned model in turn; None where the zoo is gone."""
+    zoo = prepared.zoo("clustered")
+    if (stored := zoo.shared(START)) is None:
+        return None
+    torch.set_num_threads(1)
+    size = prepared.backbone.preprocessing.size
+    models = {"dense": prepared.backbone.model.eval(), "pruned": stored.load().model}
+    image, times = torch.randn(1, 3, size, size), {name: list[float]() for name in models}
+    with torch.inference_mode():
+        for _ in range(60):
+            for name, model in models.items():
+                began = time.perf_counter()
+                model(image)
+                times[name].append(1000 * (time.perf_counter() - began))
+    return {
+        name: {"median_ms": statistics.median(taken[10:]), "parameters": count_parameters(models[name])}
+        for name, taken in times.items()
+    }
+
+
+def accuracy_against_cost(arms: dict[str, dict[str, Any]], theme: Theme) -> Figure:
+    """Mean accuracy of an arm after so many steps against the seconds of a task, and the dense model's.
+
+    Of those arms that were run on all tasks.
+    """
+    figure, axes = new_figure(theme, 7.2, 4.0)
+    # Of other tasks a mean is another one.
+    tasks = arms["universal"]["20"]["tasks"]
+    shown = [name for name, points in arms.items() if len(points) > 1 and points["20"]["tasks"] == tasks]
+    for position, (mark, name) in enumerate(zip(MARKERS, shown, strict=False)):
+        points = [
+            (p["seconds a task"], 100 * p["accuracy"])
+            for j, p in arms[name].items()
+            if j != "auto" and p["tasks"] == tasks
+        ]
+        axes.plot(
+            *zip(*points, strict=True), marker=mark, ms=5, lw=1.2, color=theme.colour(position), label=name
+        )
+    if (dense := arms.get(DENSE)) is not None:
+        axes.axhline(100 * dense["0"]["accuracy"], color=theme.muted, lw=1, ls="--", label=DENSE)
+    axes.set_xlabel("seconds a task, one core (0 and 20 steps)")
+    axes.set_ylabel("test accuracy (%), classes that the zoo knows")
+    add_legend(axes, theme)
+    return figure
+
+
+def scores_of(
+    journals: dict[int, dict[str, Any]], split: str, arm: str, steps: str, what: str = "accuracy"
+) -> Scores:
+    """(task, training seed) → accuracy. Tasks of different seeds are different tasks."""
+    return {
+        (f"{seed} {key}", seed): rows[arm][steps].get(what, 0.0)
+        for seed, found in journals.items()
+        for key, rows in found.items()
+        if key.startswith(f"{split} ") and steps in rows.get(arm, {})
+    }
+
+
+# Tasks of which a mean is shown: a journal may have a few units of arms that were dropped later.
+_FEWEST = 5
+
+
+def _table(journals: dict[int, dict[str, Any]], split: str) -> dict[str, dict[str, Any]]:
+    table: dict[str, dict[str, Any]] = {}
+    for arm in (DENSE, OWN_HEAD, *ARMS):
+        for steps in ("0", *(str(j) for j in J if j), "auto"):
+            scores = scores_of(journals, split, arm, steps)
+            if len(scores) < _FEWEST:
+                continue
+            mean = mean_of(scores)
+            against = paired(scores, scores_of(journals, split, "universal", steps))
+            text = mean.percent()
+            if against is not None and arm != "universal":
+                text += f" ({against.percent})"
+            costs = scores_of(journals, split, arm, steps, "seconds").values()
+            table.setdefault(arm, {})[steps] = {
+                "tasks": len(scores),
+                "accuracy": mean.value,
+                "error": mean.error,
+                "minus universal": None if against is None else asdict(against),
+                "seconds a task": sum(costs) / len(costs),
+                "text": text,
+            }
+    return table
+
+
+def _answers(journals: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for question in QUESTIONS:
+        first, second = (
+            scores_of(journals, f"{question.split} {question.images}", arm, question.steps)
+            for arm in (question.first, question.second)
+        )
+        over_tasks = paired(first, second)
+        if over_tasks is None:
+            continue
+        by_seed = {
+            seed: mean_of({k: v for k, v in first.items() if k[1] == seed}).value
+            - mean_of({k: v for k, v in second.items() if k[1] == seed}).value
+            for seed in sorted(journals)
+        }
+        over_seeds = paired({(s, 0): v for s, v in by_seed.items()}, {(s, 0): 0.0 for s in by_seed})
+        found.append(
+            {
+                **asdict(question),
+                "over tasks": asdict(over_tasks),
+                "over seeds": asdict(over_seeds),
+                "by seed": by_seed,
+            }
+        )
+    superior = [answer for answer in found if answer["kind"] == "superior"]
+    for answer, p in zip(superior, holm([a["over tasks"]["p"] for a in superior]), strict=True):
+        answer["corrected p"] = p
+        answer["holds"] = p < 0.05 and answer["over tasks"]["difference"] > 0
+    for answer in found:
+        if answer["kind"] == "not inferior":
+            answer["holds"] = answer["over tasks"]["low"] > -MARGIN
+    return found

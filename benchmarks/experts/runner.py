@@ -1,0 +1,114 @@
+"""Everything that is run once, by as many processes as there are cores; what is finished is in a journal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvp_ext.app.environment import commit
+from mvp_ext.journal import Journal
+from mvp_ext.train.cost import use_clock
+
+from .arms import ARMS, IMAGES, SPLITS, arms_of, parts_of, run_task
+from .worlds import WORLDS, Prepared
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def run(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    use_clock(time.process_time)
+    seeds = []
+    for name in options.worlds:
+        for seed in options.seeds:
+            folder = options.out / folder_name(name) / f"seed{seed}"
+            prepared = Prepared(WORLDS[name], seed, folder, options.files)
+            seeds.append((prepared, journal_at(name, folder / "journal.jsonl")))
+    for number in range(len(seeds)):
+        # Whoever waits for the other process makes what later seeds need.
+        while not _all_made(*seeds[number]):
+            if not any(_make_one(*later) for later in seeds[number:]):
+                time.sleep(5)
+        _run_seed(*seeds[number])
+
+
+def _kinds(prepared: Prepared) -> list[str]:
+    parts = parts_of(prepared)
+    return list(dict.fromkeys(arm.zoo for arm in ARMS.values() if arm.zoo and arm.part in parts))
+
+
+def _all_made(prepared: Prepared, journal: Journal) -> bool:
+    journal.refresh()
+    return all(f"make {kind}" in journal for kind in _kinds(prepared))
+
+
+def _make_one(prepared: Prepared, journal: Journal) -> bool:
+    return any(_once(journal, f"make {kind}", partial(_made, prepared, kind)) for kind in _kinds(prepared))
+
+
+def _run_seed(prepared: Prepared, journal: Journal) -> None:
+    names = {split: {t.name: list(t.class_names) for t in tasks} for split, tasks in prepared.tasks.items()}
+    _once(journal, "tasks", lambda: names)
+    for part in parts_of(prepared):
+        for split in SPLITS:
+            for task in prepared.tasks[split]:
+                for images in IMAGES:
+                    arms, key = arms_of(part, images), f"{split} {images} {task.name}"
+                    # A journal from before there were parts has some of them in its first rows.
+                    if not arms.keys() <= results_of(journal).get(key, {}).keys():
+                        unit = partial(run_task, prepared, task, images, arms)
+                        _once(journal, f"{key} {part}".rstrip(), unit)
+
+
+def results_of(journal: Journal) -> dict[str, dict[str, Any]]:
+    """What is in a journal; of a task ("split images name") the arms of all parts together."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, record in journal.records.items():
+        split, *rest = key.split(" ")
+        unit = " ".join((split, *rest[:2])) if split in SPLITS else key
+        found.setdefault(unit, {}).update(record["result"])
+    return found
+
+
+def folder_name(world: str) -> str:
+    return world.replace(", ", "-").replace(" ", "")
+
+
+def journal_at(world: str, path: Path) -> Journal:
+    return Journal(path, {"world": asdict(WORLDS[world])})
+
+
+def _once(journal: Journal, key: str, work: Callable[[], Any]) -> bool:
+    """Whether this process did it; another may have, or be at it."""
+    journal.refresh()
+    if key in journal:
+        return False
+    with journal.claim(key) as mine:
+        if not mine:
+            return False
+        result = work()
+        journal.append(key, result)
+        print(key, json.dumps(result)[:300], flush=True)
+        return True
+
+
+def _made(prepared: Prepared, kind: str) -> dict[str, Any]:
+    prepared.make(kind, lambda name, done, total: None)
+    zoo = prepared.zoo(kind)
+    return {
+        "facts": zoo.facts().get("clusters"),
+        "entries": {e.name: e.steps for e in zoo.entries()},
+        "commit": code(),
+    }
+
+
+def code() -> str:
+    return commit(ROOT, "csrc", "mvp_ext", "benchmarks/experts")
