@@ -440,10 +440,12 @@ def _ratio(peer: str, row: Row) -> str:
 
 def experts_page(paths: Sequence[Path], page: Path) -> str:
     """A world a chapter: what was asked and answered, then every arm."""
-    return (
-        "\n\n".join(("# Experts by cluster", *(part for path in paths for part in _experts(path, page))))
-        + "\n"
+    first = (
+        "# Experts by cluster",
+        "New tasks of classes that the zoo knows, 50 images of each; bars are standard errors over tasks:",
+        f"![accuracy against latency]({link(FIGURES / 'experts' / 'accuracy_latency.png', page)})",
     )
+    return "\n\n".join((*first, *(part for path in paths for part in _experts(path, page)))) + "\n"
 
 
 def summary_of_experts(result: Mapping[str, Any]) -> str:
@@ -483,11 +485,11 @@ def _experts(path: Path, page: Path) -> Iterator[str]:
     result = read(path)
     made, world, latency = result["setting"], result["setting"]["world"], result["latency"]
     seeds = ", ".join(map(str, made["seeds"]))
+    yield f"## {world['model']} at {world['size']} px, scope `{world['scope']}`, keep {world['keep']:g}"
     yield (
-        f"{world['model']} at {world['size']} px, scope `{world['scope']}`, keep {world['keep']:g}; training seeds "
-        f"{seeds}: each draws hidden classes and held-out domains, and makes the universal model and the experts "
-        f"anew, all in as many steps (about {world['steps']:,}). Tasks bring 10 or 50 images of a class; the zoo's "
-        f"have up to 200. `{made['command']}`, commit {made['commit']}; {machine(result['environment'])}; "
+        f"Training seeds {seeds}: each draws hidden classes and held-out domains, and makes the universal model and "
+        f"the experts anew, all in as many steps (about {world['steps']:,}). Tasks bring 10 or 50 images of a class; "
+        f"the zoo's have up to 200. `{made['command']}`, commit {made['commit']}; {machine(result['environment'])}; "
         f"`{name_of(path)}`."
     )
     if latency is not None:
@@ -496,7 +498,7 @@ def _experts(path: Path, page: Path) -> Iterator[str]:
             for row in (latency["pruned"], latency["dense"])
         )
         yield f"All pruned arms have the same shapes: {one}. The dense model: {other}."
-    yield "## Asked before the seeds were run"
+    yield "### Asked before the seeds were run"
     yield (
         "At 20 steps a task; p over tasks, corrected over the questions of superiority (Holm); not inferior: the lower "
         "end of the 95 % interval over tasks is above −1 point. p over seeds, uncorrected, takes each training seed as "
@@ -516,10 +518,10 @@ def _experts(path: Path, page: Path) -> Iterator[str]:
         ),
         [_question(answer) for answer in result["questions"]],
     )
-    yield "## Accuracy against the cost of a task"
+    yield "### Accuracy against the cost of a task"
     for figure in sorted((FIGURES / path.stem).glob("*.png")):
         yield f"![{figure.stem}]({link(figure, page)})"
-    yield "## Every arm"
+    yield "### Every arm"
     yield (
         "Accuracy in %, mean ± standard error over tasks; in brackets its difference to the universal model at equal "
         "steps, on the tasks that both have. Some arms were run under the first seed alone. *auto*: as many steps as "
@@ -528,7 +530,7 @@ def _experts(path: Path, page: Path) -> Iterator[str]:
     )
     for title, arms in result["arms"].items():
         steps = list(dict.fromkeys(j for points in arms.values() for j in points))
-        yield f"### {title.capitalize()} a class"
+        yield f"#### {title.capitalize()} a class"
         yield table(
             ("arm", *(f"J {j}" for j in steps), "s a task"),
             [
@@ -540,7 +542,7 @@ def _experts(path: Path, page: Path) -> Iterator[str]:
                 for name, points in arms.items()
             ],
         )
-    yield "## By what the zoo knows"
+    yield "### By what the zoo knows"
     yield table(
         ("images a class", "share of the classes known", "tasks", "default − universal"),
         [
@@ -751,7 +753,7 @@ def render() -> dict[Path, str]:
         here = PAGES / folder.name
         for path in sorted(folder.glob("study_*.json")):
             pages[here / "study.md"] = study_page(path, here / "study.md")
-        if found := sorted(folder.glob("experts_*.json")):
+        if found := sorted(folder.glob("experts_*.json"), key=lambda path: path.stem):
             pages[here / "experts.md"] = experts_page(found, here / "experts.md")
         compared = [*sorted(folder.glob("compare_*.json")), *sorted(folder.glob("demo_*.json"))]
         if compared:

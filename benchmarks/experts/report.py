@@ -9,6 +9,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mvp_ext.app.plots import MARKERS, Theme, add_legend, new_figure, to_png
 from mvp_ext.model.measure import count_parameters
 from mvp_ext.storage import write_atomic
 from mvp_ext.zoo.shared import START
+from mvp_ext.zoo.zoo import Zoo
 
 from .arms import ARMS, DENSE, IMAGES, OWN_HEAD, SPLITS, J
 from .runner import ROOT, code, folder_name, journal_at, results_of
@@ -51,54 +53,67 @@ QUESTIONS = tuple(
 MARGIN = 0.01
 
 
+FIGURES, RESULTS = ROOT / "docs" / "figures", ROOT / "benchmarks" / "results" / "cpu"
+
+
 def report(options: argparse.Namespace) -> None:
     for name in options.worlds:
-        folder = options.out / folder_name(name)
-        journals = {
-            int(path.parent.name.removeprefix("seed")): results_of(journal_at(name, path))
-            for path in sorted(folder.glob("seed*/journal.jsonl"))
-        }
-        # One that was only begun has no tasks yet.
-        journals = {seed: found for seed, found in journals.items() if "tasks" in found}
-        result = {
-            "setting": {
-                "world": asdict(WORLDS[name]),
-                "seeds": sorted(journals),
-                "held out": {seed: HELD_OUT[seed % len(HELD_OUT)] for seed in sorted(journals)},
-                "command": f"python benchmarks/experts run --seeds {' '.join(map(str, sorted(journals)))}",
-                "commit": code(),
-            },
-            "environment": environment(),
-            "made": {
-                seed: {k: v for k, v in found.items() if k.startswith("make")}
-                for seed, found in journals.items()
-            },
-            "arms": {
-                f"{split}, {images} images": _table(journals, f"{split} {images}")
-                for images in IMAGES
-                for split in SPLITS
-            },
-            "questions": _answers(journals),
-            "by known share": _by_known_share(journals),
-            "latency": _latency(
-                Prepared(WORLDS[name], min(journals), folder / f"seed{min(journals)}", options.files)
-            ),
-        }
-        path = ROOT / "benchmarks" / "results" / "cpu" / f"experts_{folder_name(name)}.json"
-        write_atomic(path, f"{json.dumps(result, indent=1)}\n".encode())
-        for images in IMAGES:
-            figure = to_png(partial(accuracy_against_cost, result["arms"][f"known, {images} images"]))
-            place = ROOT / "docs" / "figures" / path.stem / f"known_{images}_images.png"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(place, figure)
-        for seed in journals:
-            text = (folder / f"seed{seed}" / "journal.jsonl").read_bytes()
-            write_atomic(path.with_name(f"{path.stem}_seed{seed}.jsonl.gz"), gzip.compress(text, mtime=0))
-        for split, table in result["arms"].items():
-            for arm, points in table.items():
-                print(f"{split:20}{arm:34}", "  ".join(f"J {j}: {p['text']}" for j, p in points.items()))
-        for answer in result["questions"]:
-            print(json.dumps(answer))
+        _report(name, options)
+    # Of all worlds, also of those that were reported before.
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("experts_*.json"))]
+    _save(to_png(partial(accuracy_against_latency, results)), FIGURES / "experts" / "accuracy_latency.png")
+
+
+def _report(name: str, options: argparse.Namespace) -> None:
+    folder = options.out / folder_name(name)
+    journals = {
+        int(path.parent.name.removeprefix("seed")): results_of(journal_at(name, path))
+        for path in sorted(folder.glob("seed*/journal.jsonl"))
+    }
+    # One that was only begun has no tasks yet.
+    journals = {seed: found for seed, found in journals.items() if "tasks" in found}
+    seeds = " ".join(map(str, sorted(journals)))
+    result = {
+        "setting": {
+            "world": asdict(WORLDS[name]),
+            "seeds": sorted(journals),
+            "held out": {seed: HELD_OUT[seed % len(HELD_OUT)] for seed in sorted(journals)},
+            "command": f'python benchmarks/experts run --seeds {seeds} --worlds "{name}"',
+            "commit": code(),
+        },
+        "environment": environment(),
+        "made": {
+            seed: {k: v for k, v in found.items() if k.startswith("make")} for seed, found in journals.items()
+        },
+        "arms": {
+            f"{split}, {images} images": _table(journals, f"{split} {images}")
+            for images in IMAGES
+            for split in SPLITS
+        },
+        "questions": _answers(journals),
+        "by known share": _by_known_share(journals),
+        "latency": _latency(
+            Prepared(WORLDS[name], min(journals), folder / f"seed{min(journals)}", options.files)
+        ),
+    }
+    path = RESULTS / f"experts_{folder_name(name)}.json"
+    _save(f"{json.dumps(result, indent=1)}\n".encode(), path)
+    for images in IMAGES:
+        figure = to_png(partial(accuracy_against_cost, result["arms"][f"known, {images} images"]))
+        _save(figure, FIGURES / path.stem / f"known_{images}_images.png")
+    for seed in journals:
+        text = (folder / f"seed{seed}" / "journal.jsonl").read_bytes()
+        _save(gzip.compress(text, mtime=0), path.with_name(f"{path.stem}_seed{seed}.jsonl.gz"))
+    for split, table in result["arms"].items():
+        for arm, points in table.items():
+            print(f"{split:20}{arm:34}", "  ".join(f"J {j}: {p['text']}" for j, p in points.items()))
+    for answer in result["questions"]:
+        print(json.dumps(answer))
+
+
+def _save(content: bytes, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, content)
 
 
 def _by_known_share(journals: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -124,8 +139,10 @@ def _by_known_share(journals: dict[int, dict[str, Any]]) -> list[dict[str, Any]]
 
 def _latency(prepared: Prepared) -> dict[str, Any] | None:
     """Milliseconds for one image on one core, the dense and the pruned model in turn; None where the zoo is gone."""
-    zoo = prepared.zoo("clustered")
-    if (stored := zoo.shared(START)) is None:
+    # Of any zoo with as many steps: their models have the same shapes.
+    zoos = [Zoo(path) for path in sorted(prepared.folder.glob("clustered*"))]
+    stored = next((found for zoo in zoos if (found := zoo.shared(START)) is not None), None)
+    if stored is None:
         return None
     torch.set_num_threads(1)
     size = prepared.backbone.preprocessing.size
@@ -141,6 +158,35 @@ def _latency(prepared: Prepared) -> dict[str, Any] | None:
         name: {"median_ms": statistics.median(taken[10:]), "parameters": count_parameters(models[name])}
         for name, taken in times.items()
     }
+
+
+def accuracy_against_latency(results: list[dict[str, Any]], theme: Theme) -> Figure:
+    """Mean accuracy on tasks of known classes after 20 steps against what one image takes; dense: its ridge head.
+
+    Of worlds whose latency is known. Latencies are compared within a world alone, where models were timed in turn.
+    """
+    figure, axes = new_figure(theme, 7.2, 3.8)
+    split = f"known, {IMAGES[-1]} images"
+    for position, (mark, arm) in enumerate(zip(MARKERS, ("default", "universal", DENSE), strict=False)):
+        points = [
+            (result["latency"]["dense" if arm == DENSE else "pruned"]["median_ms"], found[split][arm])
+            for result in results
+            if result["latency"] is not None and (found := result["arms"])
+        ]
+        axes.errorbar(
+            [milliseconds for milliseconds, _ in points],
+            [100 * steps["0" if arm == DENSE else "20"]["accuracy"] for _, steps in points],
+            [100 * steps["0" if arm == DENSE else "20"]["error"] for _, steps in points],
+            fmt=mark,
+            ms=6,
+            color=theme.colour(position),
+            label=arm,
+        )
+    axes.set_xlim(left=0)
+    axes.set_xlabel("milliseconds for one image, one core")
+    axes.set_ylabel(f"test accuracy (%), known classes, {IMAGES[-1]} images of each")
+    add_legend(axes, theme)
+    return figure
 
 
 def accuracy_against_cost(arms: dict[str, dict[str, Any]], theme: Theme) -> Figure:

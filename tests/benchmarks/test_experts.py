@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from digits import digits_task
 
 from mvp_ext.app.options import MethodOptions, NeighbourOptions
 from mvp_ext.data.images import ImageData
@@ -19,8 +21,8 @@ from mvp_ext.zoo.zoo import Zoo
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from experts import report, worlds  # noqa: E402
-from experts.arms import ARMS, IMAGES, SPLITS  # noqa: E402
+from experts import report, runner, worlds  # noqa: E402
+from experts.arms import ARMS, IMAGES, SPLITS, parts_of  # noqa: E402
 from experts.worlds import DOMAINS, HELD_OUT, SOURCES, WORLDS, Prepared  # noqa: E402
 
 
@@ -80,6 +82,38 @@ def test_what_is_measured_as_the_default_is_what_a_call_without_choices_does(mon
     assert MethodOptions().method == default["method"]
     assert MethodOptions().number_of_steps == default["steps"]
     assert NeighbourOptions().vote() == VoteOptions()
+
+
+def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
+    """Parts that were added later are units of their own, and a task's arms are read together."""
+    journal = runner.journal_at("diverse", tmp_path / "journal.jsonl")
+    prepared = Prepared(WORLDS["diverse"], 0, tmp_path, tmp_path)
+    task = replace(digits_task((0, 1)), name="digits-known-0")
+    prepared.__dict__["tasks"] = {"zoo": [], "known": [task], "hidden": [], "new": []}
+    ran = []
+
+    def run_task(prepared, task, images, arms):
+        ran.append((images, tuple(arms)))
+        return {name: {"20": {"accuracy": 0.5}} for name in arms}
+
+    monkeypatch.setattr(runner, "run_task", run_task)
+    # As a run of before there were parts left it.
+    before = [name for name, arm in ARMS.items() if arm.part in ("", "controls") and 50 in arm.images]
+    journal.append("known 50 digits-known-0", {name: {"20": {"accuracy": 0.7}} for name in before})
+    runner._run_seed(prepared, journal)
+    assert [images for images, arms in ran if "default" in arms] == [10]
+    assert [images for images, arms in ran if "refined" in arms] == []
+    assert [images for images, arms in ran if "universal, from random weights" in arms] == [10, 50]
+    assert [images for images, arms in ran if "dense, fine-tuned" in arms] == [50]
+    found = runner.results_of(journal)["known 50 digits-known-0"]
+    assert found.keys() == {name for name, arm in ARMS.items() if 50 in arm.images}
+    assert found["default"]["20"]["accuracy"] == 0.7
+    count = len(ran)
+    runner._run_seed(prepared, runner.journal_at("diverse", tmp_path / "journal.jsonl"))
+    assert len(ran) == count
+    # Everywhere else what is asked is run, and no more.
+    other = Prepared(WORLDS["diverse, keep 0.05"], 0, tmp_path, tmp_path)
+    assert parts_of(other) == parts_of(replace(prepared, seed=1)) == ("",)
 
 
 def journals(differences: dict[str, float], tasks: int = 12) -> dict[int, dict]:
