@@ -23,7 +23,7 @@ from mvp_ext.train.backbone import extract_features
 from mvp_ext.train.evaluate import accuracy_of
 from mvp_ext.train.heads import ridge_head
 
-from .worlds import WORLDS, Prepared
+from .worlds import Prepared
 
 
 def _universal_that_knows(prepared: Prepared, job: Job) -> tuple[nn.Module, Mask]:
@@ -87,8 +87,8 @@ ARMS = {
     "default": Arm("clustered", "clustered", steps=(*J, "auto")),
     "universal": Arm("universal", "universal", steps=J),
     "universal, head of what it knows": Arm("universal", _universal_that_knows, steps=(0, 20)),
-    "experts merged, labels alone": Arm("clustered", "mvp", _WEIGHTED, (0, 20)),
-    "base of the default": Arm("clustered", _base, None, (20,), _MANY),
+    "experts merged, labels alone": Arm("clustered", "mvp", _WEIGHTED, (0, 20), part=CONTROLS),
+    "base of the default": Arm("clustered", _base, None, (20,), _MANY, CONTROLS),
     "universal, experts' recipe": Arm(
         "universal, experts' recipe", "universal", None, (0, 20), part=CONTROLS
     ),
@@ -107,8 +107,7 @@ ARMS = {
 
 def parts_of(prepared: Prepared) -> tuple[str, ...]:
     """Those that are run in a world under a training seed."""
-    first = (prepared.world, prepared.seed) == (WORLDS["diverse"], 0)
-    return tuple(dict.fromkeys(arm.part for arm in ARMS.values() if first or not arm.part))
+    return tuple(dict.fromkeys(arm.part for arm in ARMS.values() if prepared.is_first or not arm.part))
 
 
 def arms_of(part: str, images: int) -> dict[str, Arm]:
@@ -132,7 +131,7 @@ def run_task(prepared: Prepared, task: Task, images: int, arms: Mapping[str, Arm
         if not isinstance(method, str):
             method.__name__ = name  # type: ignore[attr-defined]
         for steps in arm.steps:
-            if steps == J[-1] and (prepared.seed, images) != (0, IMAGES[-1]):
+            if steps == J[-1] and not (prepared.is_first and images == IMAGES[-1]):
                 continue
             result = prune(
                 backbone,

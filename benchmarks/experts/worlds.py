@@ -92,6 +92,11 @@ class Prepared:
     folder: Path
     files: Path
 
+    @property
+    def is_first(self) -> bool:
+        """Where also that is run which no question is about."""
+        return (self.world, self.seed) == (WORLDS["diverse"], 0)
+
     @cached_property
     def data(self) -> ImageData:
         return load_images(self.files, self.folder.parent / "images", self.world.size)

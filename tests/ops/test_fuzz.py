@@ -22,7 +22,7 @@ from torch import Tensor
 
 import mvp_ext  # noqa: F401  (registers the ops)
 
-CALLS = 20_000
+CALLS = 10_000
 MEMORY = 4 * 2**30
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OTHERS = (torch.int32, torch.int64, torch.bool, torch.uint8, torch.int8, torch.complex64)
