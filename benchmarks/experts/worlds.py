@@ -79,7 +79,14 @@ WORLDS = {
         *((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         *("all", 0.1, 1200),
     ),
+    "diverse, vit_tiny": World(
+        *("vit_tiny_patch16_224", "vit_tiny_patch16_224_imagenet_fp16.safetensors", 96),
+        *((0.5,) * 3, (0.5,) * 3),
+        *("heads+mlp", 0.1, 1200),
+    ),
 }
+# The source of exactly the classes of a backbone's head, in its order.
+TRAINED_ON = {WORLDS["diverse"].weights: "cifar100"}
 WORLDS["diverse, keep 0.05"] = replace(WORLDS["diverse"], keep=0.05)
 
 
@@ -167,9 +174,11 @@ class Prepared:
         return Zoo(self.folder / kind)
 
     def own_head(self, task: Task) -> Callable[[Tensor], Tensor] | None:
-        """The backbone's own for these classes, where it was trained on all of them: CIFAR-100's."""
+        """The backbone's own for these classes, where it was trained on all of them."""
+        if (source := TRAINED_ON.get(self.world.weights)) is None:
+            return None
         assert self.data.domains is not None
-        trained = self.data.domains[SOURCES.index("cifar100")]
+        trained = self.data.domains[SOURCES.index(source)]
         if not set(task.classes) <= set(trained):
             return None
         classifier = classifiers(self.backbone.model)[0]
