@@ -21,25 +21,26 @@ from mvp_ext.pruning.settings import REFINED_WEIGHTING, VoteOptions
 from mvp_ext.pruning.vote import small_model
 from mvp_ext.train.backbone import extract_features
 from mvp_ext.train.evaluate import accuracy_of
-from mvp_ext.train.heads import ridge_head
+from mvp_ext.train.heads import ridge_head, soft_labels
 
 from .worlds import Prepared
 
 
 def _universal_that_knows(prepared: Prepared, job: Job) -> tuple[nn.Module, Mask]:
-    """The universal model with the same kind of head as the experts', and told which classes it knows."""
+    """The universal model, which says what it knows as the experts do, and is told which classes those are."""
     small, mask = METHODS["universal"](job)
     names, model, statistics = prepared.known_to_universal
     labels = job.data.train_labels
     known = {c: names.index(name) for c, name in enumerate(job.data.class_names) if name in names}
     if len(known) >= 2:
-        classes = torch.tensor(list(known))
+        classes = torch.tensor(sorted(known))
         index = torch.isin(labels, classes).nonzero().flatten()
-        targets = nn.functional.one_hot(labels, job.data.num_classes).float()
-        targets[index[:, None], classes] = statistics.head(list(known.values()))(
-            job.features_by(model, index)
-        )
-        job.targets = targets
+        features = job.features_by(model, index)
+        said = statistics.head([known[c] for c in classes.tolist()])(features)
+        soft = soft_labels(said, features, torch.searchsorted(classes, labels[index]))
+        if soft is not None:
+            job.targets = nn.functional.one_hot(labels, job.data.num_classes).float()
+            job.targets[index[:, None], classes] = soft
     return small, mask
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mvp_ext.model.mask import Mask
 from mvp_ext.pruning.job import Job, find_neighbours, merged_model, score_target, voted_mask
 from mvp_ext.pruning.vote import small_model
-from mvp_ext.train.heads import ClassStatistics, left_out_error
+from mvp_ext.train.heads import ClassStatistics, soft_labels
 from mvp_ext.zoo.known import KnownClasses, known_classes
 from mvp_ext.zoo.shared import CLUSTERS, START, UNIVERSAL, is_clustered, is_refined
 from mvp_ext.zoo.zoo import Zoo, ZooError
@@ -63,11 +63,11 @@ def _clustered(job: Job) -> tuple[nn.Module, Mask]:
 
 
 def _said_by_experts(job: Job, zoo: Zoo, known: KnownClasses) -> Tensor | None:
-    """Soft labels of the training images, f32 [n, k]: among the classes that an expert knows they are what it says of
-    the image, for it has seen more images of them than the task brings. None where no expert knows two.
+    """Soft labels of the training images, f32 [n, k]: among the classes that an expert knows they have a share of what
+    it says of the image, for it has seen more images of them than the task brings. None where no expert knows two.
 
-    Classes that only look alike are told by the labels: an expert that errs more often than what can be learned of
-    these images alone knows others.
+    Classes that only look alike are told by the labels: an expert of others errs more than what can be learned of these
+    images alone, and is not heard (``soft_labels``).
     """
     labels = job.data.train_labels
     targets = torch.nn.functional.one_hot(labels, job.data.num_classes).float()
@@ -91,10 +91,9 @@ def _said_by_experts(job: Job, zoo: Zoo, known: KnownClasses) -> Tensor | None:
             index = torch.isin(labels, classes).nonzero().flatten()
         features = job.features_by(model, index)
         with job.cost.timed():
-            scores, own = head(features), torch.searchsorted(classes, labels[index])
-            error = float((scores.argmax(1) != own).double().mean())
-            if error <= left_out_error(features, own, len(classes)):
-                targets[index[:, None], classes] = scores
+            soft = soft_labels(head(features), features, torch.searchsorted(classes, labels[index]))
+            if soft is not None:
+                targets[index[:, None], classes] = soft
                 told += len(index)
     job.told = told / len(labels)
     return targets if told else None

@@ -121,6 +121,27 @@ def left_out_error(features: Tensor, labels: Tensor, classes: int) -> float:
     return float((_ridge(features, labels, classes)[2].argmax(1) != labels).double().mean())
 
 
+def soft_labels(said: Tensor, features: Tensor, labels: Tensor) -> Tensor | None:
+    """Labels mixed with what another head says of the images, f32 [n, k]; None where that is better not heard.
+
+    The other's share is what it has in the mix that comes nearest to the labels (least squares: stacking, Wolpert 1992,
+    Breiman 1996) of its scores and those of a ridge head on these features, of each image left out. It is heard where
+    that is a half or more, which is to say: where it errs no more than what can be learned of these images alone.
+
+    Args:
+        said: f32 [n, k], scores of a ridge head that has not seen the images: those of an image sum to 1.
+        features: f32 [n, F]. labels: int64 [n] in 0..k−1.
+    """
+    hot = torch.nn.functional.one_hot(labels, said.shape[1]).double()
+    own = _ridge(features, labels, said.shape[1])[2]
+    apart = said.double() - own
+    share = float(((hot - own) * apart).sum() / apart.square().sum().clamp_min(1e-12))
+    if share < 0.5:
+        return None
+    share = min(1.0, share)
+    return (share * said.double() + (1 - share) * hot).float()
+
+
 def _ridge(
     features: Tensor, labels: Tensor, classes: int, targets: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

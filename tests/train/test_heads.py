@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from mvp_ext.train import heads
 from mvp_ext.train.heads import (
     ClassStatistics,
     LinearHead,
@@ -15,6 +16,7 @@ from mvp_ext.train.heads import (
     left_out_error,
     nearest_mean_head,
     ridge_head,
+    soft_labels,
 )
 
 
@@ -140,6 +142,38 @@ def test_statistics_are_all_that_a_ridge_asks():
     weight = torch.linalg.solve(total + strength * torch.eye(9, dtype=torch.float64), cross)
     torch.testing.assert_close(head.weight.double(), weight.T, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(head(features).sum(1), torch.ones(60), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_is_heard_and_how_much_is_what_explains_images_left_out(seed):
+    """By a search of shares, over heads from one that knows the classes to one that takes them for each other."""
+    draw = torch.Generator().manual_seed(seed)
+    classes = torch.randn(3, 20, generator=draw)
+    labels = torch.arange(3).repeat_interleave(6)
+    features = classes[labels] + 1.5 * torch.randn(18, 20, generator=draw)
+    hot = functional.one_hot(labels, 3).double()
+    # What each image gets of the others is tested above, by its errors.
+    own = heads._ridge(features, labels, 3)[2]
+    heard = []
+    for right in torch.linspace(-0.5, 1.5, 9):
+        wrong = functional.one_hot((labels + 1) % 3, 3)
+        said = (
+            (right * hot + (1 - right) * wrong + 0.1 * torch.randn(18, 3, generator=draw)).softmax(1).float()
+        )
+        shares = torch.linspace(0, 1, 1001, dtype=torch.float64)
+        errors = torch.stack(
+            [(share * said.double() + (1 - share) * own - hot).square().sum() for share in shares]
+        )
+        best, soft = float(shares[errors.argmin()]), soft_labels(said, features, labels)
+        heard.append(soft is not None)
+        errs_less = bool(errors[-1] < errors[0])
+        assert (soft is not None) == errs_less
+        if soft is None:
+            continue
+        torch.testing.assert_close(soft, (best * said + (1 - best) * hot).float(), atol=2e-3, rtol=0)
+        torch.testing.assert_close(soft.sum(1), torch.ones(18), atol=1e-5, rtol=0)
+    assert heard == sorted(heard)
+    assert (heard[0], heard[-1]) == (False, True)
 
 
 def test_soft_labels_take_the_labels_place():
