@@ -206,8 +206,7 @@ def test_a_machine_that_dies_costs_its_task_alone(machines: Any, workers: Worker
     def progress(what: str, *steps: int) -> None:
         told[what] = steps[0], steps[1]
         # Each has one that it is at.
-        if len(told) == 2 and len(machines.worker_nodes) == 2:
-            assert all(done < total for done, total in told.values())
+        if sum(done < total for done, total in told.values()) == 2 and len(machines.worker_nodes) == 2:
             machines.remove_node(next(iter(machines.worker_nodes)), allow_graceful=False)
 
     build_zoo(tiny_backbone(), tasks("abc"), together, longer, progress=progress, run=workers)
