@@ -83,7 +83,7 @@ bench: install
 # processes that tests start. Threads that wait for each other sleep: where they spin, processes that share the cores
 # hold each other up, and tests of kernels take three times as long.
 test: install
-	cd $(VENV) && OMP_WAIT_POLICY=passive bin/pytest -c ../pyproject.toml --rootdir=.. ../tests -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	cd $(VENV) && OMP_WAIT_POLICY=passive bin/pytest -c ../pyproject.toml --rootdir=.. ../tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # In an environment of its own. Neither the emulator nor the study: they ask nothing of a library that the rest does not.
 $(OLDEST)/.dependencies: pyproject.toml scripts/requirements.py
