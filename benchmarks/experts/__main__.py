@@ -10,7 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import experts  # noqa: E402
 from experts.report import report  # noqa: E402
 from experts.runner import run  # noqa: E402
-from experts.worlds import WORLDS  # noqa: E402
+from experts.worlds import SEEDS, WORLDS  # noqa: E402
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--files", type=Path, default=Path(), help="DATA")
     parser.add_argument("--out", type=Path, default=Path("runs/experts"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["diverse"])
     options = parser.parse_args()
     (run if options.what == "run" else report)(options)

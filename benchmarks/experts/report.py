@@ -59,16 +59,18 @@ FIGURES, RESULTS = ROOT / "docs" / "figures", ROOT / "benchmarks" / "results" / 
 def report(options: argparse.Namespace) -> None:
     for name in options.worlds:
         _report(name, options)
-    # Of all worlds, also of those that were reported before.
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("experts_*.json"))]
+    # Of all worlds, also of those that were reported before, but for a method of before.
+    paths = [path for path in sorted(RESULTS.glob("experts_*.json")) if not path.stem.endswith("-first")]
+    results = [json.loads(path.read_text()) for path in paths]
     _save(to_png(partial(accuracy_against_latency, results)), FIGURES / "experts" / "accuracy_latency.png")
 
 
 def _report(name: str, options: argparse.Namespace) -> None:
     folder = options.out / folder_name(name)
     journals = {
-        int(path.parent.name.removeprefix("seed")): results_of(journal_at(name, path))
-        for path in sorted(folder.glob("seed*/journal.jsonl"))
+        seed: results_of(journal_at(name, path))
+        for seed in sorted(options.seeds)
+        if (path := folder / f"seed{seed}" / "journal.jsonl").exists()
     }
     # One that was only begun has no tasks yet.
     journals = {seed: found for seed, found in journals.items() if "tasks" in found}

@@ -49,6 +49,8 @@ DOMAINS: dict[str, tuple[str, tuple[str, ...]]] = {
     "things": ("cifar100", ("household_electrical_devices", "household_furniture", "food_containers")),
 }
 SOURCES = tuple(dict.fromkeys(source for source, _ in DOMAINS.values()))
+# Those of the claims; what was seen under 0, 1 and 2 led to the method, which was chosen under 100 and 101.
+SEEDS = (3, 4, 5)
 # Of each seed; a seed that is not here holds out those of its number modulo 5.
 HELD_OUT = (
     *(("textures", "cartoon"), ("flowers", "art"), ("digits", "fish")),
@@ -102,7 +104,7 @@ class Prepared:
     @property
     def is_first(self) -> bool:
         """Where also that is run which no question is about."""
-        return (self.world, self.seed) == (WORLDS["diverse"], 0)
+        return (self.world, self.seed) == (WORLDS["diverse"], SEEDS[0])
 
     @cached_property
     def data(self) -> ImageData:

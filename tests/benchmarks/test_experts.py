@@ -23,7 +23,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 from experts import report, runner, worlds  # noqa: E402
 from experts.arms import ARMS, IMAGES, SPLITS, parts_of  # noqa: E402
-from experts.worlds import DOMAINS, HELD_OUT, SOURCES, WORLDS, Prepared  # noqa: E402
+from experts.worlds import DOMAINS, HELD_OUT, SEEDS, SOURCES, WORLDS, Prepared  # noqa: E402
 
 
 def images_of_all_domains() -> ImageData:
@@ -87,7 +87,7 @@ def test_what_is_measured_as_the_default_is_what_a_call_without_choices_does(mon
 def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
     """Parts that were added later are units of their own, and a task's arms are read together."""
     journal = runner.journal_at("diverse", tmp_path / "journal.jsonl")
-    prepared = Prepared(WORLDS["diverse"], 0, tmp_path, tmp_path)
+    prepared = Prepared(WORLDS["diverse"], SEEDS[0], tmp_path, tmp_path)
     task = replace(digits_task((0, 1)), name="digits-known-0")
     prepared.__dict__["tasks"] = {"zoo": [], "known": [task], "hidden": [], "new": []}
     ran = []
@@ -112,8 +112,8 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
     runner._run_seed(prepared, runner.journal_at("diverse", tmp_path / "journal.jsonl"))
     assert len(ran) == count
     # Everywhere else what is asked is run, and no more.
-    other = Prepared(WORLDS["diverse, keep 0.05"], 0, tmp_path, tmp_path)
-    assert parts_of(other) == parts_of(replace(prepared, seed=1)) == ("",)
+    other = Prepared(WORLDS["diverse, keep 0.05"], SEEDS[0], tmp_path, tmp_path)
+    assert parts_of(other) == parts_of(replace(prepared, seed=SEEDS[1])) == ("",)
 
 
 def journals(differences: dict[str, float], tasks: int = 12) -> dict[int, dict]:

@@ -62,7 +62,6 @@ def test_another_device_gets_pages_of_its_own(tmp_path: Path, monkeypatch: pytes
     for name in ("pack.json", "latency_resnet18.json"):
         shutil.copy(cpu / name, gpu)
     monkeypatch.setattr(script, "RESULTS", tmp_path)
-    monkeypatch.setattr(script, "name_of", lambda path: path.name)
     pages = script.render()
     speed = pages[ROOT / "docs" / "results" / "gpu" / "speed.md"]
     assert "## Pruned models" in speed

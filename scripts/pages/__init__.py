@@ -1,0 +1,1 @@
+"""The documentation's pages of results, a module a page."""
