@@ -12,11 +12,12 @@ from scripts.pages.common import CONTROL, FIGURES, link, machine, name_of, read,
 
 def experts_page(paths: Sequence[Path], page: Path) -> str:
     """A world a chapter: what was asked and answered, then every arm."""
-    first = (
-        "# Experts by cluster",
-        "New tasks of classes that the zoo knows, 50 images of each; bars are standard errors over tasks:",
-        f"![accuracy against latency]({link(FIGURES / 'experts' / 'accuracy_latency.png', page)})",
-    )
+    first, figure = ["# Experts by cluster"], FIGURES / "experts" / "accuracy_latency.png"
+    if figure.exists():
+        first += [
+            "New tasks of classes that the zoo knows, 50 images of each; bars are standard errors over tasks:",
+            f"![accuracy against latency]({link(figure, page)})",
+        ]
     return "\n\n".join((*first, *(part for path in paths for part in _experts(path, page)))) + "\n"
 
 
