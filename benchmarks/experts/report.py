@@ -142,7 +142,7 @@ def _by_known_share(journals: dict[int, dict[str, Any]]) -> list[dict[str, Any]]
 def _latency(prepared: Prepared) -> dict[str, Any] | None:
     """Milliseconds for one image on one core, the dense and the pruned model in turn; None where the zoo is gone."""
     # Of any zoo with as many steps: their models have the same shapes.
-    zoos = [Zoo(path) for path in sorted(prepared.folder.glob("clustered*"))]
+    zoos = [Zoo(path) for path in sorted(prepared.folder.glob("clustered*")) if path.is_dir()]
     stored = next((found for zoo in zoos if (found := zoo.shared(START)) is not None), None)
     if stored is None:
         return None

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from mvp_ext.app.environment import commit
+from mvp_ext.data.tasks import Task
 from mvp_ext.journal import Journal
 from mvp_ext.train.cost import use_clock
 
-from .arms import ARMS, IMAGES, SPLITS, arms_of, parts_of, run_task
+from .arms import IMAGES, SPLITS, Arm, arms_of, parts_of, run_task
 from .worlds import WORLDS, Prepared
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -34,38 +35,58 @@ def run(options: argparse.Namespace) -> None:
             seeds.append((prepared, journal_at(name, folder / "journal.jsonl")))
     for number in range(len(seeds)):
         # Whoever waits for the other process makes what later seeds need.
-        while not _all_made(*seeds[number]):
+        while _missing(*seeds[number]):
             if not any(_make_one(*later) for later in seeds[number:]):
                 time.sleep(5)
         _run_seed(*seeds[number])
 
 
-def _kinds(prepared: Prepared) -> list[str]:
-    parts = parts_of(prepared)
-    return list(dict.fromkeys(arm.zoo for arm in ARMS.values() if arm.zoo and arm.part in parts))
-
-
-def _all_made(prepared: Prepared, journal: Journal) -> bool:
+def _left(prepared: Prepared, journal: Journal) -> list[tuple[str, Task, int, dict[str, Arm]]]:
+    """The units that are not in the journal."""
     journal.refresh()
-    return all(f"make {kind}" in journal for kind in _kinds(prepared))
-
-
-def _make_one(prepared: Prepared, journal: Journal) -> bool:
-    return any(_once(journal, f"make {kind}", partial(_made, prepared, kind)) for kind in _kinds(prepared))
-
-
-def _run_seed(prepared: Prepared, journal: Journal) -> None:
-    names = {split: {t.name: list(t.class_names) for t in tasks} for split, tasks in prepared.tasks.items()}
-    _once(journal, "tasks", lambda: names)
+    units, found = [], results_of(journal)
     for part in parts_of(prepared):
         for split in SPLITS:
             for task in prepared.tasks[split]:
                 for images in IMAGES:
                     arms, key = arms_of(part, images), f"{split} {images} {task.name}"
                     # A journal from before there were parts has some of them in its first rows.
-                    if not arms.keys() <= results_of(journal).get(key, {}).keys():
-                        unit = partial(run_task, prepared, task, images, arms)
-                        _once(journal, f"{key} {part}".rstrip(), unit)
+                    if not arms.keys() <= found.get(key, {}).keys():
+                        units.append((f"{key} {part}".rstrip(), task, images, arms))
+    return units
+
+
+def _missing(prepared: Prepared, journal: Journal) -> list[str]:
+    """What has to be made for the units that are left; a journal that came without its zoos makes nothing be there."""
+    kinds = dict.fromkeys(
+        arm.zoo for *_, arms in _left(prepared, journal) for arm in arms.values() if arm.zoo
+    )
+    return [kind for kind in kinds if not _mark(prepared, kind).exists()]
+
+
+def _mark(prepared: Prepared, kind: str) -> Path:
+    return prepared.folder / f"{kind}.made"
+
+
+def _make_one(prepared: Prepared, journal: Journal) -> bool:
+    """Whether this process made something; another may be at all of it."""
+    for kind in _missing(prepared, journal):
+        # Not by the name of its result, which may be there.
+        with journal.claim(f"at {kind}") as mine:
+            if mine and not _mark(prepared, kind).exists():
+                result = _made(prepared, kind)
+                if f"make {kind}" not in journal:
+                    journal.append(f"make {kind}", result)
+                _mark(prepared, kind).touch()
+                return True
+    return False
+
+
+def _run_seed(prepared: Prepared, journal: Journal) -> None:
+    names = {split: {t.name: list(t.class_names) for t in tasks} for split, tasks in prepared.tasks.items()}
+    _once(journal, "tasks", lambda: names)
+    for key, task, images, arms in _left(prepared, journal):
+        _once(journal, key, partial(run_task, prepared, task, images, arms))
 
 
 def results_of(journal: Journal) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from experts import report, runner, worlds  # noqa: E402
-from experts.arms import ARMS, IMAGES, SPLITS, parts_of  # noqa: E402
+from experts.arms import ARMS, IMAGES, SPLITS, arms_of, parts_of  # noqa: E402
 from experts.worlds import DOMAINS, HELD_OUT, SEEDS, SOURCES, WORLDS, Prepared  # noqa: E402
 
 
@@ -108,6 +108,19 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
     found = runner.results_of(journal)["known 50 digits-known-0"]
     assert found.keys() == {name for name, arm in ARMS.items() if 50 in arm.images}
     assert found["default"]["20"]["accuracy"] == 0.7
+    # For what is left, and for that alone, zoos are made, also where the journal came without them.
+    made = []
+    monkeypatch.setattr(runner, "_made", lambda prepared, kind: made.append(kind) or {"entries": {}})
+    assert not runner._make_one(prepared, journal)
+    again = runner.journal_at("diverse", tmp_path / "again.jsonl")
+    again.append("make clustered", {"entries": {"expert-00": 1}})
+    again.append("known 10 digits-known-0", {name: {} for name in arms_of("", 10)})
+    while runner._make_one(prepared, again):
+        pass
+    assert made[:2] == ["clustered", "universal"]
+    assert set(made) == {arm.zoo for arm in ARMS.values() if arm.zoo}
+    assert len(made) == len(set(made))
+    assert again.records["make clustered"]["result"] == {"entries": {"expert-00": 1}}
     count = len(ran)
     runner._run_seed(prepared, runner.journal_at("diverse", tmp_path / "journal.jsonl"))
     assert len(ran) == count
