@@ -61,7 +61,7 @@ def render() -> dict[Path, str]:
         for page in pages
     ]
     pages[index] = _between(index, "\n\n".join(("\n".join(listed), study.verdicts(shown), speed.promises())))
-    pages[readme] = _between(readme, f"{study.summary(shown)}\n\n{experts.summary_of_experts(read(EXPERTS))}")
+    pages[readme] = _between(readme, f"{study.summary(shown)}\n\n{experts.summary_of_experts(EXPERTS)}")
     measured = f"{scale.scale(SCALE)}\n\n{scale.images(IMAGES)}"
     pages[ROOT / "docs" / "scale.md"] = _between(ROOT / "docs" / "scale.md", measured)
     return pages

@@ -21,8 +21,9 @@ def experts_page(paths: Sequence[Path], page: Path) -> str:
     return "\n\n".join((*first, *(part for path in paths for part in _experts(path, page)))) + "\n"
 
 
-def summary_of_experts(result: Mapping[str, Any]) -> str:
+def summary_of_experts(path: Path) -> str:
     """The README's answers: the default against universal at equal steps, and against one that is told the same."""
+    result = read(path)
     found = {(a["split"], a["images"], a["second"]): a["over tasks"] for a in result["questions"]}
 
     def said(split: str, images: int, second: str = CONTROL) -> str:
@@ -31,6 +32,7 @@ def summary_of_experts(result: Mapping[str, Any]) -> str:
 
     images = sorted({images for _, images, _ in found})
     world, seeds = result["setting"]["world"], len(result["setting"]["seeds"])
+    before = ", measured before what experts say had a share" if edition(path)[0] else ""
     rows = (
         ("classes that the zoo knows", "known", CONTROL),
         (
@@ -45,7 +47,7 @@ def summary_of_experts(result: Mapping[str, Any]) -> str:
         (
             "Where tasks are of several kinds (photos, paintings, drawings, textures, digits), the default is a zoo of "
             f"experts. Experts minus universal, in points, scope `{world['scope']}`, keep {world['keep']:g}, 20 steps, "
-            f"{seeds} training seeds:",
+            f"{seeds} training seeds{before}:",
             table(
                 ("new task of", *(f"{count} images a class" for count in images)),
                 [(title, *(said(split, count, second) for count in images)) for title, split, second in rows],
