@@ -81,9 +81,10 @@ bench: install
 
 # From inside $(VENV), so that `import mvp_ext` finds what was installed and not the source tree, also in the
 # processes that tests start. Threads that wait for each other sleep: where they spin, processes that share the cores
-# hold each other up, and tests of kernels take three times as long.
+# hold each other up, and tests of kernels take three times as long. A worker a core has one thread, where a test asks
+# for no more.
 test: install
-	cd $(VENV) && OMP_WAIT_POLICY=passive bin/pytest -c ../pyproject.toml --rootdir=.. ../tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	cd $(VENV) && OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 bin/pytest -c ../pyproject.toml --rootdir=.. ../tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # In an environment of its own. Neither the emulator nor the study: they ask nothing of a library that the rest does not.
 $(OLDEST)/.dependencies: pyproject.toml scripts/requirements.py
