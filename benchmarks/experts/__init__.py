@@ -17,5 +17,5 @@ Everything else is exploratory: what was run in one world under one seed alone (
 
 A first edition, of seeds 0, 1 and 2, is kept (``experts_diverse-first``): on 6 of its 48 tasks of hidden classes with
 few images an expert took classes that look alike for its own, at a cost of 4 points. How an expert is heard was chosen
-anew after that, on seeds 100 and 101, and the questions were asked again under seeds that nobody had seen.
+anew after that, on seeds 100 and 101, and the questions are asked again under seeds that nobody had seen.
 """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.results import Promise, Results, Row, read_results
 from mvp_ext.app.bench import bench_table, reasons
@@ -98,6 +99,13 @@ def _latency(paths: Sequence[Path]) -> str:
     return f"At {side} × {side} pixels, timed in turn ({where}; {sources}).\n\n" + table(columns, rows)
 
 
+def _model(result: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """A model's heading, and how it was measured."""
+    side, made = result["input_shape"][-1], result["setting"]["command"]
+    yield f"### {result['setting']['model']}"
+    yield f"`{made}` at {side} × {side} pixels ({machine(result['environment'])}; `{name_of(path)}`)."
+
+
 def _runtimes(paths: Sequence[Path]) -> Iterator[str]:
     """Every cell of each model, and why others were not measured."""
     yield (
@@ -107,9 +115,7 @@ def _runtimes(paths: Sequence[Path]) -> Iterator[str]:
     )
     for path in paths:
         result = read(path)
-        yield f"### {result['setting']['model']}"
-        side, made = result["input_shape"][-1], result["setting"]["command"]
-        yield f"`{made}` at {side} × {side} pixels ({machine(result['environment'])}; `{name_of(path)}`)."
+        yield from _model(result, path)
         yield bench_table(result).markdown()
         if lines := reasons(result):
             yield "\n".join(f"- {line}" for line in lines)
@@ -123,9 +129,7 @@ def _memory(paths: Sequence[Path]) -> Iterator[str]:
     )
     for path in paths:
         result = read(path)
-        yield f"### {result['setting']['model']}"
-        side, made = result["input_shape"][-1], result["setting"]["command"]
-        yield f"`{made}` at {side} × {side} pixels ({machine(result['environment'])}; `{name_of(path)}`)."
+        yield from _model(result, path)
         cells: dict[tuple[str, str], dict[str, int]] = {}
         for name, model in result["models"].items():
             for cell in model["peak_memory"]:
