@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -59,10 +59,9 @@ def _torch_pruning(prepared: Prepared, job: Job) -> tuple[nn.Module, Mask]:
 
 # Of a class, in a task.
 IMAGES = (10, 50)
-J = (0, 20, 40)
 SPLITS = ("known", "hidden", "new")
 # Arms of a part are a unit of their own, of the first world's first seed; those of no part are run everywhere.
-CONTROLS, LONGER, PEERS = "controls", "longer", "peers"
+STEPS, CONTROLS, LONGER, PEERS = "steps", "controls", "longer", "peers"
 # The backbone's, where it was trained on the task's classes: what nobody needs a vote for.
 DENSE, OWN_HEAD = "dense, ridge head", "dense, its own head"
 _WEIGHTED = VoteOptions(similarity="proxy_leep", weighting=REFINED_WEIGHTING)
@@ -73,9 +72,10 @@ _MANY = IMAGES[-1:]
 class Arm:
     """``zoo``: what is made once for it; ``steps``: at which J it is run, and with how many ``images`` of a class.
 
-    ``method`` is of ``prune``, or takes what is prepared and a job.
+    ``method`` is of ``prune``, or takes what is prepared and a job. Several may have a name: more J of it.
     """
 
+    name: str
     zoo: str | None
     method: Any
     vote: VoteOptions | None = None
@@ -84,38 +84,41 @@ class Arm:
     part: str = ""
 
 
-ARMS = {
-    "default": Arm("clustered", "clustered", steps=(*J, "auto")),
-    "universal": Arm("universal", "universal", steps=J),
-    "universal, head of what it knows": Arm("universal", _universal_that_knows, steps=(0, 20)),
-    "experts merged, labels alone": Arm("clustered", "mvp", _WEIGHTED, (0, 20), part=CONTROLS),
-    "base of the default": Arm("clustered", _base, None, (20,), _MANY, CONTROLS),
-    "universal, experts' recipe": Arm(
-        "universal, experts' recipe", "universal", None, (0, 20), part=CONTROLS
-    ),
-    "own masks": Arm("own masks", "clustered", None, (0, 20), part=CONTROLS),
-    "refined": Arm("refined", "refined", _WEIGHTED, (20,), _MANY, CONTROLS),
-    "one-shot Taylor": Arm(None, "one_shot", None, (20,), _MANY, CONTROLS),
-    "random": Arm(None, "random", None, (20,), _MANY, CONTROLS),
-    "default, 4 × the zoo's steps": Arm("clustered, 4 ×", "clustered", None, (0, 20), part=LONGER),
-    "universal, 4 × the zoo's steps": Arm("universal, 4 ×", "universal", None, (0, 20), part=LONGER),
-    "universal, from random weights": Arm("from random weights", "universal", None, (0, 20), part=LONGER),
-    "Torch-Pruning": Arm(None, _torch_pruning, None, (20,), _MANY, PEERS),
-    "iterative, from the dense model": Arm(None, "ifp", None, (20,), _MANY, PEERS),
-    "dense, fine-tuned": Arm(None, "dense", None, (20,), _MANY, PEERS),
-}
+ARMS = (
+    Arm("default", "clustered", "clustered", steps=(0, 20, "auto")),
+    Arm("universal", "universal", "universal", steps=(0, 20)),
+    Arm("universal, head of what it knows", "universal", _universal_that_knows, steps=(0, 20)),
+    Arm("default", "clustered", "clustered", None, (40, 80), _MANY, STEPS),
+    Arm("universal", "universal", "universal", None, (40, 80), _MANY, STEPS),
+    Arm("experts merged, labels alone", "clustered", "mvp", _WEIGHTED, (0, 20), part=CONTROLS),
+    Arm("base of the default", "clustered", _base, None, (20,), _MANY, CONTROLS),
+    Arm(*(2 * ("universal, experts' recipe",)), "universal", None, (0, 20), part=CONTROLS),
+    Arm("own masks", "own masks", "clustered", None, (0, 20), part=CONTROLS),
+    Arm("refined", "refined", "refined", _WEIGHTED, (20,), _MANY, CONTROLS),
+    Arm("one-shot Taylor", None, "one_shot", None, (20,), _MANY, CONTROLS),
+    Arm("random", None, "random", None, (20,), _MANY, CONTROLS),
+    Arm("default, 4 × the zoo's steps", "clustered, 4 ×", "clustered", None, (0, 20), part=LONGER),
+    Arm("universal, 4 × the zoo's steps", "universal, 4 ×", "universal", None, (0, 20), part=LONGER),
+    Arm("universal, from random weights", "from random weights", "universal", None, (0, 20), part=LONGER),
+    Arm("Torch-Pruning", None, _torch_pruning, None, (20,), _MANY, PEERS),
+    Arm("iterative, from the dense model", None, "ifp", None, (20,), _MANY, PEERS),
+    Arm("dense, fine-tuned", None, "dense", None, (20,), _MANY, PEERS),
+)
+NAMES = (DENSE, OWN_HEAD, *dict.fromkeys(arm.name for arm in ARMS))
+# As journals and tables have them.
+J = ("0", "20", "40", "80", "auto")
 
 
 def parts_of(prepared: Prepared) -> tuple[str, ...]:
     """Those that are run in a world under a training seed."""
-    return tuple(dict.fromkeys(arm.part for arm in ARMS.values() if prepared.is_first or not arm.part))
+    return tuple(dict.fromkeys(arm.part for arm in ARMS if prepared.is_first or not arm.part))
 
 
-def arms_of(part: str, images: int) -> dict[str, Arm]:
-    return {name: arm for name, arm in ARMS.items() if arm.part == part and images in arm.images}
+def arms_of(part: str, images: int) -> list[Arm]:
+    return [arm for arm in ARMS if arm.part == part and images in arm.images]
 
 
-def run_task(prepared: Prepared, task: Task, images: int, arms: Mapping[str, Arm]) -> dict[str, Any]:
+def run_task(prepared: Prepared, task: Task, images: int, arms: Sequence[Arm]) -> dict[str, Any]:
     """Accuracy and cost of each arm, and of heads on the dense model."""
     task = replace(task, max_train_per_class=images)
     backbone, data = prepared.backbone, task.split()
@@ -127,13 +130,11 @@ def run_task(prepared: Prepared, task: Task, images: int, arms: Mapping[str, Arm
         rows[OWN_HEAD] = {"0": {"accuracy": accuracy_of(own(test), data.test_labels)}}
     # Every arm's class means are of the dense model's pass; its seconds are nobody's.
     known = RunOptions(features=(train, 0.0))
-    for name, arm in arms.items():
+    for arm in arms:
         method = arm.method if isinstance(arm.method, str) else partial(arm.method, prepared)
         if not isinstance(method, str):
-            method.__name__ = name  # type: ignore[attr-defined]
+            method.__name__ = arm.name  # type: ignore[attr-defined]
         for steps in arm.steps:
-            if steps == J[-1] and not (prepared.is_first and images == IMAGES[-1]):
-                continue
             result = prune(
                 backbone,
                 task,
@@ -144,7 +145,7 @@ def run_task(prepared: Prepared, task: Task, images: int, arms: Mapping[str, Arm
                 vote=arm.vote,
                 run=known,
             )
-            rows.setdefault(name, {})[str(steps)] = {
+            rows.setdefault(arm.name, {})[str(steps)] = {
                 "accuracy": result.accuracy,
                 "seconds": result.cost.seconds,
                 "flops": result.cost.flops,

@@ -23,7 +23,7 @@ from mvp_ext.storage import write_atomic
 from mvp_ext.zoo.shared import START
 from mvp_ext.zoo.zoo import Zoo
 
-from .arms import ARMS, DENSE, IMAGES, OWN_HEAD, SPLITS, J
+from .arms import DENSE, IMAGES, NAMES, SPLITS, J
 from .runner import ROOT, code, folder_name, journal_at, results_of
 from .worlds import HELD_OUT, WORLDS, Prepared
 
@@ -235,8 +235,8 @@ _FEWEST = 5
 
 def _table(journals: dict[int, dict[str, Any]], split: str) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
-    for arm in (DENSE, OWN_HEAD, *ARMS):
-        for steps in ("0", *(str(j) for j in J if j), "auto"):
+    for arm in NAMES:
+        for steps in J:
             scores = scores_of(journals, split, arm, steps)
             if len(scores) < _FEWEST:
                 continue

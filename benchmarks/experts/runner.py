@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         _run_seed(*seeds[number])
 
 
-def _left(prepared: Prepared, journal: Journal) -> list[tuple[str, Task, int, dict[str, Arm]]]:
+def _left(prepared: Prepared, journal: Journal) -> list[tuple[str, Task, int, list[Arm]]]:
     """The units that are not in the journal."""
     journal.refresh()
     units, found = [], results_of(journal)
@@ -51,16 +51,15 @@ def _left(prepared: Prepared, journal: Journal) -> list[tuple[str, Task, int, di
                 for images in IMAGES:
                     arms, key = arms_of(part, images), f"{split} {images} {task.name}"
                     # A journal from before there were parts has some of them in its first rows.
-                    if not arms.keys() <= found.get(key, {}).keys():
+                    there = found.get(key, {})
+                    if any(str(j) not in there.get(arm.name, {}) for arm in arms for j in arm.steps):
                         units.append((f"{key} {part}".rstrip(), task, images, arms))
     return units
 
 
 def _missing(prepared: Prepared, journal: Journal) -> list[str]:
     """What has to be made for the units that are left; a journal that came without its zoos makes nothing be there."""
-    kinds = dict.fromkeys(
-        arm.zoo for *_, arms in _left(prepared, journal) for arm in arms.values() if arm.zoo
-    )
+    kinds = dict.fromkeys(arm.zoo for *_, arms in _left(prepared, journal) for arm in arms if arm.zoo)
     return [kind for kind in kinds if not _mark(prepared, kind).exists()]
 
 
@@ -90,12 +89,16 @@ def _run_seed(prepared: Prepared, journal: Journal) -> None:
 
 
 def results_of(journal: Journal) -> dict[str, dict[str, Any]]:
-    """What is in a journal; of a task ("split images name") the arms of all parts together."""
+    """What is in a journal; of a task ("split images name") the arms and steps of all parts together."""
     found: dict[str, dict[str, Any]] = {}
     for key, record in journal.records.items():
         split, *rest = key.split(" ")
-        unit = " ".join((split, *rest[:2])) if split in SPLITS else key
-        found.setdefault(unit, {}).update(record["result"])
+        if split not in SPLITS:
+            found[key] = record["result"]
+            continue
+        unit = found.setdefault(" ".join((split, *rest[:2])), {})
+        for arm, rows in record["result"].items():
+            unit.setdefault(arm, {}).update(rows)
     return found
 
 

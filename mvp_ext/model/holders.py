@@ -524,7 +524,12 @@ def check_others(holders: Holders, *, named: bool) -> None:
 
 
 def _live(kind: type) -> list[Any]:
-    return [each for each in gc.get_objects() if issubclass(type(each), kind)]
+    # Known beforehand, as there may be millions of objects.
+    kinds = [kind]
+    for known in kinds:
+        kinds += type.__subclasses__(known)
+    wanted = set(kinds)
+    return [each for each in gc.get_objects() if type(each) in wanted]
 
 
 def is_held(model: nn.Module) -> bool:

@@ -138,9 +138,10 @@ def prune_iteratively(
         final_done, done = saved.done, int(saved.values["steps"])
     else:
         for number, ratio in enumerate(round_ratios(structure, settings, mask), 1):
-            inner = _choose(trainer, structure, ratio, settings, cost, seed + number)
+            current = find_structure(model, structure.scope)
+            inner = _choose(trainer, current, structure, ratio, settings, cost, seed + number)
             with cost.timed():
-                prune_model(model, inner, optimizer=trainer.optimizer)
+                prune_model(model, inner, structure=current, optimizer=trainer.optimizer)
                 mask = Mask.compose(mask, inner)
                 if teacher is not None:
                     teacher.kept = kept_features(backbone.model, structure, mask)
@@ -192,10 +193,15 @@ def kept_features(dense: nn.Module, structure: Structure, mask: Mask) -> Tensor 
 
 
 def _choose(
-    trainer: Trainer, dense: Structure, ratio: float, settings: Settings, cost: Cost, seed: int
+    trainer: Trainer,
+    current: Structure,
+    dense: Structure,
+    ratio: float,
+    settings: Settings,
+    cost: Cost,
+    seed: int,
 ) -> Mask:
-    """The mask of one round, of the model as it is now, that leaves ``ratio`` of the dense model's units."""
-    current = find_structure(trainer.model, dense.scope)
+    """The mask of one round, of the model as it is now (``current``), that leaves ``ratio`` of the dense units."""
     scores = scoring_batches(trainer, current, settings.schedule, cost, seed=seed)
     if not settings.schedule.global_ranking:
         counts = kept_counts(dense, ratio, settings.align)

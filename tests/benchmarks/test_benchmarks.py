@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,21 @@ NOT_ON_A_GPU = {"bench_bundles", "bench_neighbours"}
 CPU_RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc"
 
 
-def run(script: Path, *options: str, cwd: Path) -> str:
-    done = subprocess.run(
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> Callable[..., str]:
+    """Runs a script in an empty folder and says what it printed; in this process, as importing torch takes longer."""
+
+    def run_script(script: Path, *options: str) -> str:
         # The calls are tiny: threads would wait for each other.
-        [sys.executable, str(script), "--threads", "1", *options],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+        monkeypatch.setattr(sys, "argv", [str(script), "--threads", "1", *options])
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
 
 
 @pytest.mark.parametrize(
@@ -52,9 +57,9 @@ def run(script: Path, *options: str, cwd: Path) -> str:
         if device == "cpu" or script.stem not in NOT_ON_A_GPU
     ],
 )
-def test_dry_run(script: Path, device: str, tmp_path: Path) -> None:
+def test_dry_run(script: Path, device: str, run: Callable[..., str], tmp_path: Path) -> None:
     """Every contender and check of every case, called once on the CPU; nothing is written."""
-    printed = run(script, "--device", device, "--dry-run", cwd=tmp_path)
+    printed = run(script, "--device", device, "--dry-run")
     assert re.search(r"^\w+: [1-9]\d* cases ran once$", printed, re.MULTILINE), printed
     assert not list(tmp_path.iterdir())
 
@@ -105,14 +110,14 @@ def test_whole_models_run_dry(
     assert {path.name for path in (tmp_path / "out").iterdir()} == written
 
 
-def test_cpu_and_gpu_write_one_form(tmp_path: Path) -> None:
+def test_cpu_and_gpu_write_one_form(run: Callable[..., str], tmp_path: Path) -> None:
     """A run on the CPU and a GPU's dry run: the same keys, and on the GPU a call's time beside."""
     script = ROOT / "benchmarks" / "bench_residual_add.py"
     on_cpu, on_gpu = tmp_path / "cpu.json", tmp_path / "gpu.json"
     options = ("--only", "small: NCHW", "--seconds", "0", "--out", str(on_cpu))
-    assert "small: NCHW" in run(script, *options, cwd=tmp_path)
+    assert "small: NCHW" in run(script, *options)
     options = ("--device", "cuda", "--dry-run", "--only", "tokens", "--out", str(on_gpu))
-    run(script, *options, cwd=tmp_path)
+    run(script, *options)
 
     cpu, gpu = json.loads(on_cpu.read_text()), json.loads(on_gpu.read_text())
     assert cpu.keys() == gpu.keys()

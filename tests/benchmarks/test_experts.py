@@ -71,7 +71,7 @@ def test_what_is_hidden_is_in_no_task_of_the_zoo(seed: int, tmp_path: Path) -> N
 
 def test_what_is_measured_as_the_default_is_what_a_call_without_choices_does(monkeypatch) -> None:
     default = {name: each.default for name, each in inspect.signature(prune).parameters.items()}
-    arm = ARMS["default"]
+    arm = next(arm for arm in ARMS if arm.name == "default")
     assert default["method"] == "auto"
     assert default["steps"] in arm.steps
     assert default["vote"] is None
@@ -93,32 +93,37 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
     ran = []
 
     def run_task(prepared, task, images, arms):
-        ran.append((images, tuple(arms)))
-        return {name: {"20": {"accuracy": 0.5}} for name in arms}
+        ran.append((images, tuple(arm.name for arm in arms)))
+        return {arm.name: {str(j): {"accuracy": 0.5} for j in arm.steps} for arm in arms}
 
     monkeypatch.setattr(runner, "run_task", run_task)
     # As a run of before there were parts left it.
-    before = [name for name, arm in ARMS.items() if arm.part in ("", "controls") and 50 in arm.images]
-    journal.append("known 50 digits-known-0", {name: {"20": {"accuracy": 0.7}} for name in before})
+    before = [arm for part in ("", "controls") for arm in arms_of(part, 50)]
+    rows = {arm.name: {str(j): {"accuracy": 0.7} for j in arm.steps} for arm in before}
+    journal.append("known 50 digits-known-0", rows)
     runner._run_seed(prepared, journal)
-    assert [images for images, arms in ran if "default" in arms] == [10]
+    # Its own unit, and that of more steps.
+    assert [images for images, arms in ran if "default" in arms] == [10, 50]
     assert [images for images, arms in ran if "refined" in arms] == []
     assert [images for images, arms in ran if "universal, from random weights" in arms] == [10, 50]
     assert [images for images, arms in ran if "dense, fine-tuned" in arms] == [50]
     found = runner.results_of(journal)["known 50 digits-known-0"]
-    assert found.keys() == {name for name, arm in ARMS.items() if 50 in arm.images}
-    assert found["default"]["20"]["accuracy"] == 0.7
+    assert found.keys() == {arm.name for arm in ARMS if 50 in arm.images}
+    assert {j: row["accuracy"] for j, row in found["default"].items()} == {
+        **dict.fromkeys(("0", "20", "auto"), 0.7),
+        **dict.fromkeys(("40", "80"), 0.5),
+    }
     # For what is left, and for that alone, zoos are made, also where the journal came without them.
     made = []
     monkeypatch.setattr(runner, "_made", lambda prepared, kind: made.append(kind) or {"entries": {}})
     assert not runner._make_one(prepared, journal)
     again = runner.journal_at("diverse", tmp_path / "again.jsonl")
     again.append("make clustered", {"entries": {"expert-00": 1}})
-    again.append("known 10 digits-known-0", {name: {} for name in arms_of("", 10)})
+    again.append("known 10 digits-known-0", {arm.name: {} for arm in arms_of("", 10)})
     while runner._make_one(prepared, again):
         pass
     assert made[:2] == ["clustered", "universal"]
-    assert set(made) == {arm.zoo for arm in ARMS.values() if arm.zoo}
+    assert set(made) == {arm.zoo for arm in ARMS if arm.zoo}
     assert len(made) == len(set(made))
     assert again.records["make clustered"]["result"] == {"entries": {"expert-00": 1}}
     count = len(ran)

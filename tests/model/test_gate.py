@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mvp_ext.model import gate
 from mvp_ext.model.families import RULES, find_structure, register_rule
-from mvp_ext.model.families.parts import Rule, reader, writer
+from mvp_ext.model.families.parts import Rule, computes_as, reader, writer
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.structure import Attribute, Probe, Slice, Structure, UnitLayer, UnsupportedModelError
 from mvp_ext.model.surgery import prune_model
@@ -417,3 +417,28 @@ def test_a_rule_of_ones_own(fresh: list[Structure], monkeypatch: Any) -> None:
     prune_model(model, Mask.random(found, 0.5, seed=0, align=1))
     assert model(tiny_images(model)).shape == (4, 5)
     assert len(fresh) == 1
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_a_rule_that_looks_at_the_class_alone_is_asked_once_for_it(by_class: bool, monkeypatch: Any) -> None:
+    """And once more for those with a forward of their own."""
+    monkeypatch.setattr("mvp_ext.model.families.RULES", [])
+    asked: list[nn.Module] = []
+
+    def knows(module: nn.Module) -> bool:
+        asked.append(module)
+        return computes_as(module, Hidden)
+
+    refused: list[str] = []
+
+    def layers(path: str, block: Hidden) -> list[UnitLayer]:
+        refused.append(path)
+        raise UnsupportedModelError(path)
+
+    register_rule(Rule("mine", "mlp", knows, layers, by_class=by_class))
+    model = Model(*(Hidden(nn.GELU()) for _ in range(4)))
+    model.blocks[1].forward = lambda x: x  # type: ignore[union-attr]
+    with pytest.raises(UnsupportedModelError):
+        find_structure(model, "mlp")
+    assert refused == ["blocks.0", "blocks.2", "blocks.3"]
+    assert sum(type(module) is Hidden for module in asked) == (2 if by_class else 4)

@@ -111,10 +111,15 @@ def _ask(model: nn.Module) -> tuple[list[tuple[Rule, list[UnitLayer]]], dict[tup
     # What is inside of a module that a rule refuses with all its parts: (beginning of paths, part).
     closed: list[tuple[str, Part]] = []
     known = LayerCheck(model)
+    # Most rules know none of a model's classes.
+    rules: dict[tuple[type, bool], list[Rule]] = {}
     for path, module in model.named_modules():
+        kind = type(module), "forward" in vars(module)
+        if kind not in rules:
+            rules[kind] = [rule for rule in RULES if not rule.by_class or rule.knows(module)]
         answered: set[Part] = {part for beginning, part in closed if path.startswith(beginning)}
-        for rule in RULES:
-            if rule.part in answered or not rule.knows(module):
+        for rule in rules[kind]:
+            if rule.part in answered or not (rule.by_class or rule.knows(module)):
                 continue
             answered.add(rule.part)
             try:

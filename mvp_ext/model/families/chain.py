@@ -82,7 +82,7 @@ def chains(family: str, part: Literal["inner", "mlp"], known: Mapping[str, str])
             first dense convolution and after the last does not matter.
     """
     return tuple(
-        Rule(family, part, knows(name), partial(layers_along, part, parts.split()))
+        Rule(family, part, knows(name), partial(layers_along, part, parts.split()), by_class=True)
         for name, parts in known.items()
     )
 

@@ -55,6 +55,6 @@ CONVNEXT = (
         lambda path, mlp: layers_along("mlp", _MLP.split(), path, mlp),
     ),
     *chains("convnext", "mlp", _CHAINS),
-    Rule("levit", "mlp", knows("timm.models.levit.LevitMlp"), _levit_layers),
-    Rule("starnet", "mlp", knows("timm.models.starnet.Block"), _star_layers),
+    Rule("levit", "mlp", knows("timm.models.levit.LevitMlp"), _levit_layers, by_class=True),
+    Rule("starnet", "mlp", knows("timm.models.starnet.Block"), _star_layers, by_class=True),
 )

@@ -78,8 +78,8 @@ def _glu_layers(path: str, mlp: Any) -> list[UnitLayer]:
 
 
 HUGGINGFACE = (
-    Rule("huggingface", "heads", knows(*_named("Attention")), _head_layers),
-    Rule("huggingface", "mlp", knows(*_named("SwiGLUFFN")), _glu_layers),
+    Rule("huggingface", "heads", knows(*_named("Attention")), _head_layers, by_class=True),
+    Rule("huggingface", "mlp", knows(*_named("SwiGLUFFN")), _glu_layers, by_class=True),
     *chains("huggingface", "mlp", dict.fromkeys(_named("MLP"), "fc1 activation_fn fc2")),
     *chains(
         "huggingface",

@@ -94,5 +94,5 @@ def _refuse_biases(path: str, module: nn.Module) -> list[UnitLayer]:
 
 NEURONS = (
     Rule("vit", "mlp", _makes_biases, _refuse_biases, within=True),
-    *(Rule("vit", "mlp", each.knows, each.layers) for each in _MLPS),
+    *(Rule("vit", "mlp", each.knows, each.layers, by_class=True) for each in _MLPS),
 )

@@ -26,6 +26,7 @@ class Rule:
         layers: (path of such a module, the module) → its layers of units. UnsupportedModelError names a part in the
             way of cutting it; the module then stays whole.
         within: whether what it refuses is refused for every part inside of the module, too.
+        by_class: whether ``knows`` looks at nothing but the module's forward: it is then asked once a class.
     """
 
     family: str
@@ -33,6 +34,7 @@ class Rule:
     knows: Callable[[nn.Module], bool]
     layers: Callable[[str, Any], list[UnitLayer]]
     within: bool = False
+    by_class: bool = False
 
 
 def computes_as(module: nn.Module, *known: type[nn.Module]) -> bool:

@@ -68,7 +68,7 @@ _CHAINS = {
 }
 
 RESNET = (
-    Rule("resnet", "inner", _is_block, _inner_layers),
-    Rule("resnet", "last", _is_block, _last_layer),
+    Rule("resnet", "inner", _is_block, _inner_layers, by_class=True),
+    Rule("resnet", "last", _is_block, _last_layer, by_class=True),
     *chains("resnet", "inner", _CHAINS),
 )

@@ -144,13 +144,21 @@ SPLIT = (
         "inner",
         knows("timm.models.res2net.Bottle2neck", "timm.models.dla.DlaBottle2neck"),
         _res2net_layers,
+        by_class=True,
     ),
     Rule(
         "sknet",
         "inner",
         knows("timm.models.sknet.SelectiveKernelBasic", "timm.models.sknet.SelectiveKernelBottleneck"),
         _selective_layers,
+        by_class=True,
     ),
-    Rule("resnest", "inner", knows("timm.models.resnest.ResNestBottleneck"), _split_attention_layers),
-    Rule("ghostnet", "inner", knows("timm.models.ghostnet.GhostBottleneck"), _ghost_layers),
+    Rule(
+        "resnest",
+        "inner",
+        knows("timm.models.resnest.ResNestBottleneck"),
+        _split_attention_layers,
+        by_class=True,
+    ),
+    Rule("ghostnet", "inner", knows("timm.models.ghostnet.GhostBottleneck"), _ghost_layers, by_class=True),
 )

@@ -295,5 +295,5 @@ def _refuse_positions(path: str, module: nn.Module) -> list[UnitLayer]:
 
 VIT = (
     Rule("vit", "heads", _has_positions_of_each_head, _refuse_positions, within=True),
-    *(Rule("vit", "heads", each.knows, each.layers) for each in _ATTENTIONS),
+    *(Rule("vit", "heads", each.knows, each.layers, by_class=True) for each in _ATTENTIONS),
 )
