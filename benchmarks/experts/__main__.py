@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import experts  # noqa: E402
+from experts.arms import PARTS  # noqa: E402
 from experts.report import report  # noqa: E402
 from experts.runner import run  # noqa: E402
 from experts.worlds import SEEDS, WORLDS  # noqa: E402
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/experts"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["diverse"])
+    parser.add_argument("--parts", nargs="*", choices=PARTS, help="beside what is asked; default all")
     options = parser.parse_args()
     (run if options.what == "run" else report)(options)
 

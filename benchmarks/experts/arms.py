@@ -61,7 +61,7 @@ def _torch_pruning(prepared: Prepared, job: Job) -> tuple[nn.Module, Mask]:
 IMAGES = (10, 50)
 SPLITS = ("known", "hidden", "new")
 # Arms of a part are a unit of their own, of the first world's first seed; those of no part are run everywhere.
-STEPS, CONTROLS, LONGER, PEERS = "steps", "controls", "longer", "peers"
+PARTS = STEPS, CONTROLS, LONGER, PEERS = "steps", "controls", "longer", "peers"
 # The backbone's, where it was trained on the task's classes: what nobody needs a vote for.
 DENSE, OWN_HEAD = "dense, ridge head", "dense, its own head"
 _WEIGHTED = VoteOptions(similarity="proxy_leep", weighting=REFINED_WEIGHTING)
@@ -111,7 +111,8 @@ J = ("0", "20", "40", "80", "auto")
 
 def parts_of(prepared: Prepared) -> tuple[str, ...]:
     """Those that are run in a world under a training seed."""
-    return tuple(dict.fromkeys(arm.part for arm in ARMS if prepared.is_first or not arm.part))
+    more = PARTS if prepared.parts is None else prepared.parts
+    return ("", *more) if prepared.is_first else ("",)
 
 
 def arms_of(part: str, images: int) -> list[Arm]:

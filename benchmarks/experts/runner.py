@@ -31,7 +31,8 @@ def run(options: argparse.Namespace) -> None:
     for name in options.worlds:
         for seed in options.seeds:
             folder = options.out / folder_name(name) / f"seed{seed}"
-            prepared = Prepared(WORLDS[name], seed, folder, options.files)
+            parts = None if options.parts is None else tuple(options.parts)
+            prepared = Prepared(WORLDS[name], seed, folder, options.files, parts)
             seeds.append((prepared, journal_at(name, folder / "journal.jsonl")))
     for number in range(len(seeds)):
         # Whoever waits for the other process makes what later seeds need.

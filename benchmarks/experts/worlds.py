@@ -94,12 +94,16 @@ WORLDS["diverse, keep 0.05"] = replace(WORLDS["diverse"], keep=0.05)
 
 @dataclass
 class Prepared:
-    """One world under one training seed: its data, tasks, backbone and zoos."""
+    """One world under one training seed: its data, tasks, backbone and zoos.
+
+    ``parts``: those to run beside the questions, of those that are run here; None: all.
+    """
 
     world: World
     seed: int
     folder: Path
     files: Path
+    parts: tuple[str, ...] | None = None
 
     @property
     def is_first(self) -> bool:

@@ -132,6 +132,7 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
     # Everywhere else what is asked is run, and no more.
     other = Prepared(WORLDS["diverse, keep 0.05"], SEEDS[0], tmp_path, tmp_path)
     assert parts_of(other) == parts_of(replace(prepared, seed=SEEDS[1])) == ("",)
+    assert parts_of(replace(prepared, parts=("steps",))) == ("", "steps")
 
 
 def journals(differences: dict[str, float], tasks: int = 12) -> dict[int, dict]:
