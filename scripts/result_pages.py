@@ -28,7 +28,7 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 SHOWN = RESULTS / "cpu" / "study_cpu.json"
 SCALE = RESULTS / "cpu" / "scale.json"
 IMAGES = RESULTS / "cpu" / "images.json"
-EXPERTS = RESULTS / "cpu" / "experts_diverse-first.json"
+EXPERTS = RESULTS / "cpu" / "experts_diverse.json"
 PAGE_TITLES = {
     "study": "every claim of the method beside the controls that could beat it",
     "comparisons": "single runs of `mvp-ext compare` and `mvp-ext demo`",
