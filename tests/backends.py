@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +19,12 @@ def on_gpu(device: torch.device) -> bool:
 def skip_float64_on_gpu(dtype: torch.dtype, device: torch.device) -> None:
     if dtype is torch.float64 and on_gpu(device):
         pytest.skip("float64 is computed on the CPU only")
+
+
+def sanitized(dtypes: Sequence[torch.dtype], chosen: Sequence[torch.dtype]) -> list[Any]:
+    """For ``parametrize``: under the sanitizers, which are slow and see no values, those of ``chosen`` alone."""
+    marked = {dtype: pytest.param(dtype, marks=pytest.mark.sanitize) for dtype in chosen}
+    return [marked.get(dtype, dtype) for dtype in dtypes]
 
 
 def move(device: torch.device, *values: Any) -> tuple[Any, ...]:
