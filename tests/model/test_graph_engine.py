@@ -315,6 +315,28 @@ class Unruly(Small):
         raise RuntimeError("no images of this size\nat all")
 
 
+def test_where_no_two_layers_are_plain_nothing_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One would have to make what the other reads."""
+    import torch_pruning
+
+    class Own(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2 * x)
+
+    def never(*args: Any) -> None:
+        pytest.fail("it was traced")
+
+    pool = nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(Own(3, 8, 3), nn.ReLU(), Own(8, 8, 3), pool, nn.Flatten(), nn.Linear(8, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch_pruning, "DependencyGraph", never)
+        with pytest.raises(UnsupportedModelError, match="0: expected a plain convolution or Linear, got Own"):
+            find_structure(model)
+    # Now a plain layer reads what another makes.
+    model[2] = nn.Conv2d(8, 8, 3)
+    assert find_structure(model).names == ("2",)
+
+
 def test_a_model_that_cannot_be_traced_says_why() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"cannot trace it \(RuntimeError: no images of this size at"

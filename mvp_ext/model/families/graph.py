@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -79,6 +80,7 @@ def graph_layers(model: nn.Module) -> GraphLayers:
 
 
 def _find(model: nn.Module) -> GraphLayers:
+    _need_plain_layers(model)
     noisy = _noisy(model)
     channels, images = _trace(noisy)
     found = GraphLayers()
@@ -99,6 +101,22 @@ def _find(model: nn.Module) -> GraphLayers:
             found.refused[layer.name, part] = f"{layer.name}: cutting it is not what masking it is"
     found.layers = [(part, layer) for part, layer in found.layers if layer.name in exact]
     return found
+
+
+def _need_plain_layers(model: nn.Module) -> None:
+    """Tracing takes seconds: UnsupportedModelError at once where no layer could make what another reads."""
+    layers = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))
+    ]
+    plain = (*_plain_convolutions(), *_plain_linears())
+    others = [(path, module) for path, module in layers if type(module).forward not in plain]
+    if others and len(layers) - len(others) < 2:
+        path, module = others[0]
+        raise UnsupportedModelError(
+            f"{path or 'the model'}: expected a plain convolution or Linear, got {type(module).__name__}"
+        )
 
 
 # ---- tracing
@@ -316,7 +334,7 @@ class _Unit:
             if module.groups == 1 or not is_input:
                 self._module(channels, name, module, is_input, index)
         elif isinstance(module, nn.Linear):
-            if type(module).forward not in (nn.Linear.forward, import_timm().layers.Linear.forward):
+            if type(module).forward not in _plain_linears():
                 self.problem = f"{path}: expected a plain Linear, got {type(module).__name__}"
             self._module(channels, name, module, is_input, index)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -356,6 +374,7 @@ class _Unit:
         return sorted(made, key=lambda path: (path in self.groups, channels.order[path]))
 
 
+@cache
 def _plain_convolutions() -> tuple[Any, ...]:
     return (
         nn.Conv1d.forward,
@@ -363,6 +382,11 @@ def _plain_convolutions() -> tuple[Any, ...]:
         nn.Conv3d.forward,
         import_timm().layers.Conv2dSame.forward,
     )
+
+
+@cache
+def _plain_linears() -> tuple[Any, ...]:
+    return nn.Linear.forward, import_timm().layers.Linear.forward
 
 
 def _refused_types() -> tuple[Any, ...]:
