@@ -3,6 +3,7 @@
 python benchmarks/study run    --config cpu --out DIR --files DIR [--only TEXT] [--budget-seconds N]
 python benchmarks/study status --config cpu --out DIR
 python benchmarks/study report --config cpu --out DIR [--publish]
+python benchmarks/study judge  --config cpu    # the verdicts on published results, anew
 
 ``run`` may be stopped and started again at any time, and started several times at once on one --out: the processes
 share the work. ``--only`` runs the units whose part or key contains the text, and what they need.
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mvp_ext.app.environment import commit
 from mvp_ext.app.results import seconds_text
 
 from . import runner
@@ -35,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "status", "report"])
+    parser.add_argument("command", choices=["run", "status", "report", "judge"])
     parser.add_argument("--config", default="smoke", help="smoke, cpu, h200, or a TOML file")
-    parser.add_argument("--out", type=Path, required=True, help="the study's folder")
+    parser.add_argument("--out", type=Path, help="the study's folder; of every command but judge")
     parser.add_argument("--files", type=Path, default=Path("data"), help="where data and weights lie")
     parser.add_argument("--only", action="append", default=[], help="parts or keys that contain this text")
     parser.add_argument(
@@ -47,7 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--publish", action="store_true", help="report: also into docs/figures/study and benchmarks/results"
     )
     options = parser.parse_args(arguments)
-    study = Study(load_config(options.config), options.out, options.files)
+    config = load_config(options.config)
+    if options.command == "judge":
+        from .report import judge_again, published
+
+        judge_again(published(ROOT, config), commit(ROOT, "benchmarks/study"))
+        return 0
+    if options.out is None:
+        parser.error(f"{options.command}: --out: expected the study's folder")
+    study = Study(config, options.out, options.files)
     units = select(plan(study.config), options.only)
     console = Console(stderr=True)
     if options.command == "run":

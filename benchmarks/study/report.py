@@ -15,6 +15,7 @@ from mvp_ext.app.tables import Table
 from mvp_ext.storage import write_atomic
 
 from .arms import ARMS
+from .config import Config
 from .figures import figures
 from .study import Study
 from .summary import Answers, collect
@@ -64,8 +65,7 @@ def write_report(
     write_atomic(path, render(results, answers, verdicts, drawn).encode())
     places = [(study.folder / "figures", study.folder / "results.json")]
     if publish is not None:
-        kept = publish / "benchmarks" / "results" / study.config.machine / f"study_{study.config.name}.json"
-        places.append((publish / "docs" / "figures" / "study", kept))
+        places.append((publish / "docs" / "figures" / "study", published(publish, study.config)))
     for folder, file in places:
         folder.mkdir(parents=True, exist_ok=True)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -73,6 +73,19 @@ def write_report(
             (folder / f"{study.config.name}_{name}.png").write_bytes(plots.to_png(draw))
         write_atomic(file, (_dumps(results) + "\n").encode())
     return path
+
+
+def published(root: Path, config: Config) -> Path:
+    """The results in a checkout."""
+    return root / "benchmarks" / "results" / config.machine / f"study_{config.name}.json"
+
+
+def judge_again(path: Path, commit: str) -> None:
+    """New verdicts on published results, as the code is now; what was measured stays."""
+    results = json.loads(path.read_text())
+    verdicts, _ = judge(Answers(results))
+    results |= {"verdicts": [vars(verdict) for verdict in verdicts], "judged at commit": commit}
+    write_atomic(path, (_dumps(results) + "\n").encode())
 
 
 def render(results: dict[str, Any], answers: Answers, verdicts: Sequence[Verdict], drawn: Any) -> str:

@@ -105,7 +105,7 @@ Later = Callable[[], Verdict]
 
 
 def judge(answers: Answers) -> tuple[list[Verdict], Questions]:
-    """All verdicts. H1 to H6 are judged in the first world."""
+    """All verdicts. H1, H2, H3 and H6 are judged in the first world, H4 and H5 in all that asked."""
     questions, world = Questions(answers), next(iter(answers.worlds))
     makers = (_h1, _h2, _h3, _h4, _h5, _h6)
     later = [maker(questions, world) for maker in makers]
@@ -227,42 +227,41 @@ def _h3(questions: Questions, world: str) -> Later:
 
 
 def _h4(questions: Questions, world: str) -> Later:
-    claim = "Nearest neighbours > random ones > farthest ones, at equal N"
+    claim = "Nearest neighbours > random ones > farthest ones, at equal N, in all worlds"
     picks = [("mvp", None), ("mvp", {"pick": "random"}), ("mvp", {"pick": "farthest"})]
-    asked = _chain(questions, world, picks)
-    ends = questions.ask(world, "shared", "mvp", "mvp", None, {"pick": "farthest"})
-    others = [
-        c
-        for name in questions.answers.worlds
-        if name != world
-        for pick in ("random", "farthest")
-        if (c := questions.ask(name, "shared", "mvp", "mvp", None, {"pick": pick}))
+    asked = {name: _chain(questions, name, picks) for name in questions.answers.worlds}
+    ends = [
+        c for name in asked if (c := questions.ask(name, "shared", "mvp", "mvp", None, {"pick": "farthest"}))
     ]
 
     def make() -> Verdict:
-        texts = [c.text for c in [*asked, *([ends] if ends else []), *others]]
-        return Verdict("H4", claim, _all_positive(asked, 2), texts)
+        chains = [c for chain in asked.values() for c in chain]
+        texts = [c.text for c in [*chains, *ends]]
+        return Verdict("H4", claim, _all_positive(chains, 2 * sum(map(bool, asked.values()))), texts)
 
     return make
 
 
 def _h5(questions: Questions, world: str) -> Later:
-    claim = "Accuracy against N has a best or a saturating point"
-    answers = questions.answers
-    values = answers.values(world, "shared", "mvp", "neighbours")
+    claim = "Accuracy against N has a best or a saturating point, in all worlds"
+    values = {n: questions.answers.values(n, "shared", "mvp", "neighbours") for n in questions.answers.worlds}
     asked = [
-        questions.ask(world, "shared", "mvp", "mvp", {"neighbours": b}, {"neighbours": a})
-        for a, b in pairwise(values)
+        [
+            questions.ask(name, "shared", "mvp", "mvp", {"neighbours": b}, {"neighbours": a})
+            for a, b in pairwise(each)
+        ]
+        for name, each in values.items()
     ]
 
     def make() -> Verdict:
-        found = [c for c in asked if c]
+        found = [known for each in asked if (known := [c for c in each if c])]
         if not found:
             return Verdict("H5", claim, NO_DATA)
-        verdict = SUPPORTED if found[-1].sign <= 0 else REFUTED
-        if all(c.sign == 0 for c in found):
+        verdict = SUPPORTED if all(each[-1].sign <= 0 for each in found) else REFUTED
+        # A curve that is flat as far as can be told says nothing of where it is best.
+        if verdict is SUPPORTED and any(all(c.sign == 0 for c in each) for each in found):
             verdict = UNDECIDED
-        return Verdict("H5", claim, verdict, [c.text for c in found])
+        return Verdict("H5", claim, verdict, [c.text for each in found for c in each])
 
     return make
 

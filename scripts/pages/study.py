@@ -73,11 +73,13 @@ def verdicts(study: Mapping[str, Any]) -> str:
 def study_page(path: Path, page: Path) -> str:
     study = read(path)
     config, columns = study["config"], study["table columns"]
+    commit = study.get("judged at commit")
+    again = f"; judged again at commit {commit}, by `python benchmarks/study judge`" if commit else ""
     parts = [
         "# The study",
         f"{study['title']}. Made by scripts/result_pages.py from `{name_of(path)}`, which `{study['command']}` "
         f"made from the run's journal at commit {study['commit']}, {study['created'][:10]} "
-        f"({machine(study['environment'])}). `benchmarks/README.md` says how to repeat it.",
+        f"({machine(study['environment'])}){again}. `benchmarks/README.md` says how to repeat it.",
         "## Verdicts",
     ]
     for v in study["verdicts"]:

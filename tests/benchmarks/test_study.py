@@ -24,6 +24,7 @@ from study.arms import ARMS  # noqa: E402
 from study.cli import main  # noqa: E402
 from study.config import Factors, load_config, rates_of  # noqa: E402
 from study.keys import Key, arm_key, factors_text, parse, rate_key  # noqa: E402
+from study.report import judge_again  # noqa: E402
 from study.runner import run  # noqa: E402
 from study.study import Study  # noqa: E402
 from study.summary import Answers, collect  # noqa: E402
@@ -346,6 +347,31 @@ def test_a_default_that_loses_is_not_supported(finished: Study) -> None:
             row[at["accuracy"]] = universal[row[at["task"]], row[at["seed"]]] - 0.1
     goal = next(v for v in judge(Answers(results))[0] if v.name == "Goal 2")
     assert goal.verdict == "refuted"
+
+
+@pytest.mark.parametrize(("second", "verdict"), [(0.1, "supported"), (0.0, "mixed"), (-0.1, "mixed")])
+def test_which_neighbours_are_the_best_is_judged_over_all_worlds(
+    second: float, verdict: str, finished: Study, tmp_path: Path
+) -> None:
+    """Nearest and random ones beside the farthest ones, in a second world; published results are judged again."""
+    results = json.loads(json.dumps(collect(finished, [])))
+    results["worlds"]["other"] = results["worlds"]["digits"]
+    results["rows"] = []
+    draw = np.random.default_rng(0)
+    answers = Answers(results)
+    for world, better in (("digits", (0.1, 0.05)), ("other", (second, second / 2))):
+        for pick, difference in (("nearest", better[0]), ("random", better[1]), ("farthest", 0.0)):
+            point = factors_text("mvp", answers.factors(world, pick=pick))
+            for task in range(20):
+                accuracy = 0.7 + difference + 0.01 * draw.normal()
+                results["rows"].append([world, "shared", task, 0, "mvp", point, accuracy, 0, 0.0, 0, 0])
+    path = tmp_path / "study_smoke.json"
+    path.write_text(json.dumps({**results, "verdicts": []}))
+    judge_again(path, "a commit")
+    found = json.loads(path.read_text())
+    assert {v["name"]: v["verdict"] for v in found["verdicts"]}["H4"] == verdict
+    assert found["rows"] == results["rows"]
+    assert found["judged at commit"] == "a commit"
 
 
 def test_a_win_is_one_at_equal_learning_rates_too() -> None:
