@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mvp_ext.data.tasks import TaskData, few_of_each
-from mvp_ext.model.checkpoint import PrunedCheckpoint
+from mvp_ext.model.checkpoint import PrunedCheckpoint, PrunedState
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.measure import count_flops
 from mvp_ext.model.structure import Structure
@@ -76,6 +76,7 @@ class Job:
     choice: dict[str, Any] | None = None
     targets: Tensor | None = None
     told: float = 0.0
+    _zoo_is_ours: bool = False
     _start: PrunedCheckpoint | None = None
     _described: tuple[Tensor, Tensor] | None = None
     _features: Tensor | None = None
@@ -164,9 +165,11 @@ class Job:
             raise ZooError(
                 f"prune: method {method!r} needs a zoo; got none. Build one with build_zoo or `mvp-ext zoo build`"
             )
-        # Entries of other dense weights have the same shapes: they would merge into nonsense.
-        with self.cost.timed():
-            self.zoo.check(BackboneIdentity.of(self.backbone.model, self.structure))
+        if not self._zoo_is_ours:
+            # Entries of other dense weights have the same shapes: they would merge into nonsense.
+            with self.cost.timed():
+                self.zoo.check(BackboneIdentity.of(self.backbone.model, self.structure))
+            self._zoo_is_ours = True
         return self.zoo
 
 
@@ -243,6 +246,16 @@ def merged_model(job: Job, zoo: Zoo, neighbours: Sequence[Neighbour], mask: Mask
             base = {n: wide[n] if wide[n].shape == t.shape else t for n, t in base.items()}
         merged = merge_voters(base, states, masks, job.structure, mask, weights)
         return small_model(job.backbone, job.structure, mask, merged)
+
+
+def model_for_features(
+    stored: PrunedState, start: PrunedCheckpoint | None, device: torch.device
+) -> nn.Module:
+    """An entry's, but for its head. Where it has the units of the zoo's start it is a copy of that with the entry's
+    weights: building a model takes longer than to run it on a task's images."""
+    if start is not None and stored.mask == start.mask:
+        return _averaged(start.model, [stored.state], torch.ones(1))
+    return stored.build().to(device)
 
 
 @torch.no_grad()

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from mvp_ext.model.mask import Mask
-from mvp_ext.pruning.job import Job, find_neighbours, merged_model, score_target, voted_mask
+from mvp_ext.pruning.job import (
+    Job,
+    find_neighbours,
+    merged_model,
+    model_for_features,
+    score_target,
+    voted_mask,
+)
 from mvp_ext.pruning.vote import small_model
 from mvp_ext.train.heads import ClassStatistics, soft_labels
 from mvp_ext.zoo.known import KnownClasses, known_classes
@@ -87,7 +94,7 @@ def _said_by_experts(job: Job, zoo: Zoo, known: KnownClasses) -> Tensor | None:
                 continue
             classes = torch.tensor(sorted(found))
             head = ClassStatistics(means, scatter).head([found[c] for c in classes.tolist()])
-            model = stored.build().to(job.backbone.device)
+            model = model_for_features(stored, job.start(zoo), job.backbone.device)
             index = torch.isin(labels, classes).nonzero().flatten()
         features = job.features_by(model, index)
         with job.cost.timed():

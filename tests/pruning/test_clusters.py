@@ -13,6 +13,7 @@ from mvp_ext.app.comparison import Comparison, compare
 from mvp_ext.data.tasks import Task
 from mvp_ext.pruning.build import build_refined_zoo
 from mvp_ext.pruning.clusters import build_clustered_zoo, cluster_tasks, of_several_kinds
+from mvp_ext.pruning.job import model_for_features
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import MOST_STEPS, prune
 from mvp_ext.pruning.settings import Schedule, Settings, VoteOptions
@@ -165,6 +166,21 @@ def test_experts_refine_one_model_of_all_tasks(tmp_path):
     }
     assert zoo.verify() == []
     assert start.extra["result"]["cost"]["steps"] == refined.shared(START).extra["result"]["cost"]["steps"]
+
+
+@pytest.mark.parametrize("own_masks", [False, True])
+def test_an_expert_computes_its_features_whoever_builds_it(own_masks, tmp_path):
+    zoo = clustered(tmp_path / "zoo", base_keep=1.0 if own_masks else None)
+    start, stored = zoo.shared(START).load(), zoo["expert-01"].read()
+    assert (stored.mask == start.mask) is not own_masks
+    before = {name: tensor.clone() for name, tensor in start.model.state_dict().items()}
+    images, see = few_digits().train_images[:9], tiny_backbone().preprocessing
+    by_copy, by_itself = (
+        extract_features(model, images, see)
+        for model in (model_for_features(stored, start, torch.device("cpu")), stored.build())
+    )
+    assert torch.equal(by_copy, by_itself)
+    torch.testing.assert_close(start.model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_a_comparison_says_what_experts_told(tmp_path):
