@@ -66,6 +66,7 @@ PARTS = STEPS, CONTROLS, LONGER, PEERS = "steps", "controls", "longer", "peers"
 DENSE, OWN_HEAD = "dense, ridge head", "dense, its own head"
 _WEIGHTED = VoteOptions(similarity="proxy_leep", weighting=REFINED_WEIGHTING)
 _MANY = IMAGES[-1:]
+_RECIPE = "universal, experts' recipe"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ ARMS = (
     Arm("universal", "universal", "universal", None, (40, 80), _MANY, STEPS),
     Arm("experts merged, labels alone", "clustered", "mvp", _WEIGHTED, (0, 20), part=CONTROLS),
     Arm("base of the default", "clustered", _base, None, (20,), _MANY, CONTROLS),
-    Arm(*(2 * ("universal, experts' recipe",)), "universal", None, (0, 20), part=CONTROLS),
+    Arm(_RECIPE, _RECIPE, "universal", None, (0, 20), part=CONTROLS),
     Arm("own masks", "own masks", "clustered", None, (0, 20), part=CONTROLS),
     Arm("refined", "refined", "refined", _WEIGHTED, (20,), _MANY, CONTROLS),
     Arm("one-shot Taylor", None, "one_shot", None, (20,), _MANY, CONTROLS),
