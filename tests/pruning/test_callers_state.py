@@ -252,6 +252,7 @@ OTHERS = {
     "pruning.build.universal_start": "a step of build_refined_zoo",
     "pruning.iterative.kept_features": "a look at parameters",
     "pruning.job.Job.features_by": "extract_features of a zoo's model",
+    "pruning.job.model_for_features": "a copy of a zoo's start (tests/pruning/test_clusters.py)",
     "train.backbone.check_trainable": "a look at tensors",
     "train.backbone.classify": "the model's own classifier",
     "train.backbone.forward_features": "the model's own forward pass, in its mode",
