@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/experts"))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["diverse"])
-    parser.add_argument("--parts", nargs="*", choices=PARTS, help="beside what is asked; default all")
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, help="beside what is asked; no word: none; default: all"
+    )
     options = parser.parse_args()
     (run if options.what == "run" else report)(options)
 

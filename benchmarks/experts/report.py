@@ -7,6 +7,7 @@ import gzip
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,13 @@ from study.stats import Scores, holm, mean_of, paired
 
 from mvp_ext.app.environment import environment
 from mvp_ext.app.plots import MARKERS, Theme, add_legend, new_figure, to_png
+from mvp_ext.journal import Journal
 from mvp_ext.model.measure import count_parameters
 from mvp_ext.storage import write_atomic
 from mvp_ext.zoo.shared import START
 from mvp_ext.zoo.zoo import Zoo
 
-from .arms import DENSE, IMAGES, NAMES, SPLITS, J
+from .arms import DENSE, IMAGES, NAMES, PARTS, SPLITS, J
 from .runner import ROOT, code, folder_name, journal_at, results_of
 from .worlds import HELD_OUT, WORLDS, Prepared
 
@@ -67,20 +69,20 @@ def report(options: argparse.Namespace) -> None:
 
 def _report(name: str, options: argparse.Namespace) -> None:
     folder = options.out / folder_name(name)
-    journals = {
-        seed: results_of(journal_at(name, path))
+    opened = {
+        seed: journal_at(name, path)
         for seed in sorted(options.seeds)
         if (path := folder / f"seed{seed}" / "journal.jsonl").exists()
     }
     # One that was only begun has no tasks yet.
-    journals = {seed: found for seed, found in journals.items() if "tasks" in found}
-    seeds = " ".join(map(str, sorted(journals)))
+    opened = {seed: journal for seed, journal in opened.items() if "tasks" in journal}
+    journals = {seed: results_of(journal) for seed, journal in opened.items()}
     result = {
         "setting": {
             "world": asdict(WORLDS[name]),
             "seeds": sorted(journals),
             "held out": {seed: HELD_OUT[seed % len(HELD_OUT)] for seed in sorted(journals)},
-            "command": f'python benchmarks/experts run --seeds {seeds} --worlds "{name}"',
+            "command": _command(name, opened),
             "commit": code(),
         },
         "environment": environment(),
@@ -111,6 +113,17 @@ def _report(name: str, options: argparse.Namespace) -> None:
             print(f"{split:20}{arm:34}", "  ".join(f"J {j}: {p['text']}" for j, p in points.items()))
     for answer in result["questions"]:
         print(json.dumps(answer))
+
+
+def _command(world: str, journals: Mapping[int, Journal]) -> str:
+    """What runs all that these journals have."""
+    parts = [
+        part
+        for part in PARTS
+        if any(key.endswith(f" {part}") for journal in journals.values() for key in journal.records)
+    ]
+    words = ["--seeds", *map(str, journals), "--worlds", f'"{world}"', "--parts", *parts]
+    return " ".join(("python benchmarks/experts run", *words))
 
 
 def _save(content: bytes, path: Path) -> None:

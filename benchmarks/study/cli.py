@@ -53,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "judge":
         from .report import judge_again, published
 
-        judge_again(published(ROOT, config), commit(ROOT, "benchmarks/study"))
+        path = published(ROOT, config)
+        if not path.exists():
+            parser.error(f"judge: --config: expected one with published results, and there is no {path}")
+        judge_again(path, commit(ROOT, "benchmarks/study"))
         return 0
     if options.out is None:
         parser.error(f"{options.command}: --out: expected the study's folder")

@@ -32,7 +32,6 @@ def summary_of_experts(path: Path) -> str:
 
     images = sorted({images for _, images, _ in found})
     world, seeds = result["setting"]["world"], len(result["setting"]["seeds"])
-    before = ", measured before what experts say had a share" if edition(path)[0] else ""
     rows = (
         ("classes that the zoo knows", "known", CONTROL),
         (
@@ -49,7 +48,7 @@ def summary_of_experts(path: Path) -> str:
         (
             "Where tasks are of several kinds (photos, paintings, drawings, textures, digits), the default is a zoo of "
             f"experts. Experts minus universal, in points, scope `{world['scope']}`, keep {world['keep']:g}, 20 steps, "
-            f"{seeds} training seeds{before}:",
+            f"{seeds} training seeds:",
             table(
                 ("new task of", *(f"{count} images a class" for count in images)),
                 [(title, *(said(split, count, second) for count in images)) for title, split, second in rows],

@@ -37,6 +37,9 @@ def run(
 ) -> Callable[..., str]:
     """Runs a script in an empty folder and says what it printed; in this process, as importing torch takes longer."""
 
+    # What a script sets for its process is put back.
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+
     def run_script(script: Path, *options: str) -> str:
         # The calls are tiny: threads would wait for each other.
         monkeypatch.setattr(sys, "argv", [str(script), "--threads", "1", *options])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from mvp_ext.pruning.settings import VoteOptions
 from mvp_ext.zoo.zoo import Zoo
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
 from experts import report, runner, worlds  # noqa: E402
 from experts.arms import ARMS, IMAGES, SPLITS, arms_of, parts_of  # noqa: E402
 from experts.worlds import DOMAINS, HELD_OUT, SEEDS, SOURCES, WORLDS, Prepared  # noqa: E402
+
+from scripts.pages.experts import summary_of_experts  # noqa: E402
 
 
 def images_of_all_domains() -> ImageData:
@@ -133,6 +136,27 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, monkeypatch) -> None:
     other = Prepared(WORLDS["diverse, keep 0.05"], SEEDS[0], tmp_path, tmp_path)
     assert parts_of(other) == parts_of(replace(prepared, seed=SEEDS[1])) == ("",)
     assert parts_of(replace(prepared, parts=("steps",))) == ("", "steps")
+
+
+def test_the_command_of_a_report_names_the_parts_that_were_run(tmp_path: Path) -> None:
+    opened = {seed: runner.journal_at("diverse", tmp_path / f"{seed}.jsonl") for seed in (3, 4)}
+    for seed, key in ((3, "known 50 steps-known-0"), (3, "known 50 steps-known-0 peers"), (4, "tasks")):
+        opened[seed].append(key, {})
+    command = 'python benchmarks/experts run --seeds 3 4 --worlds "diverse" --parts'
+    assert report._command("diverse", opened) == f"{command} peers"
+    assert report._command("diverse", {4: opened[4]}) == command.replace(" 3", "")
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_readme_says_what_is_not_ruled_out(holds: bool, tmp_path: Path) -> None:
+    answers = report._answers(journals({"known": 0.02, "hidden": 0.0, "new": 0.0}))
+    for answer in answers:
+        answer["holds"] = holds or answer["split"] != "new"
+    setting = {"world": {"scope": "all", "keep": 0.1}, "seeds": [0, 1, 2]}
+    path = tmp_path / "experts_x.json"
+    path.write_text(json.dumps({"setting": setting, "questions": answers}))
+    said = "A loss of a point is not ruled out on domains that nobody saw." in summary_of_experts(path)
+    assert said is not holds
 
 
 def journals(differences: dict[str, float], tasks: int = 12) -> dict[int, dict]:

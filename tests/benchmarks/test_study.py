@@ -349,22 +349,34 @@ def test_a_default_that_loses_is_not_supported(finished: Study) -> None:
     assert goal.verdict == "refuted"
 
 
+def in_two_worlds(
+    finished: Study, values: dict[str, dict[str, list[tuple[object, float]]]]
+) -> dict[str, object]:
+    """The toy study's results with these accuracies of "mvp" alone, over 20 tasks: world → factor → (value, mean)."""
+    results = json.loads(json.dumps(collect(finished, [])))
+    results["worlds"]["other"] = results["worlds"]["digits"]
+    answers, draw = Answers(results), np.random.default_rng(0)
+    results["rows"] = [
+        [world, "shared", task, 0, "mvp", point, mean + 0.01 * draw.normal(), 0, 0.0, 0, 0]
+        for world, factors in values.items()
+        for factor, means in factors.items()
+        for value, mean in means
+        for point in [factors_text("mvp", answers.factors(world, **{factor: value}))]
+        for task in range(20)
+    ]
+    return results
+
+
 @pytest.mark.parametrize(("second", "verdict"), [(0.1, "supported"), (0.0, "mixed"), (-0.1, "mixed")])
 def test_which_neighbours_are_the_best_is_judged_over_all_worlds(
     second: float, verdict: str, finished: Study, tmp_path: Path
 ) -> None:
     """Nearest and random ones beside the farthest ones, in a second world; published results are judged again."""
-    results = json.loads(json.dumps(collect(finished, [])))
-    results["worlds"]["other"] = results["worlds"]["digits"]
-    results["rows"] = []
-    draw = np.random.default_rng(0)
-    answers = Answers(results)
-    for world, better in (("digits", (0.1, 0.05)), ("other", (second, second / 2))):
-        for pick, difference in (("nearest", better[0]), ("random", better[1]), ("farthest", 0.0)):
-            point = factors_text("mvp", answers.factors(world, pick=pick))
-            for task in range(20):
-                accuracy = 0.7 + difference + 0.01 * draw.normal()
-                results["rows"].append([world, "shared", task, 0, "mvp", point, accuracy, 0, 0.0, 0, 0])
+
+    def picks(best: float) -> list[tuple[object, float]]:
+        return [("nearest", 0.7 + best), ("random", 0.7 + best / 2), ("farthest", 0.7)]
+
+    results = in_two_worlds(finished, {"digits": {"pick": picks(0.1)}, "other": {"pick": picks(second)}})
     path = tmp_path / "study_smoke.json"
     path.write_text(json.dumps({**results, "verdicts": []}))
     judge_again(path, "a commit")
@@ -372,6 +384,32 @@ def test_which_neighbours_are_the_best_is_judged_over_all_worlds(
     assert {v["name"]: v["verdict"] for v in found["verdicts"]}["H4"] == verdict
     assert found["rows"] == results["rows"]
     assert found["judged at commit"] == "a commit"
+
+
+@pytest.mark.parametrize(
+    ("second", "verdict"),
+    [((0.7, 0.8, 0.8), "supported"), ((0.7, 0.7, 0.8), "refuted"), ((0.7, 0.7, 0.7), "undecided")],
+    ids=["saturates", "still rises", "flat"],
+)
+def test_how_many_neighbours_are_the_best_is_judged_over_all_worlds(
+    second: tuple[float, ...], verdict: str, finished: Study
+) -> None:
+    curves = {"digits": (0.7, 0.8, 0.75), "other": second}
+    values = {
+        world: {"neighbours": list(zip((1, 2, 4), means, strict=True))} for world, means in curves.items()
+    }
+    found, _ = judge(Answers(in_two_worlds(finished, values)))
+    assert {v.name: v.verdict for v in found}["H5"] == verdict
+
+
+def test_what_is_judged_again_has_to_be_published(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        (["judge", "--config", "smoke"], "expected one with published results, and there is no"),
+        (["status", "--config", "smoke"], "status: --out: expected the study's folder"),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_win_is_one_at_equal_learning_rates_too() -> None:

@@ -183,6 +183,14 @@ def test_an_expert_computes_its_features_whoever_builds_it(own_masks, tmp_path):
     torch.testing.assert_close(start.model.state_dict(), before, rtol=0, atol=0)
 
 
+def test_whose_zoo_it_is_is_asked_once_a_task(tmp_path, monkeypatch):
+    """All of the dense model's weights are read for that."""
+    zoo, asked = clustered(tmp_path / "zoo"), []
+    monkeypatch.setattr(Zoo, "check", lambda zoo, identity: asked.append(identity))
+    prune(tiny_backbone(), digits_task((0, 1), "new"), zoo, SETTINGS, steps=0)
+    assert len(asked) == 1
+
+
 def test_a_comparison_says_what_experts_told(tmp_path):
     zoo = clustered(tmp_path / "zoo")
     options = Comparison(SETTINGS, steps=1, arms=("clustered", "random"), seconds=0.0)
