@@ -114,7 +114,7 @@ class Index:
         """The schema's version; 0 where there is no index, or one whose creation did not come to its end."""
         if not self.path.exists():
             return 0
-        with self._connect() as connection:
+        with self._read() as connection:
             version = _version(connection)
             parts = connection.execute("SELECT type, name FROM sqlite_master").fetchall()
         if version == 0 and parts:
@@ -149,7 +149,7 @@ class Index:
 
     def meta(self) -> dict[str, str]:
         """The backbone's recorded values."""
-        with self._connect() as connection:
+        with self._read() as connection:
             return dict(connection.execute("SELECT key, value FROM meta").fetchall())
 
     def check(self, values: Mapping[str, str]) -> None:
@@ -176,7 +176,7 @@ class Index:
 
     def facts(self) -> dict[str, str]:
         """What else is recorded of the zoo: key → JSON."""
-        with self._connect() as connection:
+        with self._read() as connection:
             if _version(connection) < 2:
                 return {}
             return dict(connection.execute("SELECT key, value FROM facts").fetchall())
@@ -195,7 +195,7 @@ class Index:
 
         Beside ``columns`` each has "zoo_fingerprint": the structure's that is recorded of the zoo, or None.
         """
-        with self._connect() as connection:
+        with self._read() as connection:
             rest, values = "ORDER BY name", tuple[str, ...]()
             if names is not None:
                 rest = "WHERE name IN (SELECT value FROM json_each(?)) ORDER BY name"
@@ -206,7 +206,7 @@ class Index:
 
     def without_means(self) -> list[dict[str, Any]]:
         """Name and file of the entries whose class means the index does not know."""
-        with self._connect() as connection:
+        with self._read() as connection:
             unknown = "WHERE class_count IS NULL" if _version(connection) >= 2 else ""
             return _select(connection, "entries", ("name", "file"), unknown)
 
@@ -230,7 +230,7 @@ class Index:
 
     def models(self) -> list[dict[str, Any]]:
         """All of them, by name."""
-        with self._connect() as connection:
+        with self._read() as connection:
             if _version(connection) < 2:
                 return []
             return _select(connection, "models", MODEL_COLUMNS, "ORDER BY name")
@@ -286,7 +286,7 @@ class Index:
 
     def problems(self) -> list[str]:
         """What SQLite finds wrong in its own file; empty when it is sound."""
-        with self._connect() as connection:
+        with self._read() as connection:
             found = [str(line) for (line,) in connection.execute("PRAGMA integrity_check").fetchall()]
         return [] if found == ["ok"] else found
 
@@ -333,6 +333,13 @@ class Index:
                 _version(connection)
         copy = self._folder / self.path.name
         return f"{copy.as_uri()}?immutable=1"
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all statements see the index as of one moment, whoever writes meanwhile."""
+        with self._connect() as connection:
+            connection.execute("BEGIN")
+            yield connection
 
     @contextlib.contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:

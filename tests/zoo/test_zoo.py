@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sqlite3
@@ -24,6 +25,7 @@ from mvp_ext.model.families import find_structure
 from mvp_ext.model.mask import Mask
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.train.backbone import BackboneIdentity
+from mvp_ext.zoo.index import SCHEMA_VERSION, Index
 from mvp_ext.zoo.zoo import NewEntry, Zoo, ZooError
 
 
@@ -437,6 +439,7 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.model.create import create_model
+from mvp_ext.zoo.index import SCHEMA_VERSION, Index
 from mvp_ext.zoo.zoo import NewEntry, Zoo, ZooError
 
 torch.set_num_threads(1)  # no OpenMP pool: it would not survive the forks
@@ -578,3 +581,32 @@ def test_readers_go_on_while_a_writer_holds_the_index(zoo, add):
     add(zoo, "a")
     with zoo._index._write():
         assert [entry.name for entry in Zoo(zoo.path)] == ["a"]
+
+
+def test_an_index_can_be_opened_while_another_process_makes_it(tmp_path, monkeypatch):
+    """At each statement of who opens it, in turn, the other one makes the tables."""
+    connect = sqlite3.connect
+    for moment in range(1, 100):
+        path = tmp_path / str(moment)
+        with contextlib.closing(connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+        left = moment
+
+        def other(_, path=path):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                monkeypatch.setattr(sqlite3, "connect", connect)
+                Index(path).create()
+
+        def watched(*args, other=other, **kwargs):
+            connection = connect(*args, **kwargs)
+            connection.set_trace_callback(other)
+            return connection
+
+        monkeypatch.setattr(sqlite3, "connect", watched)
+        found = Index(path).version()
+        assert found in (0, SCHEMA_VERSION)
+        if left > 0:
+            return
+    pytest.fail("it never came to its end")
