@@ -165,6 +165,7 @@ PYBIND11_MODULE(_C, m) {
   def("merge_cpu", MVP_SELECT(isa, merge_cpu));
   def("meta_vote_cpu", MVP_SELECT(isa, meta_vote_cpu));
   def("pack_cpu", MVP_SELECT(isa, pack_cpu));
+  def("pruned_conv2d_cpu", MVP_SELECT(isa, pruned_conv2d_cpu));
   def("pruned_linear_cpu", MVP_SELECT(isa, pruned_linear_cpu));
   def("residual_add_cpu", MVP_SELECT(isa, residual_add_cpu));
   def("unpack_cpu", MVP_SELECT(isa, unpack_cpu));

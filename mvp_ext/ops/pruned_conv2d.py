@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from mvp_ext.ops.define import (
     functorch_is_active,
     is_only_computed,
 )
+from mvp_ext.ops.faster import decide, known_exactly, known_way, remember_exactly, size_class
 from mvp_ext.ops.pack import is_channels_last, pack_op
 
 
@@ -56,7 +58,9 @@ def pruned_conv2d(
         TypeError, ValueError: kinds, dtypes, shapes, devices, an index out of range.
 
     The kept part is cut out and handed to the library's convolution: a compact weight is what that needs, and it is
-    small beside the activations.
+    small beside the activations. Where it is not (float32 on a CPU, at most 256 places of the result, no gradient), our
+    kernel, which reads the full weight, and the library are tried on the first call of a class of sizes, and the faster
+    one is used from then on in every process (``MVP_FASTER``: docs/kernels.md).
     """
     op = "pruned_conv2d"
     y = _plain(x, weight, bias, out_index, in_index, stride, padding, dilation)
@@ -122,22 +126,115 @@ def _plain(
     """
     if type(stride) is not int or type(padding) is not int or type(dilation) is not int:
         return None
-    if dispatch_is_observed():
+    if dispatch_is_observed() or min(stride, dilation) < 1 or padding < 0:
         return None
     outputs = native().plain_conv2d(x, weight, bias, out_index, in_index)
     if outputs < 0 or not is_only_computed(x, weight, bias):
         return None
+    arguments = (x, weight, bias, out_index, in_index, stride, padding, dilation, outputs)
     try:
-        if in_index is not None:
-            part = weight.new_empty((outputs, x.shape[1], *weight.shape[2:]))
-            native().pack_cpu([weight], [out_index], [in_index], [part], torch.get_num_threads())
-        else:
-            part = weight if out_index is None else weight.index_select(0, out_index)
-        if bias is not None and out_index is not None:
-            bias = bias.index_select(0, out_index)
-        return F.conv2d(x, part, bias, stride, padding, dilation)
+        return (_by_kernel if _way(*arguments) == "kernel" else _by_library)(*arguments)
     except (IndexError, RuntimeError, ValueError):
         return None
+
+
+def _by_library(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    outputs: int,
+) -> Tensor:
+    if in_index is not None:
+        part = weight.new_empty((outputs, x.shape[1], *weight.shape[2:]))
+        native().pack_cpu([weight], [out_index], [in_index], [part], torch.get_num_threads())
+    else:
+        part = weight if out_index is None else weight.index_select(0, out_index)
+    if bias is not None and out_index is not None:
+        bias = bias.index_select(0, out_index)
+    return F.conv2d(x, part, bias, stride, padding, dilation)
+
+
+def _by_kernel(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    outputs: int,
+) -> Tensor:
+    size = [
+        _output_size(*sides, stride, padding, dilation)
+        for sides in zip(x.shape[2:], weight.shape[2:], strict=True)
+    ]
+    form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    out = torch.empty((x.shape[0], outputs, *size), memory_format=form)
+    native().pruned_conv2d_cpu(
+        x, weight, bias, out_index, in_index, stride, padding, dilation, out, torch.get_num_threads()
+    )
+    return out
+
+
+# Places of the result; with more, cutting the weight costs less than the library's convolution gains. And numbers in
+# all that the kernel covers at them, which it writes side by side.
+_MOST_PLACES, _MOST_COVERED = 256, 1 << 24
+
+
+def _way(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_index: Tensor | None,
+    in_index: Tensor | None,
+    stride: int,
+    padding: int,
+    dilation: int,
+    outputs: int,
+) -> str:
+    """ "kernel" or "library", whichever is faster on this machine (``faster.py``)."""
+    if x.dtype is not torch.float32:
+        return "library"
+    sizes = ("pruned_conv2d", x.shape, x.stride(), weight.shape, outputs, stride, padding, dilation)
+    if (known := known_exactly(sizes)) is None:
+        arguments = (x, weight, bias, out_index, in_index, stride, padding, dilation, outputs)
+        down, across = (
+            _output_size(*sides, stride, padding, dilation)
+            for sides in zip(x.shape[2:], weight.shape[2:], strict=True)
+        )
+        places = x.shape[0] * down * across
+        if (
+            min(down, across) < 1
+            or places > _MOST_PLACES
+            or places * x.shape[1] * weight[0, 0].numel() > _MOST_COVERED
+            # More frame than image.
+            or padding > max(x.shape[2:])
+            or not (x.is_contiguous() or is_channels_last(x))
+        ):
+            known = "library"
+        else:
+            key = (
+                "pruned_conv2d",
+                *map(size_class, (places, outputs, x.shape[1], *weight.shape[:2])),
+                *weight.shape[2:],
+                in_index is not None,
+                is_channels_last(x),
+            )
+            known = known_way(key)
+            if known is None:
+                ways = {
+                    "library": partial(_by_library, *arguments),
+                    "kernel": partial(_by_kernel, *arguments),
+                }
+                known = decide(key, ways, "library")
+        remember_exactly(sizes, known)
+    return known
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:

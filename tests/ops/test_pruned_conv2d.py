@@ -1,10 +1,12 @@
 """pruned_conv2d against its reference."""
 
 import contextlib
+import sys
 
 import pytest
 import torch
 from emulator import emulated
+from isa import OLDER, run_on
 from pruned_helpers import BY_NAME, FLOATS, assert_as_exact_as_torch, draw_index, generator, to
 
 from mvp_ext.ops import pruned_conv2d, reference
@@ -56,9 +58,50 @@ def test_the_cuda_kernel_cuts_the_same():
         with way():
             y = pruned_conv2d(*leaves, out_index, in_index, padding=1)
             with torch.no_grad():
-                assert torch.equal(pruned_conv2d(*leaves, out_index, in_index, padding=1), y)
+                # By a kernel of its own, where there is no gradient.
+                torch.testing.assert_close(pruned_conv2d(*leaves, out_index, in_index, padding=1), y)
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5), (4, 4)], ids=str)
+@pytest.mark.parametrize("kept", [(None, None), (5, None), (None, 7), (37, 33)], ids=str)
+def test_the_kernel_of_small_images(kernel, kept, monkeypatch):
+    module = sys.modules[pruned_conv2d.__module__]
+    monkeypatch.setattr(module, "_by_library", lambda *_: pytest.fail("not by the kernel"))
+    for batch, size, threads in ((1, 5, 1), (2, 6, 2), (3, 4, 5)):
+        for stride, padding, dilation in ((1, 0, 1), (1, 1, 1), (2, 3, 1), (1, 2, 2), (3, 4, 2)):
+            x, *others = draw(40, 35, kernel, *kept, batch=batch, size=size)
+            options = {"stride": stride, "padding": padding, "dilation": dilation}
+            before = torch.get_num_threads()
+            for form in (torch.contiguous_format, torch.channels_last):
+                torch.set_num_threads(threads)
+                y = pruned_conv2d(x.contiguous(memory_format=form), *others, **options)
+                torch.set_num_threads(before)
+                expected = reference.pruned_conv2d(x, *others, **options)
+                torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+                assert y.is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("isa", OLDER)
+def test_other_instruction_sets(isa):
+    run_on(isa, __file__, "small_images")
+
+
+def test_what_is_too_much_for_the_kernel_is_the_librarys(monkeypatch):
+    module = sys.modules[pruned_conv2d.__module__]
+    monkeypatch.setattr(module, "_by_kernel", lambda *_: pytest.fail("by the kernel"))
+    index = torch.tensor([1])
+    for x, weight, options in (
+        (torch.ones(2, 1, 12, 12), torch.ones(2, 1, 1, 1), {}),
+        (torch.ones(1, 1, 2, 3), torch.ones(2, 1, 1, 1), {"padding": 4, "stride": 3}),
+        (torch.ones(1, 1, 4, 8)[..., ::2], torch.ones(2, 1, 3, 3), {}),
+        (torch.ones(1, 1, 3, 3).double(), torch.ones(2, 1, 3, 3).double(), {}),
+    ):
+        y = pruned_conv2d(x, weight, None, index, **options)
+        torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight[1:], **options))
+    with pytest.raises(ValueError, match="at least the height and width"):
+        pruned_conv2d(torch.ones(1, 1, 3, 3), torch.ones(2, 1, 4, 1), None, index)
 
 
 def test_sizes_of_nothing():
