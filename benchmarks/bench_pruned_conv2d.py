@@ -1,8 +1,8 @@
 """pruned_conv2d on resnet18's 3 × 3 convolutions (224²), half of the filters or channels kept; bfloat16 on a GPU.
 
-On a CPU small images have a kernel, which reads the full weight. Elsewhere the convolution itself is the library's: what
-can differ is the cutting of the weight. Peers: index_select and F.conv2d on each call; with the weight cut once; and the
-dense convolution.
+On a CPU small images have a kernel, which reads the full weight. Elsewhere the convolution itself is the library's:
+what can differ is the cutting of the weight. Peers: index_select and F.conv2d on each call; with the weight cut once;
+and the dense convolution.
 """
 
 from __future__ import annotations

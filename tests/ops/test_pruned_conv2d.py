@@ -88,7 +88,7 @@ def test_other_instruction_sets(isa):
     run_on(isa, __file__, "small_images")
 
 
-def test_what_is_too_much_for_the_kernel_is_the_librarys(monkeypatch):
+def test_the_library_does_what_is_too_much_for_the_kernel(monkeypatch):
     module = sys.modules[pruned_conv2d.__module__]
     monkeypatch.setattr(module, "_by_kernel", lambda *_: pytest.fail("by the kernel"))
     index = torch.tensor([1])
