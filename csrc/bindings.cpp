@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+#include <utility>
 
 #include "mvp/amx.h"
+#include "mvp/arguments.h"
 #include "mvp/ops.h"
 #include "tensor_caster.h"
 #ifdef MVP_WITH_CUDA
@@ -126,9 +128,34 @@ int64_t plain_linear(py::handle x, py::handle weight, py::handle bias, py::handl
   return plain_outputs(x, weight, bias, out_index, in_index, out_block, in_block, 2);
 }
 
-int64_t plain_conv2d(py::handle x, py::handle weight, py::handle bias, py::handle out_index,
-                     py::handle in_index) {
-  return plain_outputs(x, weight, bias, out_index, in_index, 1, 1, 4);
+// Places of a convolution's result with which the CPU kernel may be faster than the library; with more, cutting the
+// weight costs less than the library's convolution gains. And numbers in all that the weight covers at them, which the
+// kernel writes side by side.
+constexpr int64_t kMostPlaces = 256, kMostCovered = 1 << 24, kMost = int64_t{1} << 31;
+
+// Also whether the images are so small that there is a kernel for them.
+std::pair<int64_t, bool> plain_conv2d(py::handle x, py::handle weight, py::handle bias, py::handle out_index,
+                                      py::handle in_index, int64_t stride, int64_t padding,
+                                      int64_t dilation) {
+  const int64_t outputs = plain_outputs(x, weight, bias, out_index, in_index, 1, 1, 4);
+  mvp::TensorView x_, weight_;
+  if (outputs < 0 || std::min(stride, dilation) < 1 || padding < 0) return {-1, false};
+  mvp::read_plain(x, x_);
+  mvp::read_plain(weight, weight_);
+  // Sizes that no product of overflows; and more frame than image is not worth it.
+  if (x_.dtype != mvp::DType::f32 || x_.numel() > kMostCovered || weight_.numel() > kMost || dilation > kMost ||
+      padding > std::max(x_.shape[2], x_.shape[3]))
+    return {outputs, false};
+  int64_t places = x_.shape[0], covered = x_.shape[1];
+  for (int d : {2, 3}) {
+    const int64_t reach = x_.shape[d] + 2 * padding - dilation * (weight_.shape[d] - 1);
+    if (reach < 1) return {outputs, false};
+    places *= (reach - 1) / stride + 1;
+    covered *= weight_.shape[d];
+  }
+  const mvp::Argument image("", {}, "", x_);
+  return {outputs, places <= kMostPlaces && covered <= kMostCovered / places &&
+                       (image.is_dense(false) || image.is_dense(true))};
 }
 
 // The shapes of pack's results, None where the tensors and their lists are not plain, contiguous and alike,

@@ -119,22 +119,28 @@ def _plain(
     padding: int | tuple[int, int] | str,
     dilation: int | tuple[int, int],
 ) -> Tensor | None:
-    """The result of a call that needs nothing but the numbers, on the CPU; None of any other, and of a wrong one.
+    """The result of a call of plain tensors on the CPU that nobody observes; None of any other, and of a wrong one.
 
     After a convolution the caches hold none of the checks' code, and they take several times as long: here one native
     call makes them, and explains nothing.
     """
     if type(stride) is not int or type(padding) is not int or type(dilation) is not int:
         return None
-    if dispatch_is_observed() or min(stride, dilation) < 1 or padding < 0:
+    if dispatch_is_observed():
         return None
-    outputs = native().plain_conv2d(x, weight, bias, out_index, in_index)
-    if outputs < 0 or not is_only_computed(x, weight, bias):
-        return None
-    arguments = (x, weight, bias, out_index, in_index, stride, padding, dilation, outputs)
     try:
-        return (_by_kernel if _way(*arguments) == "kernel" else _by_library)(*arguments)
-    except (IndexError, RuntimeError, ValueError):
+        outputs, is_small = native().plain_conv2d(
+            x, weight, bias, out_index, in_index, stride, padding, dilation
+        )
+        # Filters alone are cut by torch's own ops, whatever is derived or cast: to ask takes as long as to cut.
+        by_torch = in_index is None and not is_small
+        if outputs < 0 or not (by_torch or is_only_computed(x, weight, bias)):
+            return None
+        arguments = (x, weight, bias, out_index, in_index, stride, padding, dilation, outputs)
+        if is_small and _way(*arguments) == "kernel":
+            return _by_kernel(*arguments)
+        return _by_library(*arguments)
+    except (IndexError, RuntimeError, TypeError, ValueError):
         return None
 
 
@@ -170,21 +176,14 @@ def _by_kernel(
     dilation: int,
     outputs: int,
 ) -> Tensor:
-    size = [
-        _output_size(*sides, stride, padding, dilation)
-        for sides in zip(x.shape[2:], weight.shape[2:], strict=True)
-    ]
+    sides = zip(x.shape[2:], weight.shape[2:], strict=True)
+    size = [_output_size(*pair, stride, padding, dilation) for pair in sides]
     form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     out = torch.empty((x.shape[0], outputs, *size), memory_format=form)
     native().pruned_conv2d_cpu(
         x, weight, bias, out_index, in_index, stride, padding, dilation, out, torch.get_num_threads()
     )
     return out
-
-
-# Places of the result; with more, cutting the weight costs less than the library's convolution gains. And numbers in
-# all that the kernel covers at them, which it writes side by side.
-_MOST_PLACES, _MOST_COVERED = 256, 1 << 24
 
 
 def _way(
@@ -199,40 +198,23 @@ def _way(
     outputs: int,
 ) -> str:
     """ "kernel" or "library", whichever is faster on this machine (``faster.py``)."""
-    if x.dtype is not torch.float32:
-        return "library"
     sizes = ("pruned_conv2d", x.shape, x.stride(), weight.shape, outputs, stride, padding, dilation)
     if (known := known_exactly(sizes)) is None:
-        arguments = (x, weight, bias, out_index, in_index, stride, padding, dilation, outputs)
-        down, across = (
-            _output_size(*sides, stride, padding, dilation)
-            for sides in zip(x.shape[2:], weight.shape[2:], strict=True)
+        places = x.shape[0]
+        for side, kernel in zip(x.shape[2:], weight.shape[2:], strict=True):
+            places *= _output_size(side, kernel, stride, padding, dilation)
+        key = (
+            "pruned_conv2d",
+            *map(size_class, (places, outputs, x.shape[1], *weight.shape[:2])),
+            *weight.shape[2:],
+            in_index is not None,
+            is_channels_last(x),
         )
-        places = x.shape[0] * down * across
-        if (
-            min(down, across) < 1
-            or places > _MOST_PLACES
-            or places * x.shape[1] * weight[0, 0].numel() > _MOST_COVERED
-            # More frame than image.
-            or padding > max(x.shape[2:])
-            or not (x.is_contiguous() or is_channels_last(x))
-        ):
-            known = "library"
-        else:
-            key = (
-                "pruned_conv2d",
-                *map(size_class, (places, outputs, x.shape[1], *weight.shape[:2])),
-                *weight.shape[2:],
-                in_index is not None,
-                is_channels_last(x),
-            )
-            known = known_way(key)
-            if known is None:
-                ways = {
-                    "library": partial(_by_library, *arguments),
-                    "kernel": partial(_by_kernel, *arguments),
-                }
-                known = decide(key, ways, "library")
+        known = known_way(key)
+        if known is None:
+            arguments = (x, weight, bias, out_index, in_index, stride, padding, dilation, outputs)
+            ways = {"library": partial(_by_library, *arguments), "kernel": partial(_by_kernel, *arguments)}
+            known = decide(key, ways, "library")
         remember_exactly(sizes, known)
     return known
 

@@ -97,11 +97,16 @@ def test_the_library_does_what_is_too_much_for_the_kernel(monkeypatch):
         (torch.ones(1, 1, 2, 3), torch.ones(2, 1, 1, 1), {"padding": 4, "stride": 3}),
         (torch.ones(1, 1, 4, 8)[..., ::2], torch.ones(2, 1, 3, 3), {}),
         (torch.ones(1, 1, 3, 3).double(), torch.ones(2, 1, 3, 3).double(), {}),
+        (torch.ones(1, 1, 3, 3), torch.ones(2, 1, 1, 1), {"dilation": 2**40}),
+        (torch.ones(1, 1, 3, 3), torch.ones(2, 1, 3, 3).requires_grad_(), {}),
     ):
         y = pruned_conv2d(x, weight, None, index, **options)
         torch.testing.assert_close(y, torch.nn.functional.conv2d(x, weight[1:], **options))
     with pytest.raises(ValueError, match="at least the height and width"):
         pruned_conv2d(torch.ones(1, 1, 3, 3), torch.ones(2, 1, 4, 1), None, index)
+    for wrong in ({"stride": 2**70}, {"dilation": 2**70}, {"padding": 2**70}):
+        with pytest.raises((OverflowError, RuntimeError, TypeError, ValueError)):
+            pruned_conv2d(torch.ones(1, 1, 3, 3), torch.ones(2, 1, 3, 3), None, index, **wrong)
 
 
 def test_sizes_of_nothing():
