@@ -128,10 +128,10 @@ int64_t plain_linear(py::handle x, py::handle weight, py::handle bias, py::handl
   return plain_outputs(x, weight, bias, out_index, in_index, out_block, in_block, 2);
 }
 
-// Places of a convolution's result with which the CPU kernel may be faster than the library; with more, cutting the
-// weight costs less than the library's convolution gains. And numbers in all that the weight covers at them, which the
-// kernel writes side by side.
-constexpr int64_t kMostPlaces = 256, kMostCovered = 1 << 24, kMost = int64_t{1} << 31;
+// Places of a convolution's result with which the CPU kernel may be faster than the library; with more,
+// cutting the weight costs less than the library's convolution gains. And numbers in all that the weight
+// covers at them, which the kernel writes side by side.
+constexpr int64_t kMostPlaces = 128, kMostCovered = 1 << 24, kMost = int64_t{1} << 31;
 
 // Also whether the images are so small that there is a kernel for them.
 std::pair<int64_t, bool> plain_conv2d(py::handle x, py::handle weight, py::handle bias, py::handle out_index,
@@ -143,8 +143,8 @@ std::pair<int64_t, bool> plain_conv2d(py::handle x, py::handle weight, py::handl
   mvp::read_plain(x, x_);
   mvp::read_plain(weight, weight_);
   // Sizes that no product of overflows; and more frame than image is not worth it.
-  if (x_.dtype != mvp::DType::f32 || x_.numel() > kMostCovered || weight_.numel() > kMost || dilation > kMost ||
-      padding > std::max(x_.shape[2], x_.shape[3]))
+  if (x_.dtype != mvp::DType::f32 || x_.numel() > kMostCovered || weight_.numel() > kMost ||
+      dilation > kMost || padding > std::max(x_.shape[2], x_.shape[3]))
     return {outputs, false};
   int64_t places = x_.shape[0], covered = x_.shape[1];
   for (int d : {2, 3}) {

@@ -58,7 +58,7 @@ def pruned_conv2d(
         TypeError, ValueError: kinds, dtypes, shapes, devices, an index out of range.
 
     The kept part is cut out and handed to the library's convolution: a compact weight is what that needs, and it is
-    small beside the activations. Where it is not (float32 on a CPU, at most 256 places of the result, no gradient), our
+    small beside the activations. Where it is not (float32 on a CPU, at most 128 places of the result, no gradient), our
     kernel, which reads the full weight, and the library are tried on the first call of a class of sizes, and the faster
     one is used from then on in every process (``MVP_FASTER``: docs/kernels.md).
     """
