@@ -53,6 +53,16 @@ QUESTIONS = tuple(
     )
 )
 MARGIN = 0.01
+# Nobody's questions: looked at when they were there, uncorrected. First − second, after 20 steps.
+EXPLORED = (
+    ("own masks", "default"),
+    ("default", "base of the default"),
+    ("default", "refined"),
+    ("default", "universal, experts' recipe"),
+    ("default, 4 × the zoo's steps", "universal, 4 × the zoo's steps"),
+    ("universal, 4 × the zoo's steps", "universal"),
+    ("universal, from random weights", "universal"),
+)
 
 
 FIGURES, RESULTS = ROOT / "docs" / "figures", ROOT / "benchmarks" / "results" / "cpu"
@@ -95,6 +105,7 @@ def _report(name: str, options: argparse.Namespace) -> None:
             for split in SPLITS
         },
         "questions": _answers(journals),
+        "explored": _explored(journals),
         "by known share": _by_known_share(journals),
         "latency": _latency(
             Prepared(WORLDS[name], min(journals), folder / f"seed{min(journals)}", options.files)
@@ -129,6 +140,18 @@ def _command(world: str, journals: Mapping[int, Journal]) -> str:
 def _save(content: bytes, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, content)
+
+
+def _explored(journals: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for first, second in EXPLORED:
+        for images in IMAGES:
+            for split in SPLITS:
+                scores = [scores_of(journals, f"{split} {images}", arm, "20") for arm in (first, second)]
+                if (difference := paired(*scores)) is not None:
+                    pair = {"first": first, "second": second, "split": split, "images": images}
+                    found.append({**pair, **asdict(difference)})
+    return found
 
 
 def _by_known_share(journals: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -108,6 +108,24 @@ def _experts(path: Path, page: Path) -> Iterator[str]:
         ),
         [_question(answer) for answer in result["questions"]],
     )
+    if explored := result.get("explored"):
+        yield "### Explored"
+        yield (
+            "Asked by nobody before: differences at 20 steps, ± standard error over tasks, uncorrected, most under the "
+            "first seed alone."
+        )
+        sets = list(dict.fromkeys((row["split"], row["images"]) for row in explored))
+        pairs: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
+        for row in explored:
+            said = pairs.setdefault((row["first"], row["second"]), {})
+            said[row["split"], row["images"]] = _points(row["difference"], row["error"])
+        yield table(
+            ("pair", *(f"{split}, {images}" for split, images in sets)),
+            [
+                (f"{first} − {second}", *(said.get(one, "") for one in sets))
+                for (first, second), said in pairs.items()
+            ],
+        )
     yield "### Accuracy against the cost of a task"
     for figure in sorted((FIGURES / path.stem).glob("*.png")):
         yield f"![{figure.stem}]({link(figure, page)})"

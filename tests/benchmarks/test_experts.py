@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
 from experts import report, runner, worlds  # noqa: E402
-from experts.arms import ARMS, IMAGES, SPLITS, arms_of, parts_of  # noqa: E402
+from experts.arms import ARMS, IMAGES, NAMES, SPLITS, arms_of, parts_of  # noqa: E402
 from experts.worlds import DOMAINS, HELD_OUT, SEEDS, SOURCES, WORLDS, Prepared  # noqa: E402
 
 from scripts.pages.experts import summary_of_experts  # noqa: E402
@@ -207,3 +207,18 @@ def test_tasks_are_told_apart_by_what_the_zoo_knows() -> None:
     (few, many) = report._by_known_share(journals({"known": 0.02, "hidden": 0.02, "new": 0.02}))
     assert (few["images"], few["from"], few["tasks"]) == (10, 1.0, 108)
     assert many["difference"] == pytest.approx(0.02, abs=0.003)
+
+
+def test_pairs_are_explored_where_both_were_run() -> None:
+    assert {name for pair in report.EXPLORED for name in pair} <= set(NAMES)
+    rows = {
+        "known 50 a": {"own masks": {"20": {"accuracy": 0.7}}, "default": {"20": {"accuracy": 0.8}}},
+        "known 50 b": {"own masks": {"20": {"accuracy": 0.5}}, "default": {"20": {"accuracy": 0.8}}},
+        "known 50 c": {"own masks": {"0": {"accuracy": 0.0}}, "default": {"20": {"accuracy": 0.8}}},
+        "hidden 10 d": {"default": {"20": {"accuracy": 0.8}}, "refined": {"20": {"accuracy": 0.6}}},
+    }
+    found = {(r["first"], r["second"], r["split"], r["images"]): r for r in report._explored({3: rows})}
+    assert found.keys() == {("own masks", "default", "known", 50), ("default", "refined", "hidden", 10)}
+    own = found["own masks", "default", "known", 50]
+    assert own["difference"] == pytest.approx(-0.2)
+    assert own["tasks"] == 2
