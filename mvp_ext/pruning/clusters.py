@@ -71,7 +71,7 @@ def build_clustered_zoo(
         clusters: number of experts; None: from the data (``cluster_tasks``), one where the tasks are of one kind.
         base_keep: keep ratio of the model that experts are cut from, each by its own tasks' scores, so that each has a
             mask of its own; the universal model is then cut from it likewise. None: ``settings.keep``, one mask for
-            all.
+            all, which was as good on classes that the zoo knows, and better on others.
         run: makes the experts, as of ``build_zoo``; the universal model is made by this process.
 
     Returns:
