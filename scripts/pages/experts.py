@@ -111,8 +111,8 @@ def _experts(path: Path, page: Path) -> Iterator[str]:
     if explored := result.get("explored"):
         yield "### Explored"
         yield (
-            "Asked by nobody before: differences at 20 steps, ± standard error over tasks, uncorrected, under the first "
-            "seed alone."
+            "Asked by nobody before: differences at 20 steps, ± standard error over tasks, uncorrected, under the "
+            "first seed alone."
         )
         sets = list(dict.fromkeys((row["split"], row["images"]) for row in explored))
         pairs: dict[tuple[str, str], dict[tuple[str, int], str]] = {}
