@@ -179,7 +179,7 @@ def _by_kernel(
     sides = zip(x.shape[2:], weight.shape[2:], strict=True)
     size = [_output_size(*pair, stride, padding, dilation) for pair in sides]
     form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    out = torch.empty((x.shape[0], outputs, *size), memory_format=form)
+    out = torch.empty((x.shape[0], outputs, *size), dtype=x.dtype, memory_format=form)
     native().pruned_conv2d_cpu(
         x, weight, bias, out_index, in_index, stride, padding, dilation, out, torch.get_num_threads()
     )

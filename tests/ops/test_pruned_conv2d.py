@@ -64,11 +64,15 @@ def test_the_cuda_kernel_cuts_the_same():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def no_library(monkeypatch):
+    """Whatever the kernel does not do fails."""
+    monkeypatch.setattr(sys.modules[pruned_conv2d.__module__], "F", None)
+
+
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5), (4, 4)], ids=str)
 @pytest.mark.parametrize("kept", [(None, None), (5, None), (None, 7), (37, 33)], ids=str)
 def test_the_kernel_of_small_images(kernel, kept, monkeypatch):
-    module = sys.modules[pruned_conv2d.__module__]
-    monkeypatch.setattr(module, "_by_library", lambda *_: pytest.fail("not by the kernel"))
+    no_library(monkeypatch)
     for batch, size, threads in ((1, 6, 1), (2, 5, 2), (3, 4, 5)):
         for stride, padding, dilation in ((1, 0, 1), (1, 1, 1), (2, 3, 1), (2, 2, 2), (3, 4, 2)):
             x, *others = draw(40, 35, kernel, *kept, batch=batch, size=size)
@@ -81,6 +85,17 @@ def test_the_kernel_of_small_images(kernel, kept, monkeypatch):
                 expected = reference.pruned_conv2d(x, *others, **options)
                 torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
                 assert y.is_contiguous(memory_format=form)
+
+
+def test_the_kernel_does_not_ask_for_the_default_dtype(monkeypatch):
+    no_library(monkeypatch)
+    x, *others = draw(6, 8, (3, 3), 3, 4, batch=1, size=5)
+    try:
+        torch.set_default_dtype(torch.float64)
+        y = pruned_conv2d(x, *others)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(y, reference.pruned_conv2d(x, *others))
 
 
 @pytest.mark.parametrize("isa", OLDER)
