@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,25 +137,33 @@ def _plain(
         by_torch = in_index is None and not is_small
         if outputs < 0 or not (by_torch or is_only_computed(x, weight, bias)):
             return None
-        arguments = (x, weight, bias, out_index, in_index, stride, padding, dilation, outputs)
-        if is_small and _way(*arguments) == "kernel":
-            return _by_kernel(*arguments)
-        return _by_library(*arguments)
+        call = _Call(x, weight, bias, out_index, in_index, stride, padding, dilation, outputs)
+        return _by_kernel(call) if is_small and _way(call) == "kernel" else _by_library(call)
     except (IndexError, RuntimeError, TypeError, ValueError):
         return None
 
 
-def _by_library(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_index: Tensor | None,
-    in_index: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    outputs: int,
-) -> Tensor:
+class _Call(NamedTuple):
+    """A plain call, and how many filters it keeps."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    out_index: Tensor | None
+    in_index: Tensor | None
+    stride: int
+    padding: int
+    dilation: int
+    outputs: int
+
+    def result_shape(self) -> list[int]:
+        sides = zip(self.x.shape[2:], self.weight.shape[2:], strict=True)
+        size = [_output_size(*pair, self.stride, self.padding, self.dilation) for pair in sides]
+        return [self.x.shape[0], self.outputs, *size]
+
+
+def _by_library(call: _Call) -> Tensor:
+    x, weight, bias, out_index, in_index, stride, padding, dilation, outputs = call
     if in_index is not None:
         part = weight.new_empty((outputs, x.shape[1], *weight.shape[2:]))
         native().pack_cpu([weight], [out_index], [in_index], [part], torch.get_num_threads())
@@ -165,55 +174,29 @@ def _by_library(
     return F.conv2d(x, part, bias, stride, padding, dilation)
 
 
-def _by_kernel(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_index: Tensor | None,
-    in_index: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    outputs: int,
-) -> Tensor:
-    sides = zip(x.shape[2:], weight.shape[2:], strict=True)
-    size = [_output_size(*pair, stride, padding, dilation) for pair in sides]
-    form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    out = torch.empty((x.shape[0], outputs, *size), dtype=x.dtype, memory_format=form)
-    native().pruned_conv2d_cpu(
-        x, weight, bias, out_index, in_index, stride, padding, dilation, out, torch.get_num_threads()
-    )
+def _by_kernel(call: _Call) -> Tensor:
+    form = torch.channels_last if is_channels_last(call.x) else torch.contiguous_format
+    out = torch.empty(call.result_shape(), dtype=call.x.dtype, memory_format=form)
+    native().pruned_conv2d_cpu(*call[:-1], out, torch.get_num_threads())
     return out
 
 
-def _way(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_index: Tensor | None,
-    in_index: Tensor | None,
-    stride: int,
-    padding: int,
-    dilation: int,
-    outputs: int,
-) -> str:
+def _way(call: _Call) -> str:
     """ "kernel" or "library", whichever is faster on this machine (``faster.py``)."""
-    sizes = ("pruned_conv2d", x.shape, x.stride(), weight.shape, outputs, stride, padding, dilation)
+    x, weight = call.x, call.weight
+    sizes = ("pruned_conv2d", x.shape, x.stride(), weight.shape, *call[5:])
     if (known := known_exactly(sizes)) is None:
-        places = x.shape[0]
-        for side, kernel in zip(x.shape[2:], weight.shape[2:], strict=True):
-            places *= _output_size(side, kernel, stride, padding, dilation)
+        batch, outputs, down, across = call.result_shape()
         key = (
             "pruned_conv2d",
-            *map(size_class, (places, outputs, x.shape[1], *weight.shape[:2])),
+            *map(size_class, (batch * down * across, outputs, x.shape[1], *weight.shape[:2])),
             *weight.shape[2:],
-            in_index is not None,
+            call.in_index is not None,
             is_channels_last(x),
         )
         known = known_way(key)
         if known is None:
-            arguments = (x, weight, bias, out_index, in_index, stride, padding, dilation, outputs)
-            ways = {"library": partial(_by_library, *arguments), "kernel": partial(_by_kernel, *arguments)}
+            ways = {"library": partial(_by_library, call), "kernel": partial(_by_kernel, call)}
             known = decide(key, ways, "library")
         remember_exactly(sizes, known)
     return known

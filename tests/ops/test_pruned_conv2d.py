@@ -124,6 +124,18 @@ def test_the_library_does_what_is_too_much_for_the_kernel(monkeypatch):
             pruned_conv2d(torch.ones(1, 1, 3, 3), torch.ones(2, 1, 3, 3), None, index, **wrong)
 
 
+def test_filters_of_larger_images_are_derived_and_cast():
+    x, weight, bias, out_index, _ = draw(6, 4, (3, 3), 3, None, size=14)
+    results = []
+    for op in (pruned_conv2d, reference.pruned_conv2d):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = op(*leaves, out_index, None)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    torch.testing.assert_close(*results)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pruned_conv2d(x, weight, bias, out_index).dtype is torch.bfloat16
+
+
 def test_sizes_of_nothing():
     x, weight, bias, out_index, in_index = draw(6, 8, (3, 3), 3, 4)
     assert pruned_conv2d(x, weight, bias, out_index[:0], in_index, padding=1).shape == (2, 0, 9, 10)

@@ -439,7 +439,6 @@ from mvp_ext.model.mask import Mask
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.surgery import prune_model
 from mvp_ext.model.create import create_model
-from mvp_ext.zoo.index import SCHEMA_VERSION, Index
 from mvp_ext.zoo.zoo import NewEntry, Zoo, ZooError
 
 torch.set_num_threads(1)  # no OpenMP pool: it would not survive the forks
