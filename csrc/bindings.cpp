@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "mvp/amx.h"
 #include "mvp/arguments.h"
@@ -56,18 +57,11 @@ Isa choose_isa() {
 #define MVP_SELECT(isa, op) (&mvp::baseline::op)
 #endif
 
-// See same_kind in mvp_ext/ops/checks.py.
-bool same_kind(py::handle tensor, py::handle other, py::handle index, int64_t dim) {
-  mvp::TensorView a, b, list;
-  if (!mvp::read_plain(tensor, a) || !mvp::read_plain(other, b)) return false;
-  if (!mvp::is_floating(a.dtype) || a.dtype != b.dtype || a.ndim != b.ndim || dim < -a.ndim || dim >= a.ndim)
-    return false;
-  if (!index.is_none()) {
-    if (!mvp::read_plain(index, list) || list.ndim != 1) return false;
-    if (list.dtype != mvp::DType::i64 && list.dtype != mvp::DType::i32) return false;
-    a.shape[dim < 0 ? dim + a.ndim : dim] = list.shape[0];
-  }
-  return std::equal(a.shape, a.shape + a.ndim, b.shape);
+// Whether both are plain floating CPU tensors of one dtype and one shape.
+bool same_kind(py::handle tensor, py::handle other) {
+  mvp::TensorView a, b;
+  return mvp::read_plain(tensor, a) && mvp::read_plain(other, b) && mvp::is_floating(a.dtype) &&
+         a.dtype == b.dtype && a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
 }
 
 // Whether a plain tensor is what its memory says: memory that was not freed (null, and what is added to
@@ -81,23 +75,37 @@ bool is_there(py::handle source, const mvp::TensorView& view) {
   return negative.ptr() == Py_False;
 }
 
-bool is_dense(const mvp::TensorView& view) {
-  int64_t step = 1;
-  for (int d = view.ndim - 1; d >= 0; step *= view.shape[d--])
-    if (view.shape[d] != 1 && view.stride[d] != step) return false;
-  return true;
+bool is_dense(const mvp::TensorView& view, bool columns_innermost = false) {
+  return mvp::Argument("", {}, "", view).is_dense(columns_innermost);
 }
 
 bool read_whole(py::handle source, mvp::TensorView& view) {
-  return mvp::read_plain(source, view) && is_there(source, view);
+  if (!mvp::read_plain(source, view) || !is_there(source, view)) return false;
+  mvp::check_memory(view);
+  return view.fault == nullptr;
+}
+
+// Whether no tensor of an op's arguments, in lists or not, is anything but a plain CPU tensor with its
+// memory.
+bool are_plain(py::handle arguments) {
+  mvp::TensorView view;
+  return std::all_of(arguments.begin(), arguments.end(), [&](py::handle one) {
+    PyObject* const it = one.ptr();
+    if (one.is_none() || PyLong_Check(it) || PyFloat_Check(it) || PyUnicode_Check(it)) return true;
+    return PyList_CheckExact(it) ? are_plain(one) : read_whole(one, view);
+  });
 }
 
 // How many of `size` an index list of blocks keeps; −1 where it is not a plain one that fits.
-int64_t count_kept(py::handle index, int64_t block, int64_t size) {
-  mvp::TensorView list;
+int64_t count_kept(py::handle index, int64_t block, int64_t size, mvp::TensorView& list) {
   if (index.is_none()) return size;
   if (!read_whole(index, list) || list.ndim != 1 || block < 1 || size % block != 0) return -1;
   return list.dtype == mvp::DType::i64 || list.dtype == mvp::DType::i32 ? list.shape[0] * block : -1;
+}
+
+int64_t count_kept(py::handle index, int64_t block, int64_t size) {
+  mvp::TensorView list;
+  return count_kept(index, block, size, list);
 }
 
 // The number of outputs that pruned_linear (weights of 2 dimensions) or pruned_conv2d (of 4, here with at
@@ -153,30 +161,93 @@ std::pair<int64_t, bool> plain_conv2d(py::handle x, py::handle weight, py::handl
     places *= (reach - 1) / stride + 1;
     covered *= weight_.shape[d];
   }
-  const mvp::Argument image("", {}, "", x_);
-  return {outputs, places <= kMostPlaces && covered <= kMostCovered / places &&
-                       (image.is_dense(false) || image.is_dense(true))};
+  return {outputs,
+          places <= kMostPlaces && covered <= kMostCovered / places && (is_dense(x_) || is_dense(x_, true))};
 }
 
-// The shapes of pack's results, None where the tensors and their lists are not plain, contiguous and alike,
-// or do not fit. What the kernel itself checks (the lists' values) is left to it.
-py::object plain_slices(const py::list& tensors, const py::list& rows, const py::list& cols) {
+// A new tensor of the kind of `source` and the sizes and strides of `view`, which becomes its view.
+py::object make_like(py::handle source, mvp::TensorView& view) {
+  // Of torch's ways to make a tensor the one that takes the least time.
+  static PyObject* const make = PyUnicode_InternFromString("new_empty_strided");
+  const auto tuple_of = [&](const int64_t* values) {
+    py::tuple tuple(view.ndim);
+    for (int d = 0; d < view.ndim; ++d) tuple[d] = values[d];
+    return tuple;
+  };
+  const py::tuple shape = tuple_of(view.shape), stride = tuple_of(view.stride);
+  auto made = py::reinterpret_steal<py::object>(
+      PyObject_CallMethodObjArgs(source.ptr(), make, shape.ptr(), stride.ptr(), nullptr));
+  if (!made) throw py::error_already_set();
+  if (!mvp::read_plain(made, view)) throw py::type_error("expected a plain tensor from new_empty_strided");
+  return made;
+}
+
+// Those of a tensor without gaps, in one of the two layouts.
+void set_strides(mvp::TensorView& view, bool columns_innermost) {
+  static constexpr int order[] = {0, 2, 3, 1};
+  int64_t step = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    const int d = columns_innermost ? order[i] : i;
+    view.stride[d] = step;
+    step *= std::max<int64_t>(view.shape[d], 1);
+  }
+}
+
+// pack's results, None where the tensors and their lists are not plain, dense and alike, or do not fit. What
+// the kernel itself checks (the lists' values) is left to it.
+py::object pack_plain(decltype(&mvp::baseline::pack_cpu) kernel, const py::list& tensors,
+                      const py::list& rows, const py::list& cols, int threads) {
   const size_t count = tensors.size();
   if (count == 0 || rows.size() != count || cols.size() != count) return py::none();
-  py::list shapes(count);
+  std::vector<mvp::TensorView> wide(count), row_lists(count), col_lists(count), slices(count);
   for (size_t p = 0; p < count; ++p) {
-    mvp::TensorView tensor;
-    const py::handle r = rows[p], c = cols[p];
-    if (!read_whole(tensors[p], tensor) || tensor.ndim == 0 || !is_dense(tensor)) return py::none();
-    if (tensor.ndim == 1 && !c.is_none()) return py::none();
-    const int64_t kept[2] = {count_kept(r, 1, tensor.shape[0]),
-                             tensor.ndim > 1 ? count_kept(c, 1, tensor.shape[1]) : 0};
-    if (kept[0] < 0 || kept[1] < 0) return py::none();
-    py::tuple shape(tensor.ndim);
-    for (int d = 0; d < tensor.ndim; ++d) shape[d] = d < 2 ? kept[d] : tensor.shape[d];
-    shapes[p] = shape;
+    mvp::TensorView &tensor = wide[p], &slice = slices[p];
+    if (!read_whole(tensors[p], tensor) || tensor.ndim == 0) return py::none();
+    const bool columns_innermost = tensor.columns_innermost();
+    if (!is_dense(tensor, columns_innermost) || (tensor.ndim == 1 && !cols[p].is_none())) return py::none();
+    slice = tensor;
+    slice.shape[0] = count_kept(rows[p], 1, tensor.shape[0], row_lists[p]);
+    if (tensor.ndim > 1) slice.shape[1] = count_kept(cols[p], 1, tensor.shape[1], col_lists[p]);
+    if (slice.shape[0] < 0 || (tensor.ndim > 1 && slice.shape[1] < 0)) return py::none();
+    set_strides(slice, columns_innermost);
   }
-  return shapes;
+  py::list packed(count);
+  for (size_t p = 0; p < count; ++p) packed[p] = make_like(tensors[p], slices[p]);
+  {
+    const py::gil_scoped_release released;
+    kernel(wide, row_lists, col_lists, slices, threads);
+  }
+  return std::move(packed);
+}
+
+bool requires_grad(py::handle tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+  return py::getattr(tensor, name).ptr() == Py_True;
+}
+
+// residual_add's result without scale and shift, None as of pack_plain, and where `grad` is on and wanted.
+py::object residual_add_plain(decltype(&mvp::baseline::residual_add_cpu) kernel, py::handle residual,
+                              py::handle y, py::handle index, bool relu, int64_t dim, bool grad,
+                              int threads) {
+  mvp::TensorView residual_, y_, index_;
+  if (!read_whole(residual, residual_) || !read_whole(y, y_) || !mvp::is_floating(residual_.dtype) ||
+      y_.dtype != residual_.dtype || y_.ndim != residual_.ndim)
+    return py::none();
+  if (grad && (requires_grad(residual) || requires_grad(y))) return py::none();
+  const int rank = residual_.ndim;
+  if (dim < 0) dim += rank;
+  if (dim < 0 || dim >= rank) return py::none();
+  const bool columns_innermost = dim == 1 && residual_.columns_innermost();
+  if (!is_dense(residual_, columns_innermost) || !is_dense(y_, columns_innermost)) return py::none();
+  mvp::TensorView out = residual_, part = residual_;
+  part.shape[dim] = count_kept(index, 1, residual_.shape[dim], index_);
+  if (!std::equal(part.shape, part.shape + rank, y_.shape)) return py::none();
+  py::object made = make_like(residual, out);
+  {
+    const py::gil_scoped_release released;
+    kernel(residual_, y_, index_, {}, {}, relu, dim, out, threads);
+  }
+  return made;
 }
 
 }  // namespace
@@ -200,9 +271,18 @@ PYBIND11_MODULE(_C, m) {
   mvp::def_cuda_ops(m);
 #endif
 
+  m.def("are_plain", &are_plain);
   m.def("plain_conv2d", &plain_conv2d);
   m.def("plain_linear", &plain_linear);
-  m.def("plain_slices", &plain_slices);
+  m.def("pack_plain", [kernel = MVP_SELECT(isa, pack_cpu)](const py::list& tensors, const py::list& rows,
+                                                           const py::list& cols, int threads) {
+    return pack_plain(kernel, tensors, rows, cols, threads);
+  });
+  m.def("residual_add_plain",
+        [kernel = MVP_SELECT(isa, residual_add_cpu)](py::handle residual, py::handle y, py::handle index,
+                                                     bool relu, int64_t dim, bool grad, int threads) {
+          return residual_add_plain(kernel, residual, y, index, relu, dim, grad, threads);
+        });
   m.def("same_kind", &same_kind);
   m.def("check_arguments", &mvp::check_arguments);
   m.def("build_info", [isa] {

@@ -10,6 +10,11 @@ import torch
 
 from mvp_ext.ops.device import is_emulated
 
+needs_exchange = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+    reason="this torch has fields, but no views of tensors",
+)
+
 
 def on_gpu(device: torch.device) -> bool:
     """The CUDA side of an op runs, be it on a GPU or in the emulator."""

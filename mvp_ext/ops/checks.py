@@ -48,12 +48,11 @@ def check_tensor(
     return value
 
 
-def same_kind(tensor: object, other: object, index: object = None, dim: int = 0) -> bool:
-    """Whether both are plain floating CPU tensors of one dtype and of one shape; with ``index``, an integer list, of
-    shapes that differ in ``dim``, where ``other`` is as long as the list. One native call, for small ops that take less
-    time than their checks. False says nothing: then ask ``check_tensor`` and ``check_shape``, who explain.
+def same_kind(tensor: object, other: object) -> bool:
+    """Whether both are plain floating CPU tensors of one dtype and of one shape. One native call, for small ops that
+    take less time than their checks. False says nothing: then ask ``check_tensor`` and ``check_shape``, who explain.
     """
-    return not torch.compiler.is_compiling() and bool(native().same_kind(tensor, other, index, dim))
+    return not torch.compiler.is_compiling() and bool(native().same_kind(tensor, other))
 
 
 def check_shape(op: str, name: str, value: Tensor, expected: Sequence[int | None], letters: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mvp_ext.ops._native import native
 from mvp_ext.ops.checks import INDICES, check_tensor
 from mvp_ext.ops.define import define, dispatch_is_observed
-from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda
+from mvp_ext.ops.device import cuda_kernels, device_and_stream, is_emulated, on_cuda
 
 _MOVABLE = frozenset(
     dtype for dtype in vars(torch).values()
@@ -38,13 +38,12 @@ def pack(tensors: Sequence[Tensor], rows: Indices, cols: Indices) -> list[Tensor
             range ends the kernel with a CUDA error, as in torch.
     """
     tensors, rows, cols = list(tensors), list(rows), list(cols)
-    # Small tensors take less time than their checks: one native call makes them, and explains nothing.
-    shapes = None if dispatch_is_observed() else native().plain_slices(tensors, rows, cols)
-    # The CUDA emulator's tensors are plain ones, too.
-    if shapes is not None and not on_cuda(tensors[0]):
-        packed = [tensor.new_empty(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
-        native().pack_cpu(tensors, rows, cols, packed, torch.get_num_threads())
-        return packed
+    # Small tensors take less time than their checks: one native call makes them, and explains nothing. The CUDA
+    # emulator's tensors are plain ones, too.
+    if not (is_emulated() or dispatch_is_observed()):
+        packed = native().pack_plain(tensors, rows, cols, torch.get_num_threads())
+        if packed is not None:
+            return packed
     check_slices("pack", "tensors", tensors, rows, cols)
     if not tensors:
         return []  # nothing that the dispatcher could choose a device by

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mvp_ext.ops._native import native
-from mvp_ext.ops.checks import FLOATS, INDICES, check_int, check_range, check_shape, check_tensor, same_kind
-from mvp_ext.ops.define import define, derivative_by
-from mvp_ext.ops.device import cuda_kernels, device_and_stream, on_cuda, reject_float64
+from mvp_ext.ops.checks import FLOATS, INDICES, check_int, check_range, check_shape, check_tensor
+from mvp_ext.ops.define import define, derivative_by, dispatch_is_observed
+from mvp_ext.ops.device import cuda_kernels, device_and_stream, is_emulated, on_cuda, reject_float64
 from mvp_ext.ops.pack import is_channels_last
 
 
@@ -48,13 +48,18 @@ def residual_add(
     """
     if type(dim) is not int:
         dim = check_int("residual_add", "dim", dim)
-    if scale is not None or shift is not None or not same_kind(residual, y, index, dim):
-        _check(residual, y, index, scale, shift, dim)
-    if dim < 0:
-        dim += residual.ndim
     if activation not in (None, "relu"):
         raise ValueError(f'residual_add: activation: expected None or "relu", got {activation!r}')
     relu = activation is not None
+    # As in ``pack``: small blocks take less time than their checks.
+    if scale is None and shift is None and not (is_emulated() or dispatch_is_observed()):
+        grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+        out: Tensor | None = native().residual_add_plain(residual, y, index, relu, dim, grad, threads)
+        if out is not None:
+            return out
+    _check(residual, y, index, scale, shift, dim)
+    if dim < 0:
+        dim += residual.ndim
     way = derivative_by(residual, y, scale, shift)
     if way == "function":
         return _ResidualAdd.apply(residual, y, index, scale, shift, relu, dim)
@@ -177,12 +182,8 @@ def _run(
 ) -> Tensor:
     if on_cuda(residual):
         return _run_cuda(residual, y, index, scale, shift, relu, dim)
-    # The common case first, and every call counts: a small block is done in a microsecond.
-    if residual.is_contiguous():
-        y = y.contiguous()
-    else:
-        form = _memory_format(residual, dim)
-        residual, y = residual.contiguous(memory_format=form), y.contiguous(memory_format=form)
+    form = _memory_format(residual, dim)
+    residual, y = residual.contiguous(memory_format=form), y.contiguous(memory_format=form)
     out = torch.empty_like(residual)
     if scale is not None or shift is not None:
         accumulator = torch.float64 if residual.dtype is torch.float64 else torch.float32

@@ -7,15 +7,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from backends import move, sanitized
+from backends import move, needs_exchange, sanitized
 from emulator import emulated
 from isa import OLDER, run_on
 from torch import Tensor
 
 from mvp_ext.ops import pack, reference, unpack
+from mvp_ext.ops._native import native
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
@@ -118,6 +120,42 @@ def test_layouts(device: torch.device) -> None:
     (last, rows_at, cols_at), strided = move(device, last, kept(24), kept(18)), kept(48).to(device)[::2] // 2
     assert pack([last], [rows_at], [cols_at])[0].is_contiguous(memory_format=torch.channels_last)
     assert_equal(pack([last], [strided], [None]), reference.pack([last], [strided], [None]))
+
+
+@needs_exchange
+def test_of_plain_dense_tensors_nothing_is_asked_twice() -> None:
+    """One native call checks, makes and fills: what costs small models most is their number of tensors."""
+    filters, bias = make((24, 18, 3, 3), torch.float32), make((18,), torch.bool)
+    tensors = [
+        torch.nn.Parameter(filters), filters.to(memory_format=torch.channels_last), bias,
+        make((24, 1, 3, 3), torch.float32).to(memory_format=torch.channels_last),
+    ]  # fmt: skip
+    rows = [kept(t.shape[0], dtype=torch.int32) for t in tensors]
+    cols = [kept(18), kept(18), None, None]
+    with mock.patch("mvp_ext.ops.pack.check_slices", side_effect=AssertionError("asked twice")):
+        packed = pack(tensors, rows, cols)
+    assert_equal(packed, reference.pack(tensors, rows, cols))
+    assert packed[1].is_contiguous(memory_format=torch.channels_last)
+    assert all(t.is_contiguous() for t in (packed[0], *packed[2:]))
+    assert not any(t.requires_grad for t in packed)
+    assert all(type(t) is Tensor for t in packed)
+
+
+@needs_exchange
+def test_what_is_not_plain_and_dense_is_asked_for() -> None:
+    index = torch.tensor([0, 1])
+    freed = torch.zeros(4)
+    freed.untyped_storage().resize_(0)
+    wrong = [
+        ([freed], [index], [None]), ([torch.zeros(4)], [index], [index]), ([torch.zeros(())], [None], [None]),
+        ([torch.zeros(4)], [index.float()], [None]), ([torch.zeros(4)], [index[None]], [None]), ([None], [None], [None]),
+        ([torch.zeros(4, 4).t()], [index], [None]), ([torch.zeros(4, dtype=torch.complex64)], [index], [None]),
+        ([torch.zeros(4)], [], [None]), ([], [], []), ([torch.zeros(4, device="meta")], [None], [None]),
+        ([torch.zeros(4, dtype=torch.complex64).conj().imag], [index], [None]),
+    ]  # fmt: skip
+    for arguments in wrong:
+        assert native().pack_plain(*arguments, 1) is None
+    assert native().pack_plain([torch.zeros(4)], [index], [None], 1) is not None
 
 
 def test_unpack_takes_any_layout_of_packed(device: torch.device) -> None:

@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
-from backends import move, sanitized, skip_float64_on_gpu
+from backends import move, needs_exchange, sanitized, skip_float64_on_gpu
 from emulator import emulated
 from isa import OLDER, run_on
 from torch import Tensor
 
 from mvp_ext.ops import reference, residual_add
+from mvp_ext.ops._native import native
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # (shape, dim): empty, single, primes, around a vector's width, small planes, tokens, more than 2^16 rows.
@@ -147,6 +150,32 @@ def test_gradients_of_some_inputs() -> None:
             )
     with torch.no_grad():
         assert not residual_add(residual.requires_grad_(), y, index).requires_grad
+
+
+@needs_exchange
+def test_of_plain_dense_tensors_nothing_is_asked_twice() -> None:
+    """One native call checks, makes and fills; where a gradient is wanted, or something is amiss, it leaves it all."""
+    residual, y, index, scale, _ = inputs((2, 8, 3, 3), 1, torch.float32)
+    expected = reference.residual_add(residual, y, index, activation="relu")
+    last = torch.channels_last
+    streams = residual.to(memory_format=last), y.to(memory_format=last)
+    with mock.patch("mvp_ext.ops.residual_add._check", side_effect=AssertionError("asked twice")):
+        assert torch.equal(residual_add(residual, y, index, activation="relu"), expected)
+        out = residual_add(*streams, index.int(), activation="relu", dim=-3)
+        assert torch.equal(out, expected)
+        assert out.is_contiguous(memory_format=last)
+        with torch.no_grad():
+            assert not residual_add(residual, y.clone().requires_grad_(), index).requires_grad
+    assert residual_add(residual, y.clone().requires_grad_(), index).requires_grad
+    assert residual_add(residual.clone().requires_grad_(), y, index).requires_grad
+    freed = residual.clone()
+    freed.untyped_storage().resize_(0)
+    for arguments in (
+        (freed, y, index, True, 1), (residual, y, None, True, 1), (residual, y, index, True, 4), (residual, y, index, True, -5),
+        (residual, y.double(), index, True, 1), (residual, streams[1], index, True, 1), (residual, y, scale, True, 1),
+        (residual.long(), y.long(), index, True, 1), (residual, y, index[1:], True, 1), (None, y, index, True, 1),
+    ):  # fmt: skip
+        assert native().residual_add_plain(*arguments, False, 1) is None
 
 
 def test_no_alias_and_deterministic(device: torch.device) -> None:
