@@ -141,28 +141,22 @@ int64_t plain_linear(py::handle x, py::handle weight, py::handle bias, py::handl
 // covers at them, which the kernel writes side by side.
 constexpr int64_t kMostPlaces = 128, kMostCovered = 1 << 24, kMost = int64_t{1} << 31;
 
-// Also whether the images are so small that there is a kernel for them.
-std::pair<int64_t, bool> plain_conv2d(py::handle x, py::handle weight, py::handle bias, py::handle out_index,
-                                      py::handle in_index, int64_t stride, int64_t padding,
-                                      int64_t dilation) {
-  const int64_t outputs = plain_outputs(x, weight, bias, out_index, in_index, 1, 1, 4);
+// Whether the images are so small that there is a kernel for them.
+bool is_small_conv2d(py::handle x, py::handle weight, int64_t stride, int64_t padding, int64_t dilation) {
   mvp::TensorView x_, weight_;
-  if (outputs < 0 || std::min(stride, dilation) < 1 || padding < 0) return {-1, false};
-  mvp::read_plain(x, x_);
-  mvp::read_plain(weight, weight_);
+  if (!mvp::read_plain(x, x_) || !mvp::read_plain(weight, weight_)) return false;
   // Sizes that no product of overflows; and more frame than image is not worth it.
   if (x_.dtype != mvp::DType::f32 || x_.numel() > kMostCovered || weight_.numel() > kMost ||
       dilation > kMost || padding > std::max(x_.shape[2], x_.shape[3]))
-    return {outputs, false};
+    return false;
   int64_t places = x_.shape[0], covered = x_.shape[1];
   for (int d : {2, 3}) {
     const int64_t reach = x_.shape[d] + 2 * padding - dilation * (weight_.shape[d] - 1);
-    if (reach < 1) return {outputs, false};
+    if (reach < 1) return false;
     places *= (reach - 1) / stride + 1;
     covered *= weight_.shape[d];
   }
-  return {outputs,
-          places <= kMostPlaces && covered <= kMostCovered / places && (is_dense(x_) || is_dense(x_, true))};
+  return places <= kMostPlaces && covered <= kMostCovered / places && (is_dense(x_) || is_dense(x_, true));
 }
 
 // A new tensor of the kind of `source` and the sizes and strides of `view`, which becomes its view.
@@ -225,6 +219,35 @@ bool requires_grad(py::handle tensor) {
   return py::getattr(tensor, name).ptr() == Py_True;
 }
 
+// Of a call of pruned_conv2d that is plain: the number of filters that it keeps, where there is a kernel for
+// so small images; else the cut weight and bias. None of any other, and where `grad` is on and this would cut
+// it off.
+py::object plain_conv2d(decltype(&mvp::baseline::pack_cpu) pack, py::handle x, py::handle weight,
+                        py::handle bias, py::handle out_index, py::handle in_index, int64_t stride,
+                        int64_t padding, int64_t dilation, bool grad, int threads) {
+  static PyObject* const select = PyUnicode_InternFromString("index_select");
+  const int64_t outputs = plain_outputs(x, weight, bias, out_index, in_index, 1, 1, 4);
+  if (outputs < 0 || std::min(stride, dilation) < 1 || padding < 0) return py::none();
+  if (is_small_conv2d(x, weight, stride, padding, dilation)) return py::int_(outputs);
+  // By torch's own op, whatever is derived.
+  const auto rows_of = [&](py::handle tensor) {
+    if (tensor.is_none() || out_index.is_none()) return py::reinterpret_borrow<py::object>(tensor);
+    auto rows = py::reinterpret_steal<py::object>(
+        PyObject_CallMethodObjArgs(tensor.ptr(), select, py::int_(0).ptr(), out_index.ptr(), nullptr));
+    if (!rows) throw py::error_already_set();
+    return rows;
+  };
+  if (in_index.is_none()) return py::make_tuple(rows_of(weight), rows_of(bias));
+  if (grad && requires_grad(weight)) return py::none();
+  py::list tensors(1), rows(1), cols(1);
+  tensors[0] = weight;
+  rows[0] = out_index;
+  cols[0] = in_index;
+  const py::object parts = pack_plain(pack, tensors, rows, cols, threads);
+  if (parts.is_none()) return parts;
+  return py::make_tuple(py::list(parts)[0], rows_of(bias));
+}
+
 // residual_add's result without scale and shift, None as of pack_plain, and where `grad` is on and wanted.
 py::object residual_add_plain(decltype(&mvp::baseline::residual_add_cpu) kernel, py::handle residual,
                               py::handle y, py::handle index, bool relu, int64_t dim, bool grad,
@@ -272,12 +295,18 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("are_plain", &are_plain);
-  m.def("plain_conv2d", &plain_conv2d);
   m.def("plain_linear", &plain_linear);
   m.def("pack_plain", [kernel = MVP_SELECT(isa, pack_cpu)](const py::list& tensors, const py::list& rows,
                                                            const py::list& cols, int threads) {
     return pack_plain(kernel, tensors, rows, cols, threads);
   });
+  m.def("plain_conv2d",
+        [kernel = MVP_SELECT(isa, pack_cpu)](py::handle x, py::handle weight, py::handle bias,
+                                             py::handle out_index, py::handle in_index, int64_t stride,
+                                             int64_t padding, int64_t dilation, bool grad, int threads) {
+          return plain_conv2d(kernel, x, weight, bias, out_index, in_index, stride, padding, dilation, grad,
+                              threads);
+        });
   m.def("residual_add_plain",
         [kernel = MVP_SELECT(isa, residual_add_cpu)](py::handle residual, py::handle y, py::handle index,
                                                      bool relu, int64_t dim, bool grad, int threads) {

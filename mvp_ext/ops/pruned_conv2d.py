@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from mvp_ext.ops.define import (
     functorch_is_active,
     is_only_computed,
 )
+from mvp_ext.ops.device import is_emulated
 from mvp_ext.ops.faster import decide, known_exactly, known_way, remember_exactly, size_class
 from mvp_ext.ops.pack import is_channels_last, pack_op
 
@@ -64,9 +65,22 @@ def pruned_conv2d(
     one is used from then on in every process (``MVP_FASTER``: docs/kernels.md).
     """
     op = "pruned_conv2d"
-    y = _plain(x, weight, bias, out_index, in_index, stride, padding, dilation)
-    if y is not None:
-        return y
+    # After a convolution the caches hold none of the checks' code, and they take several times as long: of plain
+    # tensors on the CPU one native call makes them, and explains nothing. The emulator's tensors are plain ones, too.
+    numbers = type(stride) is type(padding) is type(dilation) is int
+    if numbers and not (is_emulated() or dispatch_is_observed()):
+        arguments = x, weight, bias, out_index, in_index, stride, padding, dilation
+        try:
+            grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+            found: Any = native().plain_conv2d(*arguments, grad, threads)
+            if type(found) is tuple:
+                part, part_bias = found
+                return F.conv2d(x, part, part_bias, stride, padding, dilation)
+            if found is not None and is_only_computed(x, weight, bias):
+                call = _Call._make((*arguments, found))
+                return _by_kernel(call) if _way(call) == "kernel" else _by_library(call)
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            pass
     check_tensor(op, "x", x, ndim=4, dtypes=FLOATS)
     mixed = autocast_is_on(x) and x.dtype is not torch.float64  # then conv2d itself casts
     dtypes = FLOATS if mixed else (x.dtype,)
@@ -110,41 +124,8 @@ def pruned_conv2d(
     return F.conv2d(x, _cut(weight, out_index, in_index), bias, stride, padding, dilation)
 
 
-def _plain(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_index: Tensor | None,
-    in_index: Tensor | None,
-    stride: int | tuple[int, int],
-    padding: int | tuple[int, int] | str,
-    dilation: int | tuple[int, int],
-) -> Tensor | None:
-    """The result of a call of plain tensors on the CPU that nobody observes; None of any other, and of a wrong one.
-
-    After a convolution the caches hold none of the checks' code, and they take several times as long: here one native
-    call makes them, and explains nothing.
-    """
-    if type(stride) is not int or type(padding) is not int or type(dilation) is not int:
-        return None
-    if dispatch_is_observed():
-        return None
-    try:
-        outputs, is_small = native().plain_conv2d(
-            x, weight, bias, out_index, in_index, stride, padding, dilation
-        )
-        # Filters alone are cut by torch's own ops, whatever is derived or cast: to ask takes as long as to cut.
-        by_torch = in_index is None and not is_small
-        if outputs < 0 or not (by_torch or is_only_computed(x, weight, bias)):
-            return None
-        call = _Call(x, weight, bias, out_index, in_index, stride, padding, dilation, outputs)
-        return _by_kernel(call) if is_small and _way(call) == "kernel" else _by_library(call)
-    except (IndexError, RuntimeError, TypeError, ValueError):
-        return None
-
-
 class _Call(NamedTuple):
-    """A plain call, and how many filters it keeps."""
+    """A plain call with small images, and how many filters it keeps."""
 
     x: Tensor
     weight: Tensor

@@ -152,6 +152,7 @@ def test_what_is_not_plain_and_dense_is_asked_for() -> None:
         ([torch.zeros(4, 4).t()], [index], [None]), ([torch.zeros(4, dtype=torch.complex64)], [index], [None]),
         ([torch.zeros(4)], [], [None]), ([], [], []), ([torch.zeros(4, device="meta")], [None], [None]),
         ([torch.zeros(4, dtype=torch.complex64).conj().imag], [index], [None]),
+        ([torch.frombuffer(bytearray(17), dtype=torch.float32, offset=1)], [index], [None]),
     ]  # fmt: skip
     for arguments in wrong:
         assert native().pack_plain(*arguments, 1) is None
