@@ -61,7 +61,7 @@ def _torch_pruning(prepared: Prepared, job: Job) -> tuple[nn.Module, Mask]:
 IMAGES = (10, 50)
 SPLITS = ("known", "hidden", "new")
 # Arms of a part are a unit of their own, of the first world's first seed; those of no part are run everywhere.
-PARTS = STEPS, CONTROLS, LONGER, PEERS = "steps", "controls", "longer", "peers"
+PARTS = STEPS, CONTROLS, LONGER, SHARES, PEERS = "steps", "controls", "longer", "shares", "peers"
 # The backbone's, where it was trained on the task's classes: what nobody needs a vote for.
 DENSE, OWN_HEAD = "dense, ridge head", "dense, its own head"
 _WEIGHTED = VoteOptions(similarity="proxy_leep", weighting=REFINED_WEIGHTING)
@@ -100,6 +100,14 @@ ARMS = (
     Arm("random", None, "random", None, (20,), _MANY, CONTROLS),
     Arm("default, 4 × the zoo's steps", "clustered, 4 ×", "clustered", None, (0, 20), part=LONGER),
     Arm("universal, 4 × the zoo's steps", "universal, 4 ×", "universal", None, (0, 20), part=LONGER),
+    Arm(
+        "default, 0.8 of its steps in the base",
+        "clustered, share 0.8",
+        "clustered",
+        None,
+        (0, 20),
+        part=SHARES,
+    ),
     Arm("universal, from random weights", "from random weights", "universal", None, (0, 20), part=LONGER),
     Arm("Torch-Pruning", None, _torch_pruning, None, (20,), _MANY, PEERS),
     Arm("iterative, from the dense model", None, "ifp", None, (20,), _MANY, PEERS),

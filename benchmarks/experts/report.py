@@ -61,6 +61,8 @@ EXPLORED = (
     ("default", "universal, experts' recipe"),
     ("default, 4 × the zoo's steps", "universal, 4 × the zoo's steps"),
     ("universal, 4 × the zoo's steps", "universal"),
+    ("default, 0.8 of its steps in the base", "universal"),
+    ("default, 0.8 of its steps in the base", "default"),
     ("universal, from random weights", "universal"),
 )
 

@@ -22,7 +22,7 @@ from mvp_ext.model.ends import classifiers, linear_weight
 from mvp_ext.model.families import find_structure
 from mvp_ext.model.structure import Structure
 from mvp_ext.pruning.build import bind, build_refined_zoo, build_universal, make_universal, pooled_task
-from mvp_ext.pruning.clusters import build_clustered_zoo, expert_recipe
+from mvp_ext.pruning.clusters import CLUSTERED_SHARE, build_clustered_zoo, expert_recipe
 from mvp_ext.pruning.iterative import planned_steps
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.settings import Schedule, Settings
@@ -194,8 +194,12 @@ class Prepared:
         return lambda features: (features @ weight.T + bias[rows]).detach()
 
     def make(self, kind: str, say: Callable[[str, int, int], None]) -> None:
-        """A zoo, or what is made once for all tasks; goes on where it was. "…, 4 ×": in so many times the steps."""
+        """A zoo, or what is made once for all tasks; goes on where it was.
+
+        "…, 4 ×": in so many times the steps; "…, share 0.8": so many of them in what the experts refine.
+        """
         zoo, tasks = self.zoo(kind), self.tasks["zoo"]
+        kind, _, share = kind.partition(", share ")
         kind, _, times = kind.partition(", ") if kind.endswith(" ×") else (kind, "", "1")
         settings = self.settings_for(int(times.removesuffix(" ×")))
         if kind == "universal":
@@ -211,7 +215,8 @@ class Prepared:
             self._make_from_random_weights(zoo, say)
         else:
             wide = min(1.0, 2 * settings.keep) if kind == "own masks" else None
-            build_clustered_zoo(self.backbone, tasks, zoo, settings, base_keep=wide, progress=say)
+            part = float(share or CLUSTERED_SHARE)
+            build_clustered_zoo(self.backbone, tasks, zoo, settings, share=part, base_keep=wide, progress=say)
 
     def _make_from_random_weights(self, zoo: Zoo, say: Callable[[str, int, int], None]) -> None:
         """The universal model's units without what they had learned, then as many steps: is it the pruning?"""
