@@ -144,10 +144,9 @@ class _Call(NamedTuple):
 
 
 def _by_library(call: _Call) -> Tensor:
-    x, weight, bias, out_index, in_index, stride, padding, dilation, outputs = call
+    x, weight, bias, out_index, in_index, stride, padding, dilation, _ = call
     if in_index is not None:
-        part = weight.new_empty((outputs, x.shape[1], *weight.shape[2:]))
-        native().pack_cpu([weight], [out_index], [in_index], [part], torch.get_num_threads())
+        (part,) = native().pack_plain([weight], [out_index], [in_index], torch.get_num_threads())
     else:
         part = weight if out_index is None else weight.index_select(0, out_index)
     if bias is not None and out_index is not None:

@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from digits import digits_task
 
 from mvp_ext.app.options import MethodOptions, NeighbourOptions
 from mvp_ext.data.images import ImageData
+from mvp_ext.pruning.clusters import CLUSTERED_SHARE
 from mvp_ext.pruning.methods import method_for
 from mvp_ext.pruning.prune import prune
 from mvp_ext.pruning.settings import VoteOptions
@@ -222,3 +224,16 @@ def test_pairs_are_explored_where_both_were_run() -> None:
     own = found["own masks", "default", "known", 50]
     assert own["difference"] == pytest.approx(-0.2)
     assert own["tasks"] == 2
+
+
+@pytest.mark.parametrize(("kind", "share"), [("clustered", CLUSTERED_SHARE), ("clustered, share 0.8", 0.8)])
+def test_a_zoo_is_made_with_the_share_of_its_name(
+    kind: str, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    prepared = Prepared(WORLDS["diverse"], SEEDS[0], tmp_path, tmp_path)
+    prepared.__dict__.update(tasks={"zoo": []}, backbone=None)
+    monkeypatch.setattr(Prepared, "settings_for", lambda self, times: self.world)
+    monkeypatch.setattr("experts.worlds.build_clustered_zoo", lambda *_, **options: made.append(options))
+    prepared.make(kind, lambda *_: None)
+    assert [options["share"] for options in made] == [share]
